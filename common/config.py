@@ -1,0 +1,345 @@
+"""Options: each is declared once, here or in a script's Config, and read from the command line and from YAML alike.
+
+Imports neither torch nor transformers, so that `--help` and every error in the options come at once.
+"""
+
+import argparse
+import difflib
+import errno
+import sys
+import types
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+T = TypeVar("T")
+
+
+class InputError(Exception):
+    """What the user gave cannot be used; the message names it and says what to do."""
+
+
+@contextmanager
+def cli_errors() -> Iterator[None]:
+    """Ends the program as a user expects: one paragraph and exit code 2 for bad input, 130 for Ctrl-C."""
+    try:
+        yield
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(
+            "\nStopped by Ctrl-C. What had been saved stays; `--resume_from_checkpoint latest` with the same options "
+            "goes on from the last checkpoint.",
+            file=sys.stderr,
+        )
+        sys.exit(130)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(
+            f"error: no space left on the disk while writing {error.filename or 'a file'}. The last complete "
+            "checkpoint is intact: free some space, then `--resume_from_checkpoint latest` with the same options.",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+
+
+def option(default: Any, help: str, at_least: float | None = None) -> Any:
+    """A dataclass field with its help text and, for numbers, its smallest value."""
+    return field(default=default, metadata={"help": help, "at_least": at_least})
+
+
+@dataclass
+class ModelConfig:
+    """model"""
+
+    model: str = option("smollm2-135m", "hub id, local folder, .gguf file, or smollm2-135m (embedded)")
+    revision: str | None = option(None, "branch, tag or commit on the hub")
+    load_in_4bit: bool | None = option(None, "NF4 base; unset: true for decoders with LoRA, else false")
+    load_in_8bit: bool = option(False, "8-bit base (LLM.int8)")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = option("nf4", "4-bit data type")
+    bnb_4bit_use_double_quant: bool = option(True, "quantise the quantisation constants too")
+    bnb_4bit_compute_dtype: Literal["bfloat16", "float16", "float32"] | None = option(
+        None, "dtype of 4-bit matrix products; unset: that of --mixed_precision"
+    )
+    attn_implementation: str | None = option(None, "eager, sdpa, flash_attention_2, ...; unset: transformers' choice")
+    trust_remote_code: bool = option(False, "run code that comes with a hub model")
+
+
+@dataclass
+class LoraArguments:
+    """LoRA"""
+
+    lora_r: int = option(16, "rank", at_least=1)
+    lora_alpha: float = option(32, "scale: the update is multiplied by alpha / r", at_least=0)
+    lora_dropout: float = option(0.0, "dropout on the adapter's input", at_least=0)
+    target_modules: list[str] | None = option(None, "names of adapted layers; unset: all linear layers")
+    use_rslora: bool = option(False, "scale by alpha / sqrt(r)")
+    use_dora: bool = option(False, "weight-decomposed LoRA")
+    init_lora_weights: str = option("true", "true, gaussian, pissa, olora, ...: PEFT's initialisations")
+    full_finetuning: bool = option(False, "train all weights, without an adapter")
+
+
+@dataclass
+class LoopConfig:
+    """loop"""
+
+    num_train_epochs: float = option(3.0, "passes over the training rows", at_least=0)
+    max_steps: int | None = option(None, "stop after this many updates, whatever the epochs", at_least=1)
+    per_device_train_batch_size: int = option(8, "rows in one forward pass", at_least=1)
+    per_device_eval_batch_size: int = option(16, "rows in one forward pass of evaluation", at_least=1)
+    gradient_accumulation_steps: int = option(1, "forward passes per update", at_least=1)
+    learning_rate: float = option(1e-3, "peak learning rate", at_least=0)
+    weight_decay: float = option(0.0, "AdamW's decoupled weight decay", at_least=0)
+    warmup_ratio: float = option(0.1, "share of the updates with a rising learning rate", at_least=0)
+    lr_scheduler_type: str = option("cosine", "cosine, linear, constant, ...: transformers' names")
+    max_grad_norm: float = option(1.0, "clip the gradient's norm to this", at_least=0)
+    optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit"] = option("adamw_torch", "optimizer")
+    gradient_checkpointing: bool = option(False, "less memory for about 1.8 times the time")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "unset: bf16 where the device has it")
+    torch_compile: bool = option(False, "compile the model; pays on long runs")
+    seed: int = option(42, "of adapter weights, dropout and row order", at_least=0)
+    seeds: list[int] | None = option(None, "several runs in one call, one a seed, on the same split")
+    logging_steps: int = option(10, "updates between two lines of metrics.jsonl", at_least=1)
+    eval_strategy: Literal["no", "steps", "epoch"] = option("epoch", "when to evaluate on the validation split")
+    eval_steps: int | None = option(None, "updates between evaluations with --eval_strategy steps", at_least=1)
+    save_strategy: Literal["no", "steps", "epoch"] = option("epoch", "when to write a checkpoint")
+    save_steps: int | None = option(None, "updates between checkpoints with --save_strategy steps", at_least=1)
+    save_total_limit: int | None = option(None, "keep so many checkpoints; best and last always stay", at_least=1)
+    metric_for_best_model: str | None = option(None, "validation metric that chooses the best weights")
+    early_stopping_patience: int | None = option(None, "stop after so many evaluations without a gain", at_least=1)
+    report_to: list[str] | None = option(None, "tensorboard, wandb, ..., none; unset: tensorboard if installed")
+    output_dir: str | None = option(None, "run folder; unset: outputs/<model>/<dataset>/run_<i>")
+    run_name: str | None = option(None, "name of the run in trackers")
+    num_threads: int | None = option(None, "CPU threads; unset: cores / processes on this machine", at_least=1)
+    tf32: bool = option(False, "TF32 products on NVIDIA GPUs for what runs in fp32")
+    baselines: bool = option(True, "also measure majority, TF-IDF + logistic regression and the untrained base")
+    resume_from_checkpoint: str | None = option(None, "`latest`, a run folder or a checkpoint folder")
+    dry_run: bool = option(False, "check and report data and model, then stop")
+
+
+@dataclass
+class DataConfig:
+    """data"""
+
+    train_file: str | None = option(None, "CSV, TSV, JSON, JSONL or Parquet; unset: the demo data")
+    validation_file: str | None = option(None, "unset: cut from the training rows")
+    test_file: str | None = option(None, "unset: cut from the training rows")
+    dataset_name: str | None = option(None, "hub data set, or a local folder of one")
+    dataset_config: str | None = option(None, "configuration of the hub data set")
+    max_train_samples: int | None = option(None, "use so many training rows, drawn stratified", at_least=1)
+    max_eval_samples: int | None = option(None, "use so many validation rows; the test split stays whole", at_least=1)
+    validation_fraction: float = option(0.1, "share cut for validation where no file is given", at_least=0)
+    test_fraction: float = option(0.1, "share cut for test where no file is given", at_least=0)
+    split_seed: int = option(42, "of the cut, apart from --seed", at_least=0)
+    id_column: str | None = option(None, "column that names the rows; unset: their number, from 0")
+    text_fields: list[str] | None = option(None, "columns joined into the text; unset: text, or title and abstract")
+    max_length: int = option(256, "tokens of a row, instruction and answer included", at_least=1)
+
+
+@dataclass
+class ClassificationConfig:
+    """classification"""
+
+    approach: Literal["generative", "head"] = option("generative", "answer with the label, or a classification head")
+    problem_type: Literal["single_label_classification", "multi_label_classification"] | None = option(
+        None, "unset: seen from the label options and data"
+    )
+    label_column: str | None = option(None, "column of the label; unset: label")
+    label_columns: list[str] | None = option(None, "0/1 columns, one a label (multi-label)")
+    label_delimiter: str | None = option(None, "--label_column holds several labels, separated by this")
+    labels: list[str] | None = option(None, "the label set in order; unset: from the training rows, sorted")
+    class_weights: str = option("none", "none, balanced, or a JSON file {label: weight}")
+    few_shot: int = option(0, "so many solved examples before every row", at_least=0)
+    prompt_template: str | None = option(None, "file with {text}, and {labels} and {label} for --approach generative")
+
+
+def parse_config(cls: type[T], argv: Sequence[str] | None = None) -> T:
+    """Builds `cls` from `--config file.yaml`, then from the command line, which wins.
+
+    Raises InputError for an unknown option, a value of the wrong type, or a file that is not YAML.
+    """
+    name = Path(sys.argv[0]).name
+    parser = _Parser(
+        prog=name, usage=f"{name} [options]", allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of options; the command line wins")
+    hints, items = get_type_hints(cls), {item.name: item for item in fields(cls)}
+    seen: set[str] = set()
+    for base in (*cls.__mro__[1:-1], cls):
+        group = parser.add_argument_group((base.__doc__ or base.__name__).split("\n")[0])
+        for item in (items[inherited.name] for inherited in fields(base)):
+            if item.name not in seen:
+                seen.add(item.name)
+                default = "" if item.default in (None, MISSING) else f" [{_as_text(item.default)}]"
+                group.add_argument(
+                    f"--{item.name}",
+                    nargs="+" if _is_list(hints[item.name]) else None,
+                    metavar=_choices(hints[item.name]),
+                    help=(item.metadata["help"] + default).replace("%", "%%"),
+                )
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise InputError(_unknown(unknown[0], seen))
+    values = vars(given)
+    if path := values.pop("config", None):
+        values = {**read_yaml(path, seen), **values}
+    return from_texts(cls, values)
+
+
+def read_yaml(path: str | Path, known: set[str] | None = None) -> dict[str, Any]:
+    """The options in a YAML file, every scalar as its text, so that the command line's converters apply to both."""
+    try:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}
+    except FileNotFoundError:
+        raise InputError(f"--config {path}: there is no such file.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"--config {path}: not a YAML file: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"--config {path}: expected lines of the form `option: value`.")
+    for name in content:
+        if known is not None and name not in known:
+            raise InputError(f"--config {path}: {_unknown(name, known)}")
+    return content
+
+
+def from_texts(cls: type[T], values: dict[str, Any]) -> T:
+    """`cls` from option texts (a str, or a list of them); names that are no field of `cls` are left out."""
+    hints = get_type_hints(cls)
+    converted = {}
+    for item in fields(cls):
+        if item.name in values:
+            value = _convert(item.name, hints[item.name], values[item.name])
+            bound = item.metadata.get("at_least")
+            if bound is not None and value is not None and not value >= bound:
+                raise InputError(f"--{item.name} {value}: must be at least {bound}.")
+            converted[item.name] = value
+    return cls(**converted)
+
+
+def dump_config(config: Any) -> str:
+    """The options as YAML that `--config` reads back; unset ones are left out."""
+    return yaml.safe_dump({k: v for k, v in asdict(config).items() if v is not None}, sort_keys=False)
+
+
+def check_loop(config: Any) -> None:
+    """Refuses loop, model and LoRA options that contradict each other or that nothing would honour."""
+    quantised = config.load_in_4bit or config.load_in_8bit
+    _refuse(
+        (config.load_in_4bit and config.load_in_8bit, "--load_in_4bit and --load_in_8bit exclude each other"),
+        (config.full_finetuning and quantised, "--full_finetuning cannot train quantised weights: drop --load_in_*bit"),
+        (
+            (config.eval_strategy == "steps") != (config.eval_steps is not None),
+            "--eval_steps and --eval_strategy steps need each other",
+        ),
+        (
+            (config.save_strategy == "steps") != (config.save_steps is not None),
+            "--save_steps and --save_strategy steps need each other",
+        ),
+        (
+            config.early_stopping_patience and config.eval_strategy == "no",
+            "--early_stopping_patience needs evaluations: set --eval_strategy",
+        ),
+        (
+            config.seeds and config.resume_from_checkpoint,
+            "--resume_from_checkpoint goes on with one run: give its --seed instead of --seeds",
+        ),
+        (
+            not (config.max_steps or config.num_train_epochs),
+            "--num_train_epochs 0 trains nothing: use `evaluate.py` for an untrained model",
+        ),
+    )
+
+
+def check_classification(config: Any) -> None:
+    """Refuses classification and data options that contradict each other or that nothing would honour."""
+    several = config.label_columns or config.label_delimiter
+    _refuse(
+        (config.few_shot and config.approach == "head", "--few_shot needs --approach generative: a head has no prompt"),
+        (
+            several and config.class_weights != "none" and config.approach == "generative",
+            "--class_weights with several labels a row needs --approach head: an answer has no single weight",
+        ),
+        (
+            several and config.class_weights not in ("none", "balanced"),
+            "--class_weights takes a file for one label a row only",
+        ),
+        (
+            config.dataset_name and (config.train_file or config.validation_file or config.test_file),
+            "--dataset_name and --train_file / --validation_file / --test_file exclude each other",
+        ),
+        (
+            config.label_columns and (config.label_column or config.label_delimiter or config.labels),
+            "--label_columns stands alone, its names are the labels: drop --label_column, --label_delimiter, --labels",
+        ),
+        (
+            config.validation_fraction + config.test_fraction >= 1,
+            "--validation_fraction and --test_fraction leave no training rows: their sum must be below 1",
+        ),
+    )
+
+
+def _refuse(*rules: tuple[Any, str]) -> None:
+    for broken, reason in rules:
+        if broken:
+            raise InputError(f"{reason}.")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise InputError(f"{message}. `--help` lists the options.")
+
+
+def _unwrap(hint: Any) -> Any:
+    if get_origin(hint) in (Union, types.UnionType):
+        return next(arg for arg in get_args(hint) if arg is not type(None))
+    return hint
+
+
+def _is_list(hint: Any) -> bool:
+    return get_origin(_unwrap(hint)) is list
+
+
+def _choices(hint: Any) -> str:
+    hint = _unwrap(hint)
+    if get_origin(hint) is Literal:
+        return "|".join(get_args(hint))
+    if get_origin(hint) is list:
+        return _choices(get_args(hint)[0])
+    return "true|false" if hint is bool else hint.__name__
+
+
+def _as_text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _unknown(name: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(name.lstrip("-").split("=")[0], known, n=1)
+    return f"{name}: there is no such option." + (f" Did you mean --{near[0]}?" if near else "")
+
+
+def _convert(name: str, hint: Any, value: Any) -> Any:
+    hint = _unwrap(hint)
+    if get_origin(hint) is list:
+        items = value if isinstance(value, list) else [value]
+        return [_convert(name, get_args(hint)[0], item) for item in items]
+    problem = InputError(f"--{name} {value}: expected {_choices(hint).replace('|', ' or ')}.")
+    if not isinstance(value, str):
+        raise problem
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise problem
+        return value
+    if hint is bool:
+        if value.lower() not in ("true", "false"):
+            raise problem
+        return value.lower() == "true"
+    try:
+        return hint(value)
+    except ValueError:
+        raise problem from None

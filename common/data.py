@@ -1,0 +1,413 @@
+"""Files and hub data sets -> rows; classification rows with their labels; splits; the data report.
+
+Imports neither torch nor transformers: whatever is wrong with the data is reported before a model is loaded.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.config import ClassificationConfig, DataConfig, InputError
+
+DEMO = Path(__file__).parent.parent / "data" / "arxiv_demo"
+SPLITS = ("train", "validation", "test")
+SEPARATOR = ", "  # between the labels of an instruction, and of a multi-label answer
+MIN_COMBINATION = 10  # rows; rarer label combinations are one stratum when a split is cut
+
+
+@dataclass(frozen=True)
+class Example:
+    """One classification row: `labels` holds the indices of its labels, ascending (one, or any number)."""
+
+    id: str
+    text: str
+    labels: tuple[int, ...]
+
+
+@dataclass
+class ClassificationData:
+    """The three splits (a missing one is empty), the label set in its order, and what happened on the way."""
+
+    splits: dict[str, list[Example]]
+    labels: list[str]
+    multi_label: bool
+    sources: dict[str, dict[str, str]]  # split -> file (or data set) and its hash
+    report: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """split -> SHA-256 of its file."""
+        return {split: source["sha256"] for split, source in self.sources.items()}
+
+
+def load_classification(config: Any, training: bool = True) -> ClassificationData:
+    """Reads, checks and cuts the splits that `config` (DataConfig and ClassificationConfig) describes.
+
+    The label set is `--labels`, else `--label_columns`, else the labels of the training rows, sorted.
+    Raises InputError that names file, row and column for whatever cannot be used.
+    """
+    tables, sources = _read_hub(config) if config.dataset_name else _read_files(config)
+    if training and "train" not in tables:
+        raise InputError(f"{config.dataset_name or 'The data'}: there are no training rows; give --train_file.")
+    multi_label = _is_multi_label(config, tables)
+    named = {split: _named_labels(rows, sources[split]["name"], config) for split, rows in tables.items()}
+    labels = config.labels or config.label_columns or _collect_labels(named)
+    _check_labels(labels, multi_label, sources)
+    report: dict[str, Any] = {"files": sources, "labels": labels, "multi_label": multi_label, "rows": {}}
+    examples = {}
+    for split, rows in tables.items():
+        examples[split] = _examples(rows, named[split], labels, multi_label, split, sources[split]["name"], config)
+        report["rows"][split] = {"read": len(rows), "dropped_empty_text": len(rows) - len(examples[split])}
+    if "train" in examples:
+        counts = Counter(label for example in examples["train"] for label in example.labels)
+        if len(counts) < (1 if multi_label else 2):
+            raise InputError(
+                f"{sources['train']['name']}: all {len(examples['train'])} rows have the label "
+                f"{labels[next(iter(counts), 0)]!r}. Training needs at least two labels; is --label_column right?"
+            )
+    examples = _cut(examples, config, report) if "train" in examples else examples
+    for split, limit in (("train", config.max_train_samples), ("validation", config.max_eval_samples)):
+        if limit and len(examples.get(split, ())) > limit:
+            chosen = stratified_sample(examples[split], limit, config.split_seed)
+            examples[split] = [examples[split][i] for i in chosen]
+    _count(examples, labels, report)
+    return ClassificationData(
+        {split: examples.get(split, []) for split in SPLITS}, labels, multi_label, sources, report
+    )
+
+
+def draw_few_shot(
+    rows: Sequence[Example], count: int, seed: int
+) -> tuple[list[tuple[str, tuple[int, ...]]], list[Example]]:
+    """`count` stratified (text, labels) pairs for the prompt, and the training rows without them."""
+    if count >= len(rows):
+        raise InputError(f"--few_shot {count} leaves none of the {len(rows)} training rows.")
+    chosen = set(stratified_sample(rows, count, seed))
+    shots = [(row.text, row.labels) for i, row in enumerate(rows) if i in chosen]
+    return shots, [row for i, row in enumerate(rows) if i not in chosen]
+
+
+def class_weights(
+    option: str, rows: Sequence[Example], labels: Sequence[str], multi_label: bool
+) -> list[float] | None:
+    """The weights of `--class_weights`, one a label, or None.
+
+    balanced: n / (K n_k) for a row of label k (as scikit-learn); for several labels a row, negatives / positives, the
+    `pos_weight` of binary cross-entropy. A file: {label: weight} in JSON. A label without a row counts as with one.
+    """
+    if option == "none":
+        return None
+    counts = Counter(label for row in rows for label in row.labels)
+    number = [max(1, counts[k]) for k in range(len(labels))]
+    if option == "balanced":
+        if multi_label:
+            return [(len(rows) - n) / n for n in number]
+        return [len(rows) / (len(labels) * n) for n in number]
+    try:
+        given = json.loads(Path(option).read_text(encoding="utf-8"))
+        return [float(given[label]) for label in labels]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"--class_weights {option}: expected `none`, `balanced`, or a JSON file with a weight for each label "
+            f"({type(error).__name__}: {error})."
+        ) from None
+
+
+def join_fields(row: dict[str, Any], names: Sequence[str]) -> str:
+    """The fields as one run of sentences: blank ones skipped, a period after each that lacks an end mark."""
+    cells = (row.get(name) for name in names)
+    texts = [" ".join(str(cell).split()) for cell in cells if cell is not None and cell == cell]  # NaN is not itself
+    return " ".join(text if text[-1] in ".!?" else f"{text}." for text in texts if text)
+
+
+def stratified_sample(examples: Sequence[Example], count: int, seed: int) -> list[int]:
+    """`count` row numbers, ascending, with the strata in proportion (largest remainders), drawn by `seed`.
+
+    Strata are the labels; of multi-label rows the label combinations with at least MIN_COMBINATION rows.
+    """
+    sizes = Counter(example.labels for example in examples)
+    strata: dict[tuple, list[int]] = {}
+    for number, example in enumerate(examples):
+        rare = len(example.labels) != 1 and sizes[example.labels] < MIN_COMBINATION
+        strata.setdefault(("rare",) if rare else example.labels, []).append(number)
+    keys = sorted(strata, key=str)
+    shares = [count * len(strata[key]) / len(examples) for key in keys]
+    take = [math.floor(share) for share in shares]
+    for i in sorted(range(len(keys)), key=lambda i: (take[i] - shares[i], i))[: count - sum(take)]:
+        take[i] += 1
+    rng = np.random.default_rng(seed)
+    return sorted(
+        int(number) for key, n in zip(keys, take, strict=True) for number in rng.permutation(strata[key])[:n]
+    )
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a CSV, TSV, JSON, JSONL or Parquet file; cells of CSV and TSV stay text as written."""
+    path = Path(path)
+    readers = {".csv": _read_csv, ".tsv": _read_csv, ".json": _read_json, ".jsonl": _read_json, ".parquet": _read_parquet}
+    if path.suffix.lower() not in readers:
+        raise InputError(f"{path}: unknown file type {path.suffix!r}; use one of {', '.join(readers)}.")
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file.")
+    try:
+        rows = readers[path.suffix.lower()](path)
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise InputError(
+            f"{path}, line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8. "
+            f"Save the file as UTF-8, for example with `iconv -f latin1 -t utf-8 {path.name}`."
+        ) from None
+    if not rows:
+        raise InputError(f"{path}: the file has no rows.")
+    return rows
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file, as hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_csv(path: Path) -> list[dict[str, Any]]:
+    csv.field_size_limit(2**31 - 1)
+    text = path.read_bytes().decode("utf-8-sig")
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+    rows = []
+    try:
+        if len(set(header := reader.fieldnames or [])) != len(header):
+            raise InputError(f"{path}, line 1: two columns have the same name. Rename one: {', '.join(header)}.")
+        for row in reader:
+            if None in row or None in row.values():
+                raise InputError(
+                    f"{path}, line {reader.line_num}: the row has "
+                    f"{'more' if None in row else 'fewer'} fields than the header's {len(reader.fieldnames)}. "
+                    "Put quotes around fields that contain a separator."
+                )
+            rows.append(row)
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.line_num}: not readable as CSV: {error}.") from None
+    return rows
+
+
+def _read_json(path: Path) -> list[dict[str, Any]]:
+    text = path.read_bytes().decode("utf-8-sig")
+    try:
+        if path.suffix.lower() == ".json":
+            rows = json.loads(text) if text.strip() else []
+        else:
+            rows = []
+            for number, line in enumerate(text.split("\n"), 1):
+                if line.strip():
+                    rows.append(json.loads(line))
+    except json.JSONDecodeError as error:
+        line = error.lineno if path.suffix.lower() == ".json" else number
+        raise InputError(f"{path}, line {line}: not valid JSON: {error.msg}.") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise InputError(f"{path}: expected a list of objects, one a row.")
+    return rows
+
+
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise InputError(f"{path}: not a Parquet file: {error}") from None
+
+
+def _read_hub(config: DataConfig) -> tuple[dict, dict]:
+    """split -> rows and split -> {name, sha256}, of a hub data set or a local folder of one."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        loaded = datasets.load_dataset(config.dataset_name, config.dataset_config)
+    except Exception as error:  # the hub's client raises many kinds; each is the user's to act on
+        raise InputError(
+            f"--dataset_name {config.dataset_name}: could not be loaded ({type(error).__name__}: {error}). Check the "
+            "name, --dataset_config and the network, or give --train_file."
+        ) from None
+    tables, sources = {}, {}
+    for split, aliases in zip(SPLITS, (("train",), ("validation", "valid", "val", "dev"), ("test",)), strict=True):
+        for part in (loaded[name] for name in aliases[:: -1] if name in loaded):
+            classes = {key: kind for key, kind in part.features.items() if isinstance(kind, datasets.ClassLabel)}
+            rows = part.to_list()
+            for row in rows:
+                for key, kind in classes.items():
+                    row[key] = kind.int2str(row[key]) if row[key] is not None and row[key] >= 0 else None
+            digest = hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
+            tables[split], sources[split] = rows, {"name": f"{config.dataset_name} [{split}]", "sha256": digest}
+    return tables, sources
+
+
+def _read_files(config: DataConfig) -> tuple[dict, dict]:
+    """split -> rows and split -> {name, sha256}, of the files that the options name; of the demo without any."""
+    paths = {"train": config.train_file, "validation": config.validation_file, "test": config.test_file}
+    if not any(paths.values()):
+        paths = {split: str(DEMO / f"{split}.csv") for split in SPLITS}
+    paths = {split: path for split, path in paths.items() if path}
+    tables = {split: read_rows(path) for split, path in paths.items()}
+    return tables, {split: {"name": path, "sha256": file_hash(path)} for split, path in paths.items()}
+
+
+def _is_multi_label(config: ClassificationConfig, tables: dict) -> bool:
+    column = config.label_column or "label"
+    lists = any(isinstance(row.get(column), list) for rows in tables.values() for row in rows)
+    seen = bool(config.label_columns or config.label_delimiter or lists)
+    if config.problem_type and seen != (config.problem_type == "multi_label_classification"):
+        raise InputError(
+            f"--problem_type {config.problem_type} does not fit the labels: several labels a row come from "
+            "--label_columns, from --label_delimiter or from JSON lists, and only from those."
+        )
+    return seen
+
+
+def _text_fields(row: dict, source: str, config: DataConfig) -> list[str]:
+    names = config.text_fields
+    if not names:
+        names = ["text"] if "text" in row else ["title", "abstract"]
+    for name in names:
+        if name not in row:
+            remedy = "" if config.text_fields else " Name the text columns with --text_fields."
+            raise InputError(f"{source}: there is no text column {name!r}; it has {', '.join(map(str, row))}.{remedy}")
+    return names
+
+
+def _named_labels(rows: list[dict], source: str, config: Any) -> list[tuple[str, ...]]:
+    """The label names of every row, as strings."""
+    columns = config.label_columns or [config.label_column or "label"]
+    for column in columns:
+        if column not in rows[0]:
+            option = "--label_columns" if config.label_columns else "--label_column"
+            raise InputError(
+                f"{source}: there is no label column {column!r}; it has {', '.join(map(str, rows[0]))}. Set {option}."
+            )
+    result = []
+    for number, row in enumerate(rows, 1):
+        where = f"{source}, row {number}, column"
+        if config.label_columns:
+            result.append(tuple(name for name in columns if _flag(row.get(name), f"{where} {name!r}")))
+        else:
+            result.append(_cell_labels(row.get(columns[0]), f"{where} {columns[0]!r}", config.label_delimiter))
+    return result
+
+
+def _flag(value: Any, where: str) -> bool:
+    text = str(value).strip().lower()
+    if text in ("1", "1.0", "true"):
+        return True
+    if text in ("0", "0.0", "false"):
+        return False
+    raise InputError(f"{where}: {value!r} is not 0 or 1. Correct the cell.")
+
+
+def _cell_labels(value: Any, where: str, delimiter: str | None) -> tuple[str, ...]:
+    if isinstance(value, list):
+        parts = [_label_text(part) for part in value]
+    elif delimiter and value is not None:
+        parts = [part.strip() for part in str(value).split(delimiter) if part.strip()]
+    else:
+        parts = [_label_text(value)]
+        if not parts[0] or parts[0].lower() == "nan":
+            raise InputError(f"{where}: the label is missing (empty or NaN). Fill it in or delete the row.")
+    if "" in parts:
+        raise InputError(f"{where}: the label is missing (empty or NaN). Fill it in or delete the row.")
+    if len(set(parts)) != len(parts):
+        raise InputError(f"{where}: a label occurs twice in {value!r}. Name each label once.")
+    return tuple(parts)
+
+
+def _label_text(value: Any) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # integer labels with a gap are stored as floats by many tools
+    return str(value).strip()
+
+
+def _collect_labels(named: dict[str, list[tuple[str, ...]]]) -> list[str]:
+    """The labels of the training rows (of all rows where there are none); numbers in numeric order."""
+    rows = named["train"] if "train" in named else [row for rows in named.values() for row in rows]
+    names = {name for row in rows for name in row}
+    numeric = all(name.lstrip("-").isdecimal() for name in names)
+    return sorted(names, key=int) if numeric else sorted(names)
+
+
+def _check_labels(labels: list[str], multi_label: bool, sources: dict) -> None:
+    if len(set(labels)) != len(labels):
+        raise InputError("--labels names a label twice.")
+    if multi_label and (bad := [label for label in labels if SEPARATOR.strip() in label]):
+        raise InputError(f"The label {bad[0]!r} contains a comma, which separates labels in an answer. Rename it.")
+    if not labels:
+        raise InputError(f"{next(iter(sources.values()))['name']}: no row has a label. Is --label_column right?")
+
+
+def _examples(
+    rows: list[dict], named: list[tuple[str, ...]], labels: list[str], multi_label: bool, split: str, source: str, config: Any
+) -> list[Example]:
+    index = {label: i for i, label in enumerate(labels)}
+    fields = _text_fields(rows[0], source, config)
+    ids: set[str] = set()
+    examples = []
+    for number, (row, names) in enumerate(zip(rows, named, strict=True), 1):
+        for name in names:
+            if name not in index:
+                known = ", ".join(labels[:10]) + (" ..." if len(labels) > 10 else "")
+                raise InputError(
+                    f"{source}, row {number}: the label {name!r} is not among the labels ({known}). "
+                    "Correct the row, or list every label with --labels."
+                )
+        identifier = str(row.get(config.id_column)) if config.id_column else str(number - 1)
+        if config.id_column and (row.get(config.id_column) in (None, "") or identifier in ids):
+            raise InputError(f"{source}, row {number}, column {config.id_column!r}: ids must be present and unique.")
+        ids.add(identifier)
+        text = join_fields(row, fields)
+        if text or split != "train":  # every row to be evaluated gets an answer; an empty one teaches nothing
+            examples.append(Example(identifier, text, tuple(sorted(index[name] for name in names))))
+    if not examples:
+        raise InputError(f"{source}: no row has any text in {', '.join(fields)}. Is --text_fields right?")
+    return examples
+
+
+def _cut(examples: dict[str, list[Example]], config: DataConfig, report: dict) -> dict[str, list[Example]]:
+    """Cuts the splits that no file gives from the training rows, test first, both by --split_seed."""
+    rest = examples["train"]
+    total = len(rest)
+    result = dict(examples)
+    for split, fraction in (("test", config.test_fraction), ("validation", config.validation_fraction)):
+        if split in examples or not fraction:
+            continue
+        count = round(total * fraction)
+        if not 0 < count < len(rest):
+            raise InputError(
+                f"The training file's {total} rows are too few to cut {fraction:.0%} for {split}: "
+                f"give --{split}_file, or set --{split}_fraction 0."
+            )
+        chosen = set(stratified_sample(rest, count, config.split_seed))
+        result[split] = [example for i, example in enumerate(rest) if i in chosen]
+        rest = [example for i, example in enumerate(rest) if i not in chosen]
+        report.setdefault("cut_from_train", {})[split] = count
+    return {**result, "train": rest}
+
+
+def _count(examples: dict[str, list[Example]], labels: list[str], report: dict) -> None:
+    train = Counter(example.text for example in examples.get("train", ()))
+    for split, rows in examples.items():
+        entry = report["rows"].setdefault(split, {})
+        counts = Counter(label for example in rows for label in example.labels)
+        entry["used"] = len(rows)
+        entry["duplicates"] = len(rows) - len({example.text for example in rows})
+        if split != "train":
+            entry["also_in_train"] = sum(example.text in train for example in rows)
+        entry["label_counts"] = {label: counts[i] for i, label in enumerate(labels)}

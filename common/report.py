@@ -1,0 +1,215 @@
+"""Tables, pictures and files that people look at."""
+
+import csv
+import importlib.util
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.data import SEPARATOR, Example
+from common.metrics import confusion_matrix
+from common.scoring import Answer, Classifier
+
+HEADLINES = ("accuracy", "f1_micro", "f1_macro")
+SEED_COLUMNS = {
+    "epochs": "epochs", "train_loss": "train loss", "eval_loss": "eval loss", "accuracy": "accuracy",
+    "f1_micro": "micro-F1", "f1_macro": "macro-F1", "train_runtime": "train s", "eval_runtime": "eval s",
+    "train_steps_per_second": "steps/s", "train_samples_per_second": "samples/s",
+}  # fmt: skip
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table with aligned columns: the first to the left, the others to the right."""
+    widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [f"{c!s:<{w}}" if i == 0 else f"{c!s:>{w}}" for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
+        return f"| {' | '.join(padded)} |"
+
+    rule = [("-" * w if i == 0 else "-" * (w - 1) + ":") for i, w in enumerate(widths)]
+    return "\n".join([line(header), f"| {' | '.join(rule)} |", *map(line, rows)])
+
+
+def results_table(results: dict[str, dict[str, Any] | str]) -> str:
+    """One row a method: accuracy, micro- and macro-F1 with their 95 % intervals; a text stands for missing figures."""
+    rows = []
+    for name, metrics in results.items():
+        if isinstance(metrics, str):
+            rows.append([name, *[metrics] * len(HEADLINES)])
+        else:
+            bounds = metrics["intervals_95"]
+            rows.append([name, *(f"{metrics[k]:.3f} [{bounds[k][0]:.3f}, {bounds[k][1]:.3f}]" for k in HEADLINES)])
+    return table(["test split", "accuracy", "micro-F1", "macro-F1"], rows)
+
+
+def data_report(report: dict[str, Any], example: str) -> str:
+    """The data report as Markdown: what was kept, shortened, dropped and why, and one row as the model sees it."""
+    lines = ["# Data report", ""]
+    for split, source in report["files"].items():
+        lines.append(f"- {split}: {source['name']} (sha256 {source['sha256'][:12]})")
+    for split, count in report.get("cut_from_train", {}).items():
+        lines.append(f"- {split}: {count} rows cut from the training file, stratified; row ids in splits.json")
+    columns = {
+        "read": "read", "dropped_empty_text": "dropped: no text", "used": "used", "shortened": "shortened",
+        "duplicates": "duplicate texts", "also_in_train": "also in train",
+    }  # fmt: skip
+    rows = [[split, *(str(entry.get(key, "-")) for key in columns)] for split, entry in report["rows"].items()]
+    lines += ["", table(["rows", *columns.values()], rows), ""]
+    splits = list(report["rows"])
+    counts = [[label, *(str(report["rows"][s]["label_counts"][label]) for s in splits)] for label in report["labels"]]
+    lines += [table(["label", *splits], counts), "", "One training row; what is trained on stands in [[ ]]:", ""]
+    return "\n".join([*lines, *(f"    {line}" for line in example.splitlines()), ""])
+
+
+def census_table(census: dict[str, Any], config: Any) -> str:
+    """Parameters by group and dtype, and what is computed in which dtype."""
+    rows = [[entry["group"], entry["dtype"], f"{entry['parameters']:,}"] for entry in census["groups"]]
+    share = census["trainable"] / census["total"]
+    compute = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[config.mixed_precision]
+    text = f"Trained: {census['trainable']:,} of {census['total']:,} parameters ({share:.2%}); computed in {compute}."
+    return table(["weights", "dtype", "parameters"], rows) + f"\n{text}"
+
+
+def write_evaluation(
+    folder: Path,
+    classifier: Classifier,
+    examples: Sequence[Example],
+    answers: Sequence[Answer],
+    metrics: dict[str, Any],
+    results: dict[str, Any],
+) -> None:
+    """predictions.jsonl and .csv, metrics.json, confusion_matrix.png and report.md.
+
+    results: the rows of the results table, baselines included.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    labels, multi_label = classifier.prompt.labels, classifier.prompt.multi_label
+    _write_predictions(folder, classifier, examples, answers)
+    gold, predicted = [example.labels for example in examples], [answer.labels for answer in answers]
+    matrix = confusion_matrix(gold, predicted, len(labels), multi_label)
+    (folder / "metrics.json").write_text(json.dumps({**metrics, "confusion_matrix": matrix.tolist()}, indent=2))
+    rows = [
+        [label, *(f"{entry[key]:.3f}" for key in ("precision", "recall", "f1")), str(entry["support"])]
+        for label, entry in metrics["per_label"].items()
+    ]
+    outside = f"Answers outside the label set: {metrics['outside_label_set']} of {metrics['rows']}."
+    per_label = table(["label", "precision", "recall", "F1", "rows"], rows)
+    text = ["# Evaluation", results_table(results), "95 % intervals: bootstrap over the rows.", per_label, outside]
+    if can_draw():
+        draw_confusion(folder / "confusion_matrix.png", matrix, labels, multi_label)
+        text.append("![confusion matrix](confusion_matrix.png)")
+    (folder / "report.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
+
+
+def _write_predictions(
+    folder: Path, classifier: Classifier, examples: Sequence[Example], answers: Sequence[Answer]
+) -> None:
+    prompt = classifier.prompt
+
+    def named(indices: Sequence[int] | None) -> Any:
+        if indices is None:
+            return None
+        names = [prompt.labels[k] for k in indices]
+        return names if prompt.multi_label else names[0]
+
+    with (
+        open(folder / "predictions.jsonl", "w", encoding="utf-8") as lines,
+        open(folder / "predictions.csv", "w", encoding="utf-8", newline="") as sheet,
+    ):
+        writer = csv.writer(sheet)
+        writer.writerow(["id", "gold", "prediction", "truncated", "prompt"])
+        for example, answer in zip(examples, answers, strict=True):
+            truncated = prompt.prompt(example.text).truncated
+            row = {"id": example.id, "gold": named(example.labels), "prediction": named(answer.labels)}
+            row["probabilities"] = dict(zip(prompt.labels, answer.probabilities, strict=False))
+            row["truncated"] = truncated
+            if answer.text is not None:
+                row["answer"] = answer.text
+            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+            cells = [SEPARATOR.join(x) if isinstance(x, list) else x for x in (row["gold"], row["prediction"])]
+            writer.writerow([example.id, *cells, str(truncated).lower(), prompt.text_of(example.text)])
+
+
+def draw_confusion(path: Path, matrix: np.ndarray, labels: Sequence[str], multi_label: bool) -> None:
+    """Gold by prediction, shares of each gold row; for several labels, each label's right and wrong decisions."""
+    plt = _pyplot()
+    if multi_label:
+        shown = matrix.reshape(len(labels), 4).astype(float)
+        columns, rows, title = ["true no", "false yes", "false no", "true yes"], list(labels), "decisions by label"
+    else:
+        used = len(labels) + bool(matrix[-1].sum() or matrix[:, -1].sum())
+        shown = matrix[:used, :used].astype(float)
+        rows = columns = [*labels, "(no label)"][:used]
+        title = "gold by prediction"
+    share = shown / np.maximum(shown.sum(1, keepdims=True), 1)
+    size = min(30, 3 + 0.35 * max(len(columns), 6)), min(30, 2.5 + 0.35 * max(len(rows), 6))
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    axes.set_xticks(range(len(columns)), columns, rotation=90)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set(xlabel="prediction", ylabel="gold" if not multi_label else "label", title=title)
+    if len(rows) <= 30:
+        for i, j in np.ndindex(shown.shape):
+            color = "white" if share[i, j] > 0.5 else "black"
+            axes.text(j, i, f"{shown[i, j]:.0f}", ha="center", va="center", color=color, fontsize=8)
+    figure.colorbar(image, label="share of the row")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_learning_curve(path: Path, metrics_file: Path, metric: str) -> None:
+    """Training loss, and the validation metric, over the updates."""
+    if not can_draw():
+        return
+    lines = [json.loads(line) for line in metrics_file.read_text().splitlines()]
+    plt = _pyplot()
+    figure, left = plt.subplots(figsize=(7, 4), layout="constrained")
+    train = [(line["update"], line["loss"]) for line in lines if "loss" in line]
+    if train:
+        left.plot(*zip(*train, strict=True), color="tab:gray", label="training loss")
+    left.set(xlabel="update", ylabel="loss per target")
+    evaluated = [(line["update"], line[metric]) for line in lines if metric in line]
+    if evaluated:
+        right = left.twinx()
+        right.plot(*zip(*evaluated, strict=True), "o-", color="tab:blue", label=f"validation {metric}")
+        right.set_ylabel(metric)
+    figure.legend(loc="outside upper center", ncols=2)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def write_seed_table(file: Path, runs: dict[int, dict[str, Any] | str]) -> None:
+    """Prints and writes one row a seed (a text is why it failed), then mean and standard deviation of those that ended."""
+    done = [metrics for metrics in runs.values() if not isinstance(metrics, str)]
+    columns = [key for key in SEED_COLUMNS if any(key in metrics for metrics in done)]
+    rows, notes = [], []
+    for seed, metrics in runs.items():
+        if isinstance(metrics, str):
+            notes.append(f"Seed {seed} {metrics}")
+            metrics = {}
+        rows.append([str(seed), *(f"{metrics[key]:.4g}" if key in metrics else "failed" for key in columns)])
+    if len(done) > 1:
+        spread = [[metrics[key] for metrics in done] for key in columns]
+        rows.append(["mean ± sd", *(f"{statistics.mean(v):.4g} ± {statistics.stdev(v):.2g}" for v in spread)])
+    text = "\n".join([table(["seed", *(SEED_COLUMNS[key] for key in columns)], rows), *notes])
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text + "\n", encoding="utf-8")
+    print(f"\n{text}\n\nWritten to {file}")
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot

@@ -1,0 +1,172 @@
+"""Run folders: where a run goes, which one is resumed or evaluated, and folders that appear whole or not at all."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from common.config import InputError, dump_config
+from common.runlog import describe_environment
+
+OUTPUTS = Path("outputs")
+
+# Options that change nothing about a run's numbers, or only together with the rows per update.
+FREE_OPTIONS = {
+    "resume_from_checkpoint", "output_dir", "run_name", "report_to", "num_threads", "logging_steps", "save_strategy",
+    "save_steps", "save_total_limit", "dry_run", "baselines", "seeds", "per_device_eval_batch_size",
+    "per_device_train_batch_size", "gradient_accumulation_steps",
+}  # fmt: skip
+
+
+def binding_options(config: Any) -> dict[str, Any]:
+    """The options that must be the same for a run to be resumed."""
+    return {name: value for name, value in asdict(config).items() if name not in FREE_OPTIONS}
+
+
+def options_hash(config: Any) -> str:
+    """SHA-256 of `binding_options`."""
+    return hashlib.sha256(json.dumps(binding_options(config), sort_keys=True).encode()).hexdigest()
+
+
+def runs_folder(config: Any) -> Path:
+    """outputs/<model>/<dataset>, where the runs of this model and data set are."""
+    model = Path(config.model).stem if config.model.endswith(".gguf") else Path(config.model).name
+    data = config.dataset_name or config.train_file
+    name = "arxiv_demo" if not data else Path(data).parent.name if Path(data).stem == "train" else Path(data).stem
+    return OUTPUTS / _slug(model) / (_slug(name) or "data")
+
+
+def check_output_dir(config: Any) -> None:
+    """Refuses to write a new run over an old one."""
+    if config.output_dir and (Path(config.output_dir) / "config.yaml").exists():
+        raise InputError(
+            f"--output_dir {config.output_dir} already holds a run. Choose another folder, or go on with it by "
+            f"`--resume_from_checkpoint {config.output_dir}`."
+        )
+
+
+def new_run_folder(config: Any) -> Path:
+    """--output_dir, else the first free runs_folder/run_<i>."""
+    if config.output_dir:
+        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+        return Path(config.output_dir)
+    parent = runs_folder(config)
+    parent.mkdir(parents=True, exist_ok=True)
+    number = 1 + max((int(path.name[4:]) for path in parent.glob("run_*") if path.name[4:].isdecimal()), default=0)
+    while True:
+        try:
+            (parent / f"run_{number}").mkdir()
+            return parent / f"run_{number}"
+        except FileExistsError:  # another run started at the same time
+            number += 1
+
+
+def find_resume(config: Any) -> tuple[Path, Path | None]:
+    """The run folder to go on in, and the checkpoint to go on from (None: it has none yet, so it starts anew).
+
+    `latest` looks in --output_dir, else for the newest unfinished run with the same options; a path names a run or a
+    checkpoint folder. Raises InputError where there is nothing to resume.
+    """
+    wanted = config.resume_from_checkpoint
+    if wanted == "latest" and not config.output_dir:
+        parent = runs_folder(config)
+        runs = [path for path in parent.glob("run_*") if _unfinished(path) and _same_options(path, config)]
+        if not runs:
+            raise InputError(f"--resume_from_checkpoint latest: no unfinished run with these options in {parent}.")
+        run_dir = max(runs, key=lambda path: (path / "config.yaml").stat().st_mtime)
+    else:
+        run_dir = Path(config.output_dir if wanted == "latest" else wanted)
+        if (run_dir / "state.json").is_file():
+            return run_dir.parent.parent, run_dir
+        if not (run_dir / "config.yaml").is_file():
+            raise InputError(f"--resume_from_checkpoint {wanted}: {run_dir} is neither a run nor a checkpoint folder.")
+    if not _unfinished(run_dir):
+        raise InputError(f"--resume_from_checkpoint {wanted}: the run in {run_dir} is finished.")
+    return run_dir, next(iter(reversed(list_checkpoints(run_dir))), None)
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    folders = [path.parent for path in run_dir.glob("checkpoints/step_*/state.json")]
+    return sorted(folders, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def write_start(
+    run_dir: Path, config: Any, given: str, data: Any, shots: list, data_report: str, processes: int, census: dict
+) -> None:
+    """What a run leaves before its first update: options, environment, splits and the data report.
+
+    given: `options_hash` of the options before they were resolved; it identifies the run for `latest`.
+    """
+    header = f"# the options as resolved; `--config` reads them back\n# given: {given}\n"
+    environment = {**describe_environment(processes), "data": data.sources, "census": census}
+    ids = {split: [example.id for example in examples] for split, examples in data.splits.items()}
+    splits = {"sources": data.sources, "ids": ids, "few_shot": [text for text, _ in shots]}
+    files = {
+        "environment.json": json.dumps(environment, indent=2),
+        "splits.json": json.dumps(splits, ensure_ascii=False),
+        "data_report.md": data_report,
+        "data_report.json": json.dumps(data.report, indent=2, ensure_ascii=False),
+        "config.yaml": header + dump_config(config),
+    }
+    for name, content in files.items():
+        (run_dir / name).write_text(content, encoding="utf-8")
+
+
+def mark_finished(run_dir: Path) -> None:
+    """Notes in environment.json that the run got to its end."""
+    path = run_dir / "environment.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "finished": datetime.now(UTC).isoformat(timespec="seconds")}, indent=2))
+
+
+def newest_run() -> Path | None:
+    """The run folder under outputs/ whose trained weights are the newest."""
+    found = list(OUTPUTS.glob("**/task.json"))
+    found = [path for path in found if path.parent.name in ("adapter", "model")]
+    return max(found, key=lambda path: path.stat().st_mtime).parent.parent if found else None
+
+
+def weights_folder(run: Path) -> Path:
+    """The folder of trained weights of a run (`adapter` or `model`), or `run` itself if it is one."""
+    for name in ("adapter", "model"):
+        recover(run / name)
+    for folder in (run, run / "adapter", run / "model"):
+        if (folder / "task.json").is_file():
+            return folder
+    raise InputError(f"--run {run}: no trained weights there (no adapter/task.json or model/task.json).")
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Puts a complete folder in the place of another by renaming; `recover` mends a kill between the two renames."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.rename(target, old)
+    os.rename(new, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(target: Path) -> None:
+    """Brings `target` back from its old copy if a kill came between the renames of `replace_folder`."""
+    old = target.with_name(f".{target.name}.old")
+    if not target.exists() and old.exists():
+        os.rename(old, target)
+
+
+def _unfinished(run_dir: Path) -> bool:
+    environment = run_dir / "environment.json"
+    return (run_dir / "config.yaml").is_file() and "finished" not in json.loads(environment.read_text())
+
+
+def _same_options(run_dir: Path, config: Any) -> bool:
+    return f"# given: {options_hash(config)}\n" in (run_dir / "config.yaml").read_text(encoding="utf-8")
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", text).strip("._")

@@ -1,0 +1,254 @@
+"""Fine-tunes a language model to classify texts: it answers with a label, or gets a classification head.
+
+    accelerate launch train_cls.py                                  # the embedded model on the demo data, CPU or GPU
+    accelerate launch train_cls.py --train_file my.csv --text_fields title body --label_column topic
+    accelerate launch train_cls.py --train_file my.csv --label_columns sports politics art --approach head
+    accelerate launch train_cls.py --config configs/arxiv_llama.yaml --output_dir outputs/arxiv
+
+LoRA on a 4-bit NF4 base by default; `--help` lists the options. Not supported: encoder-decoder models, regression.
+"""
+
+import math
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from common import rundir
+from common.config import (
+    ClassificationConfig,
+    DataConfig,
+    InputError,
+    LoopConfig,
+    LoraArguments,
+    ModelConfig,
+    check_classification,
+    check_loop,
+    cli_errors,
+    option,
+    parse_config,
+)
+from common.data import ClassificationData, Example, class_weights, draw_few_shot, load_classification
+from common.demo_model import resolve_model
+from common.prompts import check_prompt, read_template
+from common.runlog import RunLog, chosen_trackers, say
+
+# torch and what stands on it is imported inside the functions: options and data are checked before, in a moment.
+
+
+@dataclass
+class Config(ModelConfig, LoraArguments, LoopConfig, DataConfig, ClassificationConfig):
+    """train_cls"""
+
+    metric_for_best_model: Literal["f1_macro", "f1_micro", "accuracy", "eval_loss"] = option(
+        "f1_macro", "validation metric that chooses the best weights"
+    )
+
+
+def loss_of(model: Any, batch: dict[str, Any]) -> Any:
+    """The SUM of weight x loss over the targets of one micro-batch. Change this one first."""
+    from common.loop import label_loss, token_loss
+
+    output = model(**batch["inputs"])
+    if "pool" in batch["inputs"]:  # a classification head
+        return label_loss(output, batch)
+    return token_loss(output.logits, batch)
+
+
+def evaluate(classifier: Any, examples: Sequence[Example], accelerator: Any, batch_size: int, what: str) -> tuple:
+    """Answers to `examples` in their order, and their metrics: sums and counts over all ranks, no means of means."""
+    from common.loop import peak_memory
+    from common.metrics import summarise
+    from common.scoring import predict
+
+    started = time.perf_counter()
+    answers = predict(classifier, examples, accelerator, batch_size, what)
+    seconds = time.perf_counter() - started
+    metrics = summarise(answers, [example.labels for example in examples], classifier.prompt.labels)
+    metrics |= {"eval_runtime": seconds, "examples_per_second": len(examples) / seconds}
+    return answers, metrics | {"peak_memory_bytes": peak_memory(accelerator.device)}
+
+
+def train(config: Config, data: ClassificationData, path: str) -> dict[str, Any]:
+    """One run from the base model to its evaluated weights; returns its figures."""
+    import torch
+    from accelerate.utils import broadcast_object_list, set_seed
+
+    from common import baselines, collate, loop, modeling, report
+    from common.checkpoint import State, load_checkpoint, register_hooks, save_best, save_checkpoint
+    from common.plan import Plan
+    from common.scoring import Classifier
+
+    given = rundir.options_hash(config)
+    resume = rundir.find_resume(config) if config.resume_from_checkpoint else None
+    encoder, head = modeling.is_encoder(path, config), config.approach == "head"
+    modeling.resolve_options(config, encoder)
+    accelerator = loop.start_accelerator(config, chosen_trackers(config.report_to))
+
+    # --- data
+    shots, examples = draw_few_shot(data.splits["train"], config.few_shot, config.split_seed)
+    validation, test = data.splits["validation"], data.splits["test"]
+    tokenizer = modeling.load_tokenizer(path, config)
+    prompt = modeling.classification_prompt(
+        tokenizer,
+        encoder,
+        labels=data.labels,
+        multi_label=data.multi_label,
+        template=read_template(config.prompt_template, config.approach),
+        max_length=config.max_length,
+        few_shot=shots,
+    )
+    prompt.reserve(examples)
+    weights = class_weights(config.class_weights, examples, data.labels, data.multi_label)
+    rows = collate.classification_rows(examples, prompt, weights)
+    prompt.count_shortened(data)
+    data_report = report.data_report(data.report, collate.show_row(rows[0], tokenizer))
+    say(accelerator, data_report)
+
+    # --- model
+    set_seed(config.seed)  # the first weights of adapter and head depend on the seed alone
+    model, missing = modeling.load_base(
+        path, config, labels=data.labels if head else None, multi_label=data.multi_label, device=accelerator.device
+    )
+    if not config.full_finetuning:
+        model = modeling.add_lora(model, config, missing, head)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if head:
+        model = modeling.HeadClassifier(model, encoder)
+    if config.torch_compile:
+        model.compile(dynamic=True)
+    census = modeling.census(model)
+    say(accelerator, report.census_table(census, config))
+    set_seed(config.seed, device_specific=True)  # dropout differs between ranks
+
+    # --- optimizer, scheduler
+    batch_size = config.per_device_train_batch_size
+    rows_per_update = batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+    plan = Plan([row.length for row in rows], rows_per_update, config.seed)
+    total = loop.total_updates(config, plan.updates_per_epoch)
+    optimizer = loop.make_optimizer(model, config)
+    scheduler = loop.make_scheduler(optimizer, config, total)
+    flops = loop.flops_per_token(model)
+    model, optimizer = accelerator.prepare(
+        model, optimizer, device_placement=[not (config.load_in_4bit or config.load_in_8bit), True]
+    )
+    accelerator.register_for_checkpointing(scheduler)
+    register_hooks(accelerator)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    classifier = Classifier(accelerator.unwrap_model(model), prompt, tokenizer, head, encoder, [0.5] * len(data.labels))
+    say(accelerator, f"{total} updates of {rows_per_update} rows; {accelerator.num_processes} process(es) on "
+        f"{accelerator.device.type}, {torch.get_num_threads()} thread(s) each")  # fmt: skip
+    if config.dry_run:
+        loop.finish(accelerator, model, optimizer)
+        return {}
+
+    # --- run folder, baselines, resume
+    where = [resume[0] if resume else rundir.new_run_folder(config) if accelerator.is_main_process else None]
+    run_dir = Path(broadcast_object_list(where)[0])
+    best = run_dir / ("model" if config.full_finetuning else "adapter")
+    mark = {**rundir.binding_options(config), "rows_per_update": rows_per_update, "data": data.hashes}
+    if accelerator.is_main_process and not resume:
+        rundir.write_start(run_dir, config, given, data, shots, data_report, accelerator.num_processes, census)
+    accelerator.wait_for_everyone()
+    evaluate_rows = partial(evaluate, accelerator=accelerator, batch_size=config.per_device_eval_batch_size)
+    results = {}
+    if config.baselines and test:
+        file = run_dir / "eval" / "test" / "baselines.json"
+        results = baselines.measure(file, classifier, data, path, config, accelerator, evaluate_rows)
+    state = load_checkpoint(accelerator, resume[1], mark) if resume and resume[1] else State()
+    log = RunLog(run_dir, accelerator, config, total, state.update)
+    collator = partial(collate.collate_rows, rows, pad_id=tokenizer.pad_token_id, encoder=encoder,
+                       pos_weight=weights if data.multi_label else None)  # fmt: skip
+
+    def validate() -> dict[str, Any]:
+        return evaluate_rows(classifier, validation, what="validation")[1]
+
+    def keep_best() -> None:
+        save_best(accelerator, best, partial(modeling.save_trained, classifier=classifier, config=config))
+
+    # --- loop
+    for numbers in plan.updates(state.update, total):  # the row numbers of one update, the same on every rank
+        started = time.perf_counter()
+        model.train()
+        micro = loop.micro_batches(numbers, batch_size, accelerator, collator)
+        n = accelerator.reduce(loop.count_targets(micro), "sum")  # targets on all ranks
+        summed = torch.zeros_like(n)
+        for i, batch in enumerate(micro):
+            with loop.sync_context(accelerator, model, last=i == len(micro) - 1):
+                loss = loss_of(model, batch)
+                accelerator.backward(loss * accelerator.num_processes / n)  # DDP averages; undo it
+            summed += loss.detach()
+        loss = loop.finite_mean(accelerator.reduce(summed, "sum"), n, state.update, [examples[i].id for i in numbers])
+        norm = accelerator.clip_grad_norm_(trainable, config.max_grad_norm or math.inf)
+        rate = scheduler.get_last_lr()[0]
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        state.count(loss, n.item(), [rows[i].length for i in numbers], time.perf_counter() - started)
+        log.update(state, loss, learning_rate=rate, grad_norm=float(norm))
+        if loop.is_due(config.eval_strategy, config.eval_steps, state.update, plan.updates_per_epoch, total):
+            metrics = validate()
+            log.write(state.update, {"split": "validation", **metrics})
+            if state.improves(config.metric_for_best_model, metrics):
+                keep_best()
+        if loop.is_due(config.save_strategy, config.save_steps, state.update, plan.updates_per_epoch, total):
+            save_checkpoint(accelerator, run_dir, state, mark, config.save_total_limit)
+        if config.early_stopping_patience and state.stale_evaluations >= config.early_stopping_patience:
+            break
+    # --- end loop
+
+    log.close()
+    if state.best_update is None:
+        keep_best()
+    modeling.load_weights(classifier.model, best)  # what was saved is what is measured
+    figures = {"epochs": state.update / plan.updates_per_epoch, **state.summary(flops)}
+    log.write(state.update, figures)
+    answers, metrics = evaluate_rows(classifier, test, what="test") if test else ([], {})
+    if accelerator.is_main_process:
+        if test:
+            results = {"this run": metrics, **results}
+            metrics = {**figures, **metrics}
+            report.write_evaluation(run_dir / "eval" / "test", classifier, test, answers, metrics, results)
+            say(accelerator, "\n" + report.results_table(results))
+        report.draw_learning_curve(run_dir / "learning_curve.png", run_dir / "metrics.jsonl", "f1_macro")
+        rundir.mark_finished(run_dir)
+        say(accelerator, f"\nRun folder: {run_dir}\nEvaluate again: python evaluate.py --run {run_dir}")
+    loop.finish(accelerator, model, optimizer)
+    return {**figures, **metrics}
+
+
+def main() -> None:
+    config = parse_config(Config)
+    check_loop(config)
+    check_classification(config)
+    if not config.resume_from_checkpoint:
+        rundir.check_output_dir(config)
+    chosen_trackers(config.report_to)
+    data = load_classification(config)
+    if config.eval_strategy != "no" and not data.splits["validation"]:
+        raise InputError("--eval_strategy needs validation rows: set --validation_fraction, or --eval_strategy no.")
+    path = resolve_model(config.model, config.revision)
+    check_prompt(config, data, path)
+    if not config.seeds:
+        train(config, data, path)
+        return
+    from common.report import write_seed_table
+
+    runs: dict[int, Any] = {}
+    for seed in config.seeds:
+        folder = f"{config.output_dir}/seed_{seed}" if config.output_dir else None
+        try:
+            runs[seed] = train(replace(config, seed=seed, seeds=None, output_dir=folder), data, path)
+        except Exception as error:  # a failed seed keeps the others; Ctrl-C still ends all
+            traceback.print_exc()
+            runs[seed] = f"failed: {type(error).__name__}: {error}"
+    write_seed_table(Path(config.output_dir or rundir.runs_folder(config)) / "seeds.md", runs)
+
+
+if __name__ == "__main__":
+    with cli_errors():
+        main()
