@@ -60,16 +60,14 @@ def loss_of(model: Any, batch: dict[str, Any]) -> Any:
 
 def evaluate(classifier: Any, examples: Sequence[Example], accelerator: Any, batch_size: int, what: str) -> tuple:
     """Answers to `examples` in their order, and their metrics: sums and counts over all ranks, no means of means."""
-    from common.loop import peak_memory
+    from common.loop import evaluation_cost
     from common.metrics import summarise
     from common.scoring import predict
 
     started = time.perf_counter()
     answers = predict(classifier, examples, accelerator, batch_size, what)
-    seconds = time.perf_counter() - started
     metrics = summarise(answers, [example.labels for example in examples], classifier.prompt.labels)
-    metrics |= {"eval_runtime": seconds, "examples_per_second": len(examples) / seconds}
-    return answers, metrics | {"peak_memory_bytes": peak_memory(accelerator.device)}
+    return answers, metrics | evaluation_cost(len(examples), started, accelerator.device)
 
 
 def train(config: Config, data: ClassificationData, path: str) -> dict[str, Any]:

@@ -164,10 +164,13 @@ def parse_config(cls: type[T], argv: Sequence[str] | None = None) -> T:
 
     Raises InputError for an unknown option, a value of the wrong type, or a file that is not YAML.
     """
+    return from_texts(cls, parse_given(cls, argv))
+
+
+def parse_given(cls: type, argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """The options that were given, as texts: from `--config file.yaml`, then from the command line, which wins."""
     name = Path(sys.argv[0]).name
-    parser = _Parser(
-        prog=name, usage=f"{name} [options]", allow_abbrev=False, argument_default=argparse.SUPPRESS
-    )
+    parser = _Parser(prog=name, usage=f"{name} [options]", allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; the command line wins")
     hints, items = get_type_hints(cls), {item.name: item for item in fields(cls)}
     seen: set[str] = set()
@@ -189,7 +192,7 @@ def parse_config(cls: type[T], argv: Sequence[str] | None = None) -> T:
     values = vars(given)
     if path := values.pop("config", None):
         values = {**read_yaml(path, seen), **values}
-    return from_texts(cls, values)
+    return values
 
 
 def read_yaml(path: str | Path, known: set[str] | None = None) -> dict[str, Any]:

@@ -96,9 +96,7 @@ def draw_few_shot(
     return shots, [row for i, row in enumerate(rows) if i not in chosen]
 
 
-def class_weights(
-    option: str, rows: Sequence[Example], labels: Sequence[str], multi_label: bool
-) -> list[float] | None:
+def class_weights(option: str, rows: Sequence[Example], labels: Sequence[str], multi_label: bool) -> list[float] | None:
     """The weights of `--class_weights`, one a label, or None.
 
     balanced: n / (K n_k) for a row of label k (as scikit-learn); for several labels a row, negatives / positives, the
@@ -145,15 +143,19 @@ def stratified_sample(examples: Sequence[Example], count: int, seed: int) -> lis
     for i in sorted(range(len(keys)), key=lambda i: (take[i] - shares[i], i))[: count - sum(take)]:
         take[i] += 1
     rng = np.random.default_rng(seed)
-    return sorted(
-        int(number) for key, n in zip(keys, take, strict=True) for number in rng.permutation(strata[key])[:n]
-    )
+    return sorted(int(number) for key, n in zip(keys, take, strict=True) for number in rng.permutation(strata[key])[:n])
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a CSV, TSV, JSON, JSONL or Parquet file; cells of CSV and TSV stay text as written."""
     path = Path(path)
-    readers = {".csv": _read_csv, ".tsv": _read_csv, ".json": _read_json, ".jsonl": _read_json, ".parquet": _read_parquet}
+    readers = {
+        ".csv": _read_csv,
+        ".tsv": _read_csv,
+        ".json": _read_json,
+        ".jsonl": _read_json,
+        ".parquet": _read_parquet,
+    }
     if path.suffix.lower() not in readers:
         raise InputError(f"{path}: unknown file type {path.suffix!r}; use one of {', '.join(readers)}.")
     if not path.is_file():
@@ -205,7 +207,7 @@ def _read_json(path: Path) -> list[dict[str, Any]]:
             rows = json.loads(text) if text.strip() else []
         else:
             rows = []
-            for number, line in enumerate(text.split("\n"), 1):
+            for number, line in enumerate(text.split("\n"), 1):  # noqa: B007 (named in the error below)
                 if line.strip():
                     rows.append(json.loads(line))
     except json.JSONDecodeError as error:
@@ -240,7 +242,7 @@ def _read_hub(config: DataConfig) -> tuple[dict, dict]:
         ) from None
     tables, sources = {}, {}
     for split, aliases in zip(SPLITS, (("train",), ("validation", "valid", "val", "dev"), ("test",)), strict=True):
-        for part in (loaded[name] for name in aliases[:: -1] if name in loaded):
+        for part in (loaded[name] for name in aliases[::-1] if name in loaded):
             classes = {key: kind for key, kind in part.features.items() if isinstance(kind, datasets.ClassLabel)}
             rows = part.to_list()
             for row in rows:
@@ -354,7 +356,13 @@ def _check_labels(labels: list[str], multi_label: bool, sources: dict) -> None:
 
 
 def _examples(
-    rows: list[dict], named: list[tuple[str, ...]], labels: list[str], multi_label: bool, split: str, source: str, config: Any
+    rows: list[dict],
+    named: list[tuple[str, ...]],
+    labels: list[str],
+    multi_label: bool,
+    split: str,
+    source: str,
+    config: Any,
 ) -> list[Example]:
     index = {label: i for i, label in enumerate(labels)}
     fields = _text_fields(rows[0], source, config)

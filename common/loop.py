@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -107,7 +108,10 @@ def finite_mean(summed: torch.Tensor, targets: torch.Tensor, update: int, rows: 
 def make_optimizer(model: torch.nn.Module, config: Any) -> torch.optim.Optimizer:
     """AdamW over the trainable weights; no decay of one-dimensional ones (norms, biases)."""
     groups = [
-        {"params": [p for p in model.parameters() if p.requires_grad and p.ndim > 1], "weight_decay": config.weight_decay},
+        {
+            "params": [p for p in model.parameters() if p.requires_grad and p.ndim > 1],
+            "weight_decay": config.weight_decay,
+        },
         {"params": [p for p in model.parameters() if p.requires_grad and p.ndim <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
@@ -158,6 +162,16 @@ def peak_memory(device: torch.device) -> int:
     except ImportError:  # Windows
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def evaluation_cost(rows: int, started: float, device: torch.device) -> dict[str, float]:
+    """eval_runtime in seconds since `started` (a perf_counter), examples_per_second, peak_memory_bytes."""
+    seconds = time.perf_counter() - started
+    return {
+        "eval_runtime": seconds,
+        "examples_per_second": rows / seconds,
+        "peak_memory_bytes": peak_memory(device),
+    }
 
 
 def finish(accelerator: Accelerator, *objects: Any) -> None:

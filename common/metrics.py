@@ -27,7 +27,9 @@ def classification_metrics(
     """
     truth = indicator(gold, len(labels))
     answer = indicator([row or () for row in predicted], len(labels))
-    exact = np.array([p is not None and tuple(g) == tuple(p) for g, p in zip(gold, predicted, strict=True)], dtype=float)
+    exact = np.array(
+        [p is not None and tuple(g) == tuple(p) for g, p in zip(gold, predicted, strict=True)], dtype=float
+    )
     hits, found, real = truth & answer, answer, truth
 
     def headline(weight: np.ndarray) -> dict[str, np.ndarray]:
@@ -87,9 +89,7 @@ def confusion_matrix(
     """
     if multi_label:
         truth, answer = indicator(gold, labels), indicator([row or () for row in predicted], labels)
-        return np.stack(
-            [[((truth == g) & (answer == p)).sum(0) for p in (0, 1)] for g in (0, 1)]
-        ).transpose(2, 0, 1)
+        return np.stack([[((truth == g) & (answer == p)).sum(0) for p in (0, 1)] for g in (0, 1)]).transpose(2, 0, 1)
     matrix = np.zeros((labels + 1, labels + 1), dtype=np.int64)
     for g, p in zip(gold, predicted, strict=True):
         matrix[g[0] if g else labels, p[0] if p else labels] += 1

@@ -77,7 +77,9 @@ def resolve_options(config: Any, encoder: bool) -> None:
     if encoder and config.approach == "generative":
         raise InputError(f"--model {config.model} is an encoder and cannot answer in text: use --approach head.")
     if encoder and (config.load_in_4bit or config.load_in_8bit):
-        raise InputError(f"--model {config.model} is an encoder, and those are trained unquantised: drop --load_in_*bit.")
+        raise InputError(
+            f"--model {config.model} is an encoder, and those are trained unquantised: drop --load_in_*bit."
+        )
     if config.load_in_4bit is None:
         config.load_in_4bit = not (encoder or config.full_finetuning or config.load_in_8bit)
     if config.mixed_precision is None:
@@ -156,7 +158,7 @@ def load_base(
     if getattr(loaded, "quantization_config", None):
         if labels:
             raise InputError(
-                f"--model {config.model} is stored quantised, and its own settings would quantise the new head as well. "
+                f"--model {config.model} is stored quantised, and its settings would quantise the new head as well. "
                 "Use the unquantised model: --load_in_4bit true quantises it while loading."
             )
     elif quantised:
@@ -238,10 +240,12 @@ def _check_complete(folder: Path) -> None:
 
     wanted = json.loads((folder / "adapter_config.json").read_text()).get("modules_to_save") or []
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        present = {key.rpartition(".")[0] for key in file.keys()}
+        present = {key.rpartition(".")[0] for key in file.keys()}  # noqa: SIM118 (not a dict)
     for name in wanted:
         if not any(key == name or key.endswith(f".{name}") for key in present):
-            raise InputError(f"{folder}: the adapter lacks the trained weights of {name!r}, so its answers would be random.")
+            raise InputError(
+                f"{folder}: the adapter lacks the trained weights of {name!r}, so its answers would be random."
+            )
 
 
 def save_trained(folder: Path, classifier: Classifier, config: Any) -> None:
@@ -269,8 +273,8 @@ def save_trained(folder: Path, classifier: Classifier, config: Any) -> None:
     (folder / TASK_FILE).write_text(json.dumps(task, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
-def load_trained(folder: Path, device: Any = None) -> tuple[Classifier, dict[str, Any]]:
-    """A trained classifier for inference, and the contents of its task.json.
+def load_trained(folder: Path, device: Any = None) -> Classifier:
+    """A trained classifier for inference.
 
     Raises InputError where trained weights are missing, or labels or prompt were changed after training.
     """
@@ -283,7 +287,9 @@ def load_trained(folder: Path, device: Any = None) -> tuple[Classifier, dict[str
     names = ("labels", "multi_label", "template", "few_shot", "max_length", "answer_tokens")
     prompt = classification_prompt(tokenizer, encoder, **{name: task[name] for name in names})
     if prompt.hash != task["prompt_hash"]:
-        raise InputError(f"{folder / TASK_FILE} was changed after training: labels or prompt no longer fit the weights.")
+        raise InputError(
+            f"{folder / TASK_FILE} was changed after training: labels or prompt no longer fit the weights."
+        )
     path = str(folder) if config.full_finetuning else resolve_model(config.model, config.revision)
     labels = task["labels"] if head else None
     model, missing = load_base(path, config, labels=labels, multi_label=task["multi_label"], device=device)
@@ -297,7 +303,7 @@ def load_trained(folder: Path, device: Any = None) -> tuple[Classifier, dict[str
         model = HeadClassifier(model, encoder)
     if not (config.load_in_4bit or config.load_in_8bit):
         model = model.to(device or "cpu")
-    return Classifier(model.eval(), prompt, tokenizer, head, encoder, task["thresholds"]), task
+    return Classifier(model.eval(), prompt, tokenizer, head, encoder, task["thresholds"])
 
 
 @contextlib.contextmanager

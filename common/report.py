@@ -32,7 +32,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
-        padded = [f"{c!s:<{w}}" if i == 0 else f"{c!s:>{w}}" for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
+        padded = [
+            f"{c!s:<{w}}" if i == 0 else f"{c!s:>{w}}" for i, (c, w) in enumerate(zip(cells, widths, strict=True))
+        ]
         return f"| {' | '.join(padded)} |"
 
     rule = [("-" * w if i == 0 else "-" * (w - 1) + ":") for i, w in enumerate(widths)]
@@ -188,7 +190,7 @@ def draw_learning_curve(path: Path, metrics_file: Path, metric: str) -> None:
 
 
 def write_seed_table(file: Path, runs: dict[int, dict[str, Any] | str]) -> None:
-    """Prints and writes one row a seed (a text is why it failed), then mean and standard deviation of those that ended."""
+    """Prints and writes one row a seed (a text: why it failed), then mean and standard deviation of those that ended."""
     done = [metrics for metrics in runs.values() if not isinstance(metrics, str)]
     columns = [key for key in SEED_COLUMNS if any(key in metrics for metrics in done)]
     rows, notes = [], []

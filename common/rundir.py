@@ -125,6 +125,18 @@ def mark_finished(run_dir: Path) -> None:
     path.write_text(json.dumps({**content, "finished": datetime.now(UTC).isoformat(timespec="seconds")}, indent=2))
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file's object; empty where there is no such file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def train_figures(run_dir: Path) -> dict[str, Any]:
+    """train_loss, train_runtime and the like, from the last line about training in metrics.jsonl."""
+    path = run_dir / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return next((line for line in reversed(lines) if "train_runtime" in line), {})
+
+
 def newest_run() -> Path | None:
     """The run folder under outputs/ whose trained weights are the newest."""
     found = list(OUTPUTS.glob("**/task.json"))

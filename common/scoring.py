@@ -68,7 +68,11 @@ def predict(
     model = accelerator.unwrap_model(classifier.model)
     ids = [prompt.prompt(examples[i].text).ids for i in share]
     gold = [examples[i].labels for i in share]
-    options = {"batch_size": batch_size, "device": accelerator.device, "progress": Progress(accelerator, what, len(ids))}
+    options = {
+        "batch_size": batch_size,
+        "device": accelerator.device,
+        "progress": Progress(accelerator, what, len(ids)),
+    }
     with accelerator.autocast():
         if classifier.head:
             rows = [(HeadRow(row, prompt.target(labels)), True) for row, labels in zip(ids, gold, strict=True)]
@@ -85,7 +89,7 @@ def predict(
 
 @dataclass(frozen=True)
 class Candidate:
-    """A continuation of prompt number `row`: its log-probability counts tokens from `start` on, then one of `enders`."""
+    """A continuation of prompt `row`: its log-probability is that of `ids` from `start` on, then of any of `enders`."""
 
     row: int
     ids: list[int]
@@ -191,14 +195,12 @@ def _single(batch: PromptBatch, prompt: ClassificationPrompt, rows: int) -> list
     return [Answer((max(range(len(p)), key=p.__getitem__),), p) for p in probabilities]
 
 
-def _chain(
-    batch: PromptBatch, prompt: ClassificationPrompt, rows: int, thresholds: Sequence[float]
-) -> list[Answer]:
+def _chain(batch: PromptBatch, prompt: ClassificationPrompt, rows: int, thresholds: Sequence[float]) -> list[Answer]:
     """Several labels: an answer is a chain of yes / no decisions in label order.
 
     With q_m the probability that label m comes next (then a separator or the end) after those already chosen, and
-    q_stop that of the end, p_k = q_k / (q_k + sum of q_m over later m + q_stop); p_k at or above its threshold adds k. The p_k are the
-    reported probabilities.
+    q_stop that of the end, p_k = q_k / (q_k + sum of q_m over later m + q_stop); p_k at or above its threshold adds k.
+    The p_k are the reported probabilities.
     """
     labels = len(prompt.labels)
     answers = [Answer((), [0.0] * labels) for _ in range(rows)]
