@@ -25,6 +25,7 @@ def start_accelerator(config: Any, trackers: list[str]) -> Accelerator:
     divided by the processes on this machine.
     """
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # without it, several CPU processes would each train alone
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=1,  # accumulation is the loop's own
         log_with=trackers or None,

@@ -190,7 +190,7 @@ def draw_learning_curve(path: Path, metrics_file: Path, metric: str) -> None:
 
 
 def write_seed_table(file: Path, runs: dict[int, dict[str, Any] | str]) -> None:
-    """Prints and writes one row a seed (a text: why it failed), then mean and standard deviation of those that ended."""
+    """Prints and writes one row a seed (a text: why it failed), then mean and standard deviation."""
     done = [metrics for metrics in runs.values() if not isinstance(metrics, str)]
     columns = [key for key in SEED_COLUMNS if any(key in metrics for metrics in done)]
     rows, notes = [], []
