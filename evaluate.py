@@ -10,9 +10,8 @@ So far for classification; a head cannot generate.
 """
 
 import json
-import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,26 +50,51 @@ class Config(ModelConfig, DataConfig, ClassificationConfig):
     output_dir: str | None = option(None, "unset: RUN/eval/<split>, or outputs/<model>/eval for a base model")
 
 
-def read_options() -> tuple[Config, Path | None]:
-    """The options, and the folder of trained weights (None: a base model).
+# What a run was trained with, and a base model by --run: given here too, they must be the same.
+SETTLED = {item.name for item in fields(ModelConfig)} | {
+    "approach", "labels", "class_weights", "few_shot", "prompt_template", "max_length",
+}  # fmt: skip
+
+
+def read_options() -> tuple[Config, Path | None, bool]:
+    """The options, the folder of trained weights (None: a base model), and whether the rows are not the run's own.
 
     Data and labels are those of the run unless the command line names others; --test_file replaces all of its files.
     """
     given = parse_given(Config)
     run = Path(given["run"]) if "run" in given else rundir.newest_run()
     if run is None or not run.is_dir() or (run / "config.json").is_file() and not (run / "task.json").is_file():
-        return from_texts(Config, {**given, "model": given.get("run", EMBEDDED)}), None
+        name = given.get("run", EMBEDDED)
+        if given.get("model", name) != name:
+            raise InputError(f"--model {given['model']}: evaluate.py takes the model by --run.")
+        if given.get("approach") == "head":
+            raise InputError(f"--approach head: {name} is a base model, whose head would be random. Drop the option.")
+        return from_texts(Config, {**given, "model": name}), None, True
     folder = rundir.weights_folder(run)
     run = folder.parent if folder.name in ("adapter", "model") else folder
     saved = read_yaml(run / "config.yaml") if (run / "config.yaml").is_file() else {}
     saved = {name: value for name, value in saved.items() if name not in ("output_dir", "mixed_precision")}
+    if "label_columns" not in {**saved, **given}:
+        saved["labels"] = json.loads((folder / "task.json").read_text(encoding="utf-8"))["labels"]
+    for name in sorted(SETTLED & given.keys()):
+        if given[name] != saved.get(name):
+            raise InputError(f"--{name} was settled when {run} was trained: drop it.")
     if "test_file" in given:
         for name in ("train_file", "validation_file", "dataset_name", "dataset_config"):
             saved.pop(name, None)
-    values = {**saved, **given, "run": str(run)}
-    if "label_columns" not in values:
-        values["labels"] = json.loads((folder / "task.json").read_text(encoding="utf-8"))["labels"]
-    return from_texts(Config, values), folder
+        if given.get("split", "test") != "test":
+            raise InputError("--test_file is the test split: drop --split.")
+    return from_texts(Config, {**saved, **given, "run": str(run)}), folder, "test_file" in given
+
+
+def check_same_task(task: dict[str, Any], data: ClassificationData) -> None:
+    """Refuses rows whose labels the run does not answer with, or not in the order of its probabilities."""
+    if (data.labels, data.multi_label) != (task["labels"], task["multi_label"]):
+        kind = "any number of labels" if task["multi_label"] else "one label"
+        raise InputError(
+            f"The run answers with {kind} of {', '.join(task['labels'])}, in this order; the options given describe "
+            f"others ({', '.join(data.labels)}). Drop or correct --label_column, --label_columns, --label_delimiter."
+        )
 
 
 def check_unchanged(run: Path, data: ClassificationData, split: str) -> None:
@@ -108,10 +132,8 @@ def untrained(config: Config, data: ClassificationData, path: str, accelerator: 
 
 
 def main() -> None:
-    config, folder = read_options()
+    config, folder, other_rows = read_options()
     check_classification(config)
-    if config.split != "test" and config.test_file and "--test_file" in sys.argv:
-        raise InputError("--test_file is the test split: drop --split.")
     data = load_classification(config, training=False)
     examples = data.splits[config.split]
     if not examples:
@@ -120,8 +142,14 @@ def main() -> None:
         path = resolve_model(config.model, config.revision)
         check_prompt(config, data, path)
         config.full_finetuning = False
-    elif "--test_file" not in sys.argv and (Path(config.run) / "splits.json").is_file():
-        check_unchanged(Path(config.run), data, config.split)
+    else:
+        task = json.loads((folder / "task.json").read_text(encoding="utf-8"))
+        check_same_task(task, data)
+        config.mixed_precision = config.mixed_precision or task["mixed_precision"]
+        if not other_rows and (Path(config.run) / "splits.json").is_file():
+            check_unchanged(Path(config.run), data, config.split)
+        if task["approach"] == "head" and config.decode == "generate":
+            raise InputError("--decode generate: this run has a classification head and writes no text.")
 
     from common import loop, modeling, report
     from common.metrics import summarise
@@ -129,14 +157,11 @@ def main() -> None:
 
     if folder is None:
         modeling.resolve_options(config, modeling.is_encoder(path, config))
-    elif config.mixed_precision is None:
-        config.mixed_precision = json.loads((folder / "task.json").read_text(encoding="utf-8"))["mixed_precision"]
     accelerator = loop.start_accelerator(config, [])
-    classifier = (
-        modeling.load_trained(folder, accelerator.device) if folder else untrained(config, data, path, accelerator)
-    )
-    if classifier.head and config.decode == "generate":
-        raise InputError("--decode generate: this run has a classification head and writes no text.")
+    if folder:
+        classifier = modeling.load_trained(folder, accelerator.device, config.mixed_precision)
+    else:
+        classifier = untrained(config, data, path, accelerator)
 
     started = time.perf_counter()
     batch_size = config.per_device_eval_batch_size
@@ -148,11 +173,12 @@ def main() -> None:
         name = config.split if config.decode == "score" else f"{config.split}-generate"
         parent = Path(config.run) if folder else rundir.OUTPUTS / Path(config.model).name
         target = Path(config.output_dir) if config.output_dir else parent / "eval" / name
-        if folder and "--test_file" not in sys.argv:
+        if not other_rows:
             results |= rundir.read_json(parent / "eval" / config.split / "baselines.json")
             metrics = {**rundir.train_figures(parent), **metrics}
-        report.write_evaluation(target, classifier, examples, answers, metrics, results)
-        say(accelerator, report.results_table(results))
+            metrics.pop("update", None)  # of the line in metrics.jsonl
+        report.write_evaluation(target, classifier, examples, answers, metrics, results, config.split)
+        say(accelerator, report.results_table(results, config.split))
         outside = f"{metrics['outside_label_set']} of {metrics['rows']} answers outside the label set"
         say(accelerator, f"\n{outside}; {metrics['examples_per_second']:.1f} examples/s\nWritten to {target}")
     loop.finish(accelerator)

@@ -9,6 +9,7 @@ LoRA on a 4-bit NF4 base by default; `--help` lists the options. Not supported: 
 """
 
 import math
+import sys
 import time
 import traceback
 from collections.abc import Sequence
@@ -70,8 +71,8 @@ def evaluate(classifier: Any, examples: Sequence[Example], accelerator: Any, bat
     return answers, metrics | evaluation_cost(len(examples), started, accelerator.device)
 
 
-def train(config: Config, data: ClassificationData, path: str) -> dict[str, Any]:
-    """One run from the base model to its evaluated weights; returns its figures."""
+def train(config: Config, data: ClassificationData, path: str, another: bool = False) -> dict[str, Any]:
+    """One run from the base model to its evaluated weights; returns its figures. another: a further run follows."""
     import torch
     from accelerate.utils import broadcast_object_list, set_seed
 
@@ -85,6 +86,7 @@ def train(config: Config, data: ClassificationData, path: str) -> dict[str, Any]
     encoder, head = modeling.is_encoder(path, config), config.approach == "head"
     modeling.resolve_options(config, encoder)
     accelerator = loop.start_accelerator(config, chosen_trackers(config.report_to))
+    report.say_what_is_missing(accelerator, config.report_to)
 
     # --- data
     shots, examples = draw_few_shot(data.splits["train"], config.few_shot, config.split_seed)
@@ -121,7 +123,6 @@ def train(config: Config, data: ClassificationData, path: str) -> dict[str, Any]
         model.compile(dynamic=True)
     census = modeling.census(model)
     say(accelerator, report.census_table(census, config))
-    set_seed(config.seed, device_specific=True)  # dropout differs between ranks
 
     # --- optimizer, scheduler
     batch_size = config.per_device_train_batch_size
@@ -141,22 +142,33 @@ def train(config: Config, data: ClassificationData, path: str) -> dict[str, Any]
     say(accelerator, f"{total} updates of {rows_per_update} rows; {accelerator.num_processes} process(es) on "
         f"{accelerator.device.type}, {torch.get_num_threads()} thread(s) each")  # fmt: skip
     if config.dry_run:
-        loop.finish(accelerator, model, optimizer)
+        loop.finish(accelerator, model, optimizer, another=another)
         return {}
 
     # --- run folder, baselines, resume
     where = [resume[0] if resume else rundir.new_run_folder(config) if accelerator.is_main_process else None]
     run_dir = Path(broadcast_object_list(where)[0])
     best = run_dir / ("model" if config.full_finetuning else "adapter")
-    mark = {**rundir.binding_options(config), "rows_per_update": rows_per_update, "data": data.hashes}
-    if accelerator.is_main_process and not resume:
-        rundir.write_start(run_dir, config, given, data, shots, data_report, accelerator.num_processes, census)
+    mark = {
+        **rundir.binding_options(config),
+        **{f"content of {source['name']}": source["sha256"][:12] for source in data.sources.values()},
+        "rows_per_update": rows_per_update,
+        "prompt": prompt.hash,
+        "weights of the labels": weights,
+    }
+    if resume:
+        say(accelerator, f"Resumes {run_dir} from {resume[1].name if resume[1] else 'its start: no checkpoint yet'}")
+    if accelerator.is_main_process:
+        rundir.recover(best)
+        if not (resume and resume[1]):
+            rundir.write_start(run_dir, config, given, data, shots, data_report, accelerator.num_processes, census)
     accelerator.wait_for_everyone()
     evaluate_rows = partial(evaluate, accelerator=accelerator, batch_size=config.per_device_eval_batch_size)
     results = {}
     if config.baselines and test:
         file = run_dir / "eval" / "test" / "baselines.json"
         results = baselines.measure(file, classifier, data, path, config, accelerator, evaluate_rows)
+    set_seed(config.seed, device_specific=True)  # dropout differs between ranks, and baselines change nothing
     state = load_checkpoint(accelerator, resume[1], mark) if resume and resume[1] else State()
     log = RunLog(run_dir, accelerator, config, total, state.update)
     collator = partial(collate.collate_rows, rows, pad_id=tokenizer.pad_token_id, encoder=encoder,
@@ -170,6 +182,8 @@ def train(config: Config, data: ClassificationData, path: str) -> dict[str, Any]
 
     # --- loop
     for numbers in plan.updates(state.update, total):  # the row numbers of one update, the same on every rank
+        if config.early_stopping_patience and state.stale_evaluations >= config.early_stopping_patience:
+            break
         started = time.perf_counter()
         model.train()
         micro = loop.micro_batches(numbers, batch_size, accelerator, collator)
@@ -180,8 +194,9 @@ def train(config: Config, data: ClassificationData, path: str) -> dict[str, Any]
                 loss = loss_of(model, batch)
                 accelerator.backward(loss * accelerator.num_processes / n)  # DDP averages; undo it
             summed += loss.detach()
-        loss = loop.finite_mean(accelerator.reduce(summed, "sum"), n, state.update, [examples[i].id for i in numbers])
+        summed = accelerator.reduce(summed, "sum")
         norm = accelerator.clip_grad_norm_(trainable, config.max_grad_norm or math.inf)
+        loss = loop.finite_mean(summed, n, norm, accelerator, state.update, [examples[i].id for i in numbers])
         rate = scheduler.get_last_lr()[0]
         optimizer.step()
         scheduler.step()
@@ -195,8 +210,6 @@ def train(config: Config, data: ClassificationData, path: str) -> dict[str, Any]
                 keep_best()
         if loop.is_due(config.save_strategy, config.save_steps, state.update, plan.updates_per_epoch, total):
             save_checkpoint(accelerator, run_dir, state, mark, config.save_total_limit)
-        if config.early_stopping_patience and state.stale_evaluations >= config.early_stopping_patience:
-            break
     # --- end loop
 
     log.close()
@@ -215,7 +228,7 @@ def train(config: Config, data: ClassificationData, path: str) -> dict[str, Any]
         report.draw_learning_curve(run_dir / "learning_curve.png", run_dir / "metrics.jsonl", "f1_macro")
         rundir.mark_finished(run_dir)
         say(accelerator, f"\nRun folder: {run_dir}\nEvaluate again: python evaluate.py --run {run_dir}")
-    loop.finish(accelerator, model, optimizer)
+    loop.finish(accelerator, model, optimizer, another=another)
     return {**figures, **metrics}
 
 
@@ -223,28 +236,40 @@ def main() -> None:
     config = parse_config(Config)
     check_loop(config)
     check_classification(config)
-    if not config.resume_from_checkpoint:
-        rundir.check_output_dir(config)
+    runs = [
+        replace(config, seed=seed, seeds=None, output_dir=config.output_dir and f"{config.output_dir}/seed_{seed}")
+        for seed in config.seeds or []
+    ]
+    for run in [] if config.resume_from_checkpoint else runs or [config]:
+        rundir.check_output_dir(run)
     chosen_trackers(config.report_to)
     data = load_classification(config)
     if config.eval_strategy != "no" and not data.splits["validation"]:
         raise InputError("--eval_strategy needs validation rows: set --validation_fraction, or --eval_strategy no.")
     path = resolve_model(config.model, config.revision)
     check_prompt(config, data, path)
-    if not config.seeds:
+    if not runs:
         train(config, data, path)
         return
+    from accelerate import PartialState
+    from accelerate.utils import release_memory
+
     from common.report import write_seed_table
 
-    runs: dict[int, Any] = {}
-    for seed in config.seeds:
-        folder = f"{config.output_dir}/seed_{seed}" if config.output_dir else None
+    results: dict[int, Any] = {}
+    for run in runs:
         try:
-            runs[seed] = train(replace(config, seed=seed, seeds=None, output_dir=folder), data, path)
+            results[run.seed] = train(run, data, path, another=run is not runs[-1])
         except Exception as error:  # a failed seed keeps the others; Ctrl-C still ends all
+            if PartialState().num_processes > 1 and not isinstance(error, InputError | FloatingPointError):
+                raise  # the other processes may not have failed
             traceback.print_exc()
-            runs[seed] = f"failed: {type(error).__name__}: {error}"
-    write_seed_table(Path(config.output_dir or rundir.runs_folder(config)) / "seeds.md", runs)
+            results[run.seed] = f"failed: {type(error).__name__}: {error}"
+        release_memory()
+    if PartialState().is_main_process and not config.dry_run:
+        write_seed_table(Path(config.output_dir or rundir.runs_folder(config)) / "seeds.md", results)
+    if any(isinstance(result, str) for result in results.values()):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,9 @@ def measure(
     The untrained base is asked with the default prompt, whatever the run's own; an encoder cannot be asked.
     evaluate(classifier, examples, what=...) -> answers, metrics.
     """
-    if file.exists():
+    known = file.exists()
+    accelerator.wait_for_everyone()  # all have looked before one writes
+    if known:
         return json.loads(file.read_text())
     train, test, labels = data.splits["train"], data.splits["test"], data.labels
     gold = [example.labels for example in test]
@@ -58,7 +60,7 @@ def measure(
             prompt = None
         if prompt:
             model = classifier.model
-            if classifier.head:
+            if classifier.head or config.init_lora_weights in modeling.BASE_CHANGING_INITS:
                 model = modeling.load_base(path, config, device=accelerator.device)[0]
                 if not (config.load_in_4bit or config.load_in_8bit):
                     model = model.to(accelerator.device)

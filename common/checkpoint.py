@@ -1,8 +1,11 @@
 """Checkpoints that hold the trained weights only, appear whole or not at all, and resume exactly."""
 
+import contextlib
+import errno
 import json
+import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,8 @@ from accelerate import Accelerator
 from common.config import InputError
 from common.modeling import load_weights, save_weights
 from common.rundir import list_checkpoints, replace_folder
+
+FULL_DISK = 2**20  # bytes: with less left, a failed save is put down to the disk
 
 
 @dataclass
@@ -50,7 +55,7 @@ class State:
     def improves(self, name: str, metrics: dict[str, Any]) -> bool:
         """Whether metric `name` is the best so far, which is noted; a loss is better when lower."""
         score = -metrics[name] if name.endswith("loss") else metrics[name]
-        if self.best_score is None or score > self.best_score:
+        if not math.isnan(score) and (self.best_score is None or score > self.best_score):
             self.best_score, self.best_update, self.stale_evaluations = score, self.update, 0
             return True
         self.stale_evaluations += 1
@@ -96,10 +101,12 @@ def save_checkpoint(
     if accelerator.is_main_process:
         shutil.rmtree(scratch, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(scratch))
-    accelerator.wait_for_everyone()
+    with _full_disk_named(run_dir):
+        accelerator.save_state(str(scratch))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            (scratch / "state.json").write_text(json.dumps({"state": asdict(state), "mark": mark}, indent=2))
     if accelerator.is_main_process:
-        (scratch / "state.json").write_text(json.dumps({"state": asdict(state), "mark": mark}, indent=2))
         replace_folder(scratch, target)
         _prune(run_dir, state, limit)
     accelerator.wait_for_everyone()
@@ -124,15 +131,27 @@ def save_best(accelerator: Accelerator, target: Path, write: Callable[[Path], No
     if accelerator.is_main_process:
         scratch = target.with_name(f".{target.name}.tmp")
         shutil.rmtree(scratch, ignore_errors=True)
-        write(scratch)
+        with _full_disk_named(target.parent):
+            write(scratch)
         replace_folder(scratch, target)
     accelerator.wait_for_everyone()
+
+
+@contextlib.contextmanager
+def _full_disk_named(folder: Path) -> Iterator[None]:
+    """torch and safetensors report a full disk by errors of their own: these become the OSError that it is."""
+    try:
+        yield
+    except Exception as error:
+        if shutil.disk_usage(folder).free > FULL_DISK:
+            raise
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder)) from error
 
 
 def _prune(run_dir: Path, state: State, limit: int | None) -> None:
     """Deletes the oldest checkpoints beyond `limit`, but never the best or the last."""
     folders = list_checkpoints(run_dir)
     spare = [folder for folder in folders[:-1] if folder.name != f"step_{state.best_update}"]
-    for folder in spare[: len(folders) - limit] if limit else []:
+    for folder in spare[: max(0, len(folders) - limit)] if limit else []:
         (folder / "state.json").unlink()  # without it a half-deleted folder is no checkpoint any more
         shutil.rmtree(folder)

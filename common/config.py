@@ -6,6 +6,7 @@ Imports neither torch nor transformers, so that `--help` and every error in the 
 import argparse
 import difflib
 import errno
+import math
 import sys
 import types
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 T = TypeVar("T")
+MAX_SEED = 2**32 - 1  # numpy's
 
 
 class InputError(Exception):
@@ -39,19 +41,31 @@ def cli_errors() -> Iterator[None]:
         )
         sys.exit(130)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno == errno.ENOSPC:
+            reason = (
+                f"no space left on the disk while writing {error.filename or 'a file'}. The last complete checkpoint "
+                "is intact: free some space, then `--resume_from_checkpoint latest` with the same options."
+            )
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            reason = f"{error.filename}: {error.strerror}. Choose a place that you may read and write."
+        else:
             raise
-        print(
-            f"error: no space left on the disk while writing {error.filename or 'a file'}. The last complete "
-            "checkpoint is intact: free some space, then `--resume_from_checkpoint latest` with the same options.",
-            file=sys.stderr,
-        )
+        print(f"error: {reason}", file=sys.stderr)
         sys.exit(2)
 
 
-def option(default: Any, help: str, at_least: float | None = None) -> Any:
-    """A dataclass field with its help text and, for numbers, its smallest value."""
-    return field(default=default, metadata={"help": help, "at_least": at_least})
+def option(default: Any, help: str, at_least: float = -math.inf, at_most: float = math.inf) -> Any:
+    """A dataclass field with its help text and, for numbers, its smallest and largest value."""
+    return field(default=default, metadata={"help": help, "at_least": at_least, "at_most": at_most})
+
+
+def why_unreadable(error: OSError) -> str:
+    """What hinders reading a file, in a few words."""
+    reasons = {
+        errno.ENOENT: f"there is no such file (seen from {Path.cwd()}); check the path",
+        errno.EISDIR: "this is a folder; name a file in it",
+    }
+    return reasons.get(error.errno) or f"the file cannot be read ({error.strerror})"
 
 
 @dataclass
@@ -76,8 +90,8 @@ class LoraArguments:
     """LoRA"""
 
     lora_r: int = option(16, "rank", at_least=1)
-    lora_alpha: float = option(32, "scale: the update is multiplied by alpha / r", at_least=0)
-    lora_dropout: float = option(0.0, "dropout on the adapter's input", at_least=0)
+    lora_alpha: float = option(32.0, "scale: the update is multiplied by alpha / r", at_least=0)
+    lora_dropout: float = option(0.0, "dropout on the adapter's input", at_least=0, at_most=1)
     target_modules: list[str] | None = option(None, "names of adapted layers; unset: all linear layers")
     use_rslora: bool = option(False, "scale by alpha / sqrt(r)")
     use_dora: bool = option(False, "weight-decomposed LoRA")
@@ -96,15 +110,19 @@ class LoopConfig:
     gradient_accumulation_steps: int = option(1, "forward passes per update", at_least=1)
     learning_rate: float = option(1e-3, "peak learning rate", at_least=0)
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay", at_least=0)
-    warmup_ratio: float = option(0.1, "share of the updates with a rising learning rate", at_least=0)
-    lr_scheduler_type: str = option("cosine", "cosine, linear, constant, ...: transformers' names")
+    warmup_ratio: float = option(0.1, "share of the updates with a rising learning rate", at_least=0, at_most=1)
+    lr_scheduler_type: Literal[
+        "cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial", "inverse_sqrt"
+    ] = option("cosine", "course of the learning rate after the warm-up; constant has no warm-up")
     max_grad_norm: float = option(1.0, "clip the gradient's norm to this", at_least=0)
     optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit"] = option("adamw_torch", "optimizer")
     gradient_checkpointing: bool = option(False, "less memory for about 1.8 times the time")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "unset: bf16 where the device has it")
     torch_compile: bool = option(False, "compile the model; pays on long runs")
-    seed: int = option(42, "of adapter weights, dropout and row order", at_least=0)
-    seeds: list[int] | None = option(None, "several runs in one call, one a seed, on the same split")
+    seed: int = option(42, "of adapter weights, dropout and row order", at_least=0, at_most=MAX_SEED)
+    seeds: list[int] | None = option(
+        None, "several runs in one call, one a seed, on the same split", at_least=0, at_most=MAX_SEED
+    )
     logging_steps: int = option(10, "updates between two lines of metrics.jsonl", at_least=1)
     eval_strategy: Literal["no", "steps", "epoch"] = option("epoch", "when to evaluate on the validation split")
     eval_steps: int | None = option(None, "updates between evaluations with --eval_strategy steps", at_least=1)
@@ -199,10 +217,14 @@ def read_yaml(path: str | Path, known: set[str] | None = None) -> dict[str, Any]
     """The options in a YAML file, every scalar as its text, so that the command line's converters apply to both."""
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}
-    except FileNotFoundError:
-        raise InputError(f"--config {path}: there is no such file.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"--config {path}: not a YAML file: {error}") from None
+    except OSError as error:
+        raise InputError(f"--config {path}: {why_unreadable(error)}.") from None
+    except UnicodeDecodeError:
+        raise InputError(f"--config {path}: the file is not UTF-8.") from None
+    except yaml.YAMLError as error:
+        mark, reason = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
+        where = f", line {mark.line + 1}" if mark else ""
+        raise InputError(f"--config {path}{where}: not valid YAML: {reason}.") from None
     if not isinstance(content, dict):
         raise InputError(f"--config {path}: expected lines of the form `option: value`.")
     for name in content:
@@ -217,11 +239,8 @@ def from_texts(cls: type[T], values: dict[str, Any]) -> T:
     converted = {}
     for item in fields(cls):
         if item.name in values:
-            value = _convert(item.name, hints[item.name], values[item.name])
-            bound = item.metadata.get("at_least")
-            if bound is not None and value is not None and not value >= bound:
-                raise InputError(f"--{item.name} {value}: must be at least {bound}.")
-            converted[item.name] = value
+            converted[item.name] = _convert(item.name, hints[item.name], values[item.name])
+            _check_bounds(item.name, converted[item.name], item.metadata["at_least"], item.metadata["at_most"])
     return cls(**converted)
 
 
@@ -252,6 +271,7 @@ def check_loop(config: Any) -> None:
             config.seeds and config.resume_from_checkpoint,
             "--resume_from_checkpoint goes on with one run: give its --seed instead of --seeds",
         ),
+        (config.seeds and len(set(config.seeds)) < len(config.seeds), "--seeds names a seed twice: one run a seed"),
         (
             not (config.max_steps or config.num_train_epochs),
             "--num_train_epochs 0 trains nothing: use `evaluate.py` for an untrained model",
@@ -261,16 +281,12 @@ def check_loop(config: Any) -> None:
 
 def check_classification(config: Any) -> None:
     """Refuses classification and data options that contradict each other or that nothing would honour."""
-    several = config.label_columns or config.label_delimiter
+    labelled_by = {config.label_column or "label", *(config.label_columns or ())}
     _refuse(
         (config.few_shot and config.approach == "head", "--few_shot needs --approach generative: a head has no prompt"),
         (
-            several and config.class_weights != "none" and config.approach == "generative",
-            "--class_weights with several labels a row needs --approach head: an answer has no single weight",
-        ),
-        (
-            several and config.class_weights not in ("none", "balanced"),
-            "--class_weights takes a file for one label a row only",
+            labelled_by & set(config.text_fields or ()),
+            "--text_fields names a label column too: the model would read the answer",
         ),
         (
             config.dataset_name and (config.train_file or config.validation_file or config.test_file),
@@ -279,6 +295,10 @@ def check_classification(config: Any) -> None:
         (
             config.label_columns and (config.label_column or config.label_delimiter or config.labels),
             "--label_columns stands alone, its names are the labels: drop --label_column, --label_delimiter, --labels",
+        ),
+        (
+            config.dataset_config and not config.dataset_name,
+            "--dataset_config needs the --dataset_name that it belongs to",
         ),
         (
             config.validation_fraction + config.test_fraction >= 1,
@@ -296,6 +316,18 @@ def _refuse(*rules: tuple[Any, str]) -> None:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise InputError(f"{message}. `--help` lists the options.")
+
+
+def _check_bounds(name: str, value: Any, low: float, high: float) -> None:
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, str | bool):
+            continue
+        if not math.isfinite(number):
+            raise InputError(f"--{name} {number}: must be a finite number.")
+        if number < low:
+            raise InputError(f"--{name} {number}: must be at least {low}.")
+        if number > high:
+            raise InputError(f"--{name} {number}: must be at most {high}.")
 
 
 def _unwrap(hint: Any) -> Any:
@@ -322,16 +354,24 @@ def _as_text(value: Any) -> str:
 
 
 def _unknown(name: str, known: set[str]) -> str:
-    near = difflib.get_close_matches(name.lstrip("-").split("=")[0], known, n=1)
-    return f"{name}: there is no such option." + (f" Did you mean --{near[0]}?" if near else "")
+    word = name.lstrip("-").split("=")[0].replace("-", "_")
+    near = difflib.get_close_matches(word, sorted(known), n=1)
+    if not near and word:  # `epochs` and `lr` are no near misses of num_train_epochs and learning_rate
+        near = [x for x in sorted(known) if word in x or word == "".join(part[0] for part in x.split("_"))]
+    hint = f"Did you mean --{' or --'.join(near[:3])}?" if near else "`--help` lists the options."
+    return f"{name}: there is no such option. {hint}"
 
 
 def _convert(name: str, hint: Any, value: Any) -> Any:
     hint = _unwrap(hint)
     if get_origin(hint) is list:
         items = value if isinstance(value, list) else [value]
+        if not items:
+            raise InputError(f"--{name}: an empty list. Name at least one, or leave the option out.")
         return [_convert(name, get_args(hint)[0], item) for item in items]
-    problem = InputError(f"--{name} {value}: expected {_choices(hint).replace('|', ' or ')}.")
+    kinds = {int: "a whole number", float: "a number", str: "a text"}
+    expected = kinds.get(hint) or _choices(hint).replace("|", " or ")
+    problem = InputError(f"--{name} {value or repr(value)}: expected {expected}.")
     if not isinstance(value, str):
         raise problem
     if get_origin(hint) is Literal:

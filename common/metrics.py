@@ -1,5 +1,6 @@
 """Honest figures: classification metrics with bootstrap intervals, counted from per-row results."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,11 +72,12 @@ def summarise(answers: Sequence[Any], gold: Sequence[Sequence[int]], labels: Seq
     """`classification_metrics` of answers (common.scoring.Answer), and what their likelihoods of the gold ones give.
 
     eval_loss: nats a target (a token of the answer; a row or a row's label for a head); mean_token_accuracy: share of
-    the targets that were the likeliest choice.
+    the targets that were the likeliest choice; perplexity: e to the eval_loss.
     """
     metrics = classification_metrics(gold, [answer.labels for answer in answers], labels)
     if targets := sum(answer.targets for answer in answers):
         metrics["eval_loss"] = sum(answer.nll for answer in answers) / targets
+        metrics["perplexity"] = math.exp(min(metrics["eval_loss"], 700))  # a float ends at e^709
         metrics["mean_token_accuracy"] = sum(answer.correct for answer in answers) / targets
     return metrics
 

@@ -26,6 +26,8 @@ from common.prompts import ClassificationPrompt  # noqa: E402
 from common.scoring import Classifier  # noqa: E402
 
 TASK_FILE = "task.json"
+LORA_INITS = {"true": True, "false": False, **{name: name for name in ("gaussian", "orthogonal", "pissa", "olora")}}
+BASE_CHANGING_INITS = ("pissa", "olora")  # these move a part of the base weights into the adapter
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 transformers.utils.logging.set_verbosity_error()
@@ -171,7 +173,10 @@ def load_base(
         )
         options["device_map"] = {"": device or "cpu"}  # one whole model a process: quantised weights cannot be moved
     kind = transformers.AutoModelForSequenceClassification if labels else transformers.AutoModelForCausalLM
-    model, info = kind.from_pretrained(path, **options)
+    try:
+        model, info = kind.from_pretrained(path, **options)
+    except (ImportError, OSError, ValueError) as error:  # a missing package or weight file, an unknown architecture
+        raise InputError(f"--model {config.model} could not be loaded: {error}") from error
     model.config.use_cache = False
     for module in model.modules():
         # On CPUs with AVX512-BF16, bitsandbytes repacks a layer's weights at its first pass in eval mode, and then has
@@ -184,22 +189,32 @@ def load_base(
 
 def add_lora(model: nn.Module, config: Any, missing: list[str], head: bool) -> nn.Module:
     """The model with an adapter of fp32 weights; `missing` modules are trained whole and saved with it."""
-    init = {"true": True, "false": False}.get(config.init_lora_weights, config.init_lora_weights)
-    lora = peft.LoraConfig(
-        task_type="SEQ_CLS" if head else "CAUSAL_LM",
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=config.target_modules or "all-linear",
-        use_rslora=config.use_rslora,
-        use_dora=config.use_dora,
-        init_lora_weights=init,
-        modules_to_save=missing or None,
-    )
+    if config.init_lora_weights not in LORA_INITS:
+        raise InputError(
+            f"--init_lora_weights {config.init_lora_weights}: expected {', '.join(LORA_INITS)}. PEFT's other ones need "
+            "a pass over data, or are drawn anew when the adapter is loaded."
+        )
+    targets = config.target_modules if config.target_modules != ["all-linear"] else None
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in missing}
+    for target in targets or []:
+        if not any(f".{name}".endswith(f".{target}") for name in linear):
+            known = sorted({name.rpartition(".")[2] for name in linear})
+            raise InputError(f"--target_modules {target}: no linear layer has this name; there are {', '.join(known)}.")
     try:
+        lora = peft.LoraConfig(
+            task_type="SEQ_CLS" if head else "CAUSAL_LM",
+            r=config.lora_r,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=targets or "all-linear",
+            use_rslora=config.use_rslora,
+            use_dora=config.use_dora,
+            init_lora_weights=LORA_INITS[config.init_lora_weights],
+            modules_to_save=list(missing) or None,  # a copy: PEFT adds names of its own
+        )
         model = peft.get_peft_model(model, lora)
-    except ValueError as error:
-        raise InputError(f"The adapter could not be added: {error}") from None
+    except (TypeError, ValueError) as error:
+        raise InputError(f"The adapter could not be added: {error}") from error
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -220,7 +235,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     """Puts weights that `save_weights` wrote back into the same model."""
     model = model.model if isinstance(model, HeadClassifier) else model
     if isinstance(model, peft.PeftModel):
-        _check_complete(folder)
+        _check_complete(model, folder)
         weights = peft.load_peft_weights(str(folder), device="cpu")
         peft.set_peft_model_state_dict(model, weights)
     else:
@@ -234,18 +249,17 @@ def load_weights(model: nn.Module, folder: Path) -> None:
             raise InputError(f"{folder}: these weights belong to another model: {', '.join(unexpected[:3])} ...")
 
 
-def _check_complete(folder: Path) -> None:
-    """Refuses an adapter that lacks a module it should carry: a head that stays random gives random answers."""
+def _check_complete(model: peft.PeftModel, folder: Path) -> None:
+    """Refuses an adapter that lacks a weight it should carry: a head that stays random gives random answers."""
     from safetensors import safe_open
 
-    wanted = json.loads((folder / "adapter_config.json").read_text()).get("modules_to_save") or []
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        present = {key.rpartition(".")[0] for key in file.keys()}  # noqa: SIM118 (not a dict)
-    for name in wanted:
-        if not any(key == name or key.endswith(f".{name}") for key in present):
-            raise InputError(
-                f"{folder}: the adapter lacks the trained weights of {name!r}, so its answers would be random."
-            )
+        present = set(file.keys())
+    lacking = sorted(peft.get_peft_model_state_dict(model, save_embedding_layers=False).keys() - present)
+    if lacking:
+        raise InputError(
+            f"{folder}: the adapter lacks trained weights ({', '.join(lacking[:3])}), so its answers would be random."
+        )
 
 
 def save_trained(folder: Path, classifier: Classifier, config: Any) -> None:
@@ -271,16 +285,41 @@ def save_trained(folder: Path, classifier: Classifier, config: Any) -> None:
         "model_options": {item.name: getattr(config, item.name) for item in fields(ModelConfig)},
     }
     (folder / TASK_FILE).write_text(json.dumps(task, indent=2, ensure_ascii=False), encoding="utf-8")
+    (folder / "README.md").write_text(_model_card(task, config), encoding="utf-8")
 
 
-def load_trained(folder: Path, device: Any = None) -> Classifier:
-    """A trained classifier for inference.
+def _model_card(task: dict[str, Any], config: Any) -> str:
+    """What the weights are and how to use them; figures stand in the run's eval folder, where they were measured."""
+    answer = "any number of labels" if task["multi_label"] else "one label"
+    way = "with a classification head" if task["approach"] == "head" else "by writing its labels after the prompt below"
+    quantised = "8-bit " if config.load_in_8bit else f"4-bit {config.bnb_4bit_quant_type} " * config.load_in_4bit
+    trained = (
+        "All its weights were trained."
+        if config.full_finetuning
+        else f"Trained with LoRA (r {config.lora_r}, alpha {config.lora_alpha:g}) on its {quantised}weights; this "
+        "folder holds the adapter alone."
+    )
+    labels = "\n".join(f"- {label}" for label in task["labels"])
+    prompt = "\n".join(f"    {line}" for line in task["template"].splitlines())
+    return (
+        f"---\nbase_model: {json.dumps(config.model)}\ntags: [text-classification, plainlora]\n---\n"
+        f"# Text classifier from {config.model}\n\nAnswers a text with {answer}, {way}. {trained} Learning rate "
+        f"{config.learning_rate:g}, seed {config.seed}; all options are in `config.yaml` of the run folder, the "
+        f"measured quality in `eval/`.\n\nLabels:\n\n{labels}\n\nPrompt:\n\n{prompt}\n\n"
+        "Evaluate it on a file with the same columns:\n\n    python evaluate.py --run THIS_FOLDER --test_file FILE\n"
+    )
+
+
+def load_trained(folder: Path, device: Any = None, mixed_precision: str | None = None) -> Classifier:
+    """A trained classifier for inference; mixed_precision: unset, as trained.
 
     Raises InputError where trained weights are missing, or labels or prompt were changed after training.
     """
     task = json.loads((folder / TASK_FILE).read_text(encoding="utf-8"))
     config = TrainedOptions(
-        **task["model_options"], mixed_precision=task["mixed_precision"], full_finetuning=task["full_finetuning"]
+        **task["model_options"],
+        mixed_precision=mixed_precision or task["mixed_precision"],
+        full_finetuning=task["full_finetuning"],
     )
     head, encoder = task["approach"] == "head", task["encoder"]
     tokenizer = load_tokenizer(str(folder), config)
@@ -297,8 +336,10 @@ def load_trained(folder: Path, device: Any = None) -> Classifier:
         if missing:
             raise InputError(f"{folder}: the trained weights of {', '.join(missing)} are missing.")
     else:
-        _check_complete(folder)
-        model = peft.PeftModel.from_pretrained(model, folder)
+        lora = peft.PeftConfig.from_pretrained(str(folder))
+        lora.base_model_name_or_path = None  # where the base was when it was trained
+        model = peft.get_peft_model(model, lora)
+        load_weights(model, folder)
     if head:
         model = HeadClassifier(model, encoder)
     if not (config.load_in_4bit or config.load_in_8bit):

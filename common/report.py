@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import statistics
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 
 from common.data import SEPARATOR, Example
 from common.metrics import confusion_matrix
+from common.runlog import say
 from common.scoring import Answer, Classifier
 
 HEADLINES = ("accuracy", "f1_micro", "f1_macro")
@@ -27,21 +29,31 @@ def can_draw() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
+def say_what_is_missing(accelerator: Any, report_to: list[str] | None) -> None:
+    """Says which optional packages are not installed, and the command that adds them."""
+    missing = [] if can_draw() else ["matplotlib"]
+    if report_to is None and not importlib.util.find_spec("tensorboard"):
+        missing.append("tensorboard")
+    if missing:
+        later = "" if can_draw() else " `evaluate.py --run RUN` can draw the confusion matrix later."
+        command = f"`pip install {' '.join(missing)}`"
+        say(accelerator, f"Not installed: {', '.join(missing)}. {command} adds what it draws or logs.{later}\n")
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table with aligned columns: the first to the left, the others to the right."""
-    widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
+    header, *rows = [[str(cell).replace("|", r"\|") for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
-        padded = [
-            f"{c!s:<{w}}" if i == 0 else f"{c!s:>{w}}" for i, (c, w) in enumerate(zip(cells, widths, strict=True))
-        ]
+        padded = [f"{c:<{w}}" if i == 0 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
         return f"| {' | '.join(padded)} |"
 
     rule = [("-" * w if i == 0 else "-" * (w - 1) + ":") for i, w in enumerate(widths)]
     return "\n".join([line(header), f"| {' | '.join(rule)} |", *map(line, rows)])
 
 
-def results_table(results: dict[str, dict[str, Any] | str]) -> str:
+def results_table(results: dict[str, dict[str, Any] | str], split: str = "test") -> str:
     """One row a method: accuracy, micro- and macro-F1 with their 95 % intervals; a text stands for missing figures."""
     rows = []
     for name, metrics in results.items():
@@ -50,7 +62,7 @@ def results_table(results: dict[str, dict[str, Any] | str]) -> str:
         else:
             bounds = metrics["intervals_95"]
             rows.append([name, *(f"{metrics[k]:.3f} [{bounds[k][0]:.3f}, {bounds[k][1]:.3f}]" for k in HEADLINES)])
-    return table(["test split", "accuracy", "micro-F1", "macro-F1"], rows)
+    return table([f"{split} split", "accuracy", "micro-F1", "macro-F1"], rows)
 
 
 def data_report(report: dict[str, Any], example: str) -> str:
@@ -88,10 +100,11 @@ def write_evaluation(
     answers: Sequence[Answer],
     metrics: dict[str, Any],
     results: dict[str, Any],
+    split: str = "test",
 ) -> None:
     """predictions.jsonl and .csv, metrics.json, confusion_matrix.png and report.md.
 
-    results: the rows of the results table, baselines included.
+    results: the rows of the results table, baselines included. split: its name there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     labels, multi_label = classifier.prompt.labels, classifier.prompt.multi_label
@@ -105,7 +118,13 @@ def write_evaluation(
     ]
     outside = f"Answers outside the label set: {metrics['outside_label_set']} of {metrics['rows']}."
     per_label = table(["label", "precision", "recall", "F1", "rows"], rows)
-    text = ["# Evaluation", results_table(results), "95 % intervals: bootstrap over the rows.", per_label, outside]
+    text = [
+        "# Evaluation",
+        results_table(results, split),
+        "95 % intervals: bootstrap over the rows.",
+        per_label,
+        outside,
+    ]
     if can_draw():
         draw_confusion(folder / "confusion_matrix.png", matrix, labels, multi_label)
         text.append("![confusion matrix](confusion_matrix.png)")
@@ -115,7 +134,7 @@ def write_evaluation(
 def _write_predictions(
     folder: Path, classifier: Classifier, examples: Sequence[Example], answers: Sequence[Answer]
 ) -> None:
-    prompt = classifier.prompt
+    prompt, decode = classifier.prompt, classifier.tokenizer.decode
 
     def named(indices: Sequence[int] | None) -> Any:
         if indices is None:
@@ -128,22 +147,27 @@ def _write_predictions(
         open(folder / "predictions.csv", "w", encoding="utf-8", newline="") as sheet,
     ):
         writer = csv.writer(sheet)
-        writer.writerow(["id", "gold", "prediction", "truncated", "prompt"])
+        scored = prompt.labels if answers[0].probabilities else []
+        written = ["answer"] if answers[0].text is not None else []
+        columns = ["id", "gold", "prediction", *(f"p({label})" for label in scored), *written, "truncated", "prompt"]
+        writer.writerow(columns)
         for example, answer in zip(examples, answers, strict=True):
-            truncated = prompt.prompt(example.text).truncated
+            rendered = prompt.prompt(example.text)
             row = {"id": example.id, "gold": named(example.labels), "prediction": named(answer.labels)}
-            row["probabilities"] = dict(zip(prompt.labels, answer.probabilities, strict=False))
-            row["truncated"] = truncated
-            if answer.text is not None:
+            row["probabilities"] = dict(zip(scored, answer.probabilities, strict=True))
+            row["truncated"] = rendered.truncated
+            if written:
                 row["answer"] = answer.text
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
             cells = [SEPARATOR.join(x) if isinstance(x, list) else x for x in (row["gold"], row["prediction"])]
-            writer.writerow([example.id, *cells, str(truncated).lower(), prompt.text_of(example.text)])
+            cells += [*answer.probabilities, *([answer.text] if written else []), str(rendered.truncated).lower()]
+            writer.writerow([example.id, *cells, decode(rendered.ids)])
 
 
 def draw_confusion(path: Path, matrix: np.ndarray, labels: Sequence[str], multi_label: bool) -> None:
     """Gold by prediction, shares of each gold row; for several labels, each label's right and wrong decisions."""
     plt = _pyplot()
+    labels = [label.replace("$", r"\$") for label in labels]  # no formulas
     if multi_label:
         shown = matrix.reshape(len(labels), 4).astype(float)
         columns, rows, title = ["true no", "false yes", "false no", "true yes"], list(labels), "decisions by label"
@@ -164,7 +188,9 @@ def draw_confusion(path: Path, matrix: np.ndarray, labels: Sequence[str], multi_
             color = "white" if share[i, j] > 0.5 else "black"
             axes.text(j, i, f"{shown[i, j]:.0f}", ha="center", va="center", color=color, fontsize=8)
     figure.colorbar(image, label="share of the row")
-    figure.savefig(path, dpi=120)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a label in a script that the font lacks
+        figure.savefig(path, dpi=120)
     plt.close(figure)
 
 

@@ -81,8 +81,15 @@ def find_resume(config: Any) -> tuple[Path, Path | None]:
         run_dir = max(runs, key=lambda path: (path / "config.yaml").stat().st_mtime)
     else:
         run_dir = Path(config.output_dir if wanted == "latest" else wanted)
-        if (run_dir / "state.json").is_file():
-            return run_dir.parent.parent, run_dir
+        checkpoint = run_dir if (run_dir / "state.json").is_file() else None
+        run_dir = run_dir.resolve().parent.parent if checkpoint else run_dir
+        if config.output_dir and run_dir.resolve() != Path(config.output_dir).resolve():
+            raise InputError(
+                f"--resume_from_checkpoint {wanted} goes on in {run_dir}, not in --output_dir {config.output_dir}: "
+                "drop --output_dir."
+            )
+        if checkpoint:
+            return run_dir, checkpoint
         if not (run_dir / "config.yaml").is_file():
             raise InputError(f"--resume_from_checkpoint {wanted}: {run_dir} is neither a run nor a checkpoint folder.")
     if not _unfinished(run_dir):
@@ -107,6 +114,7 @@ def write_start(
     environment = {**describe_environment(processes), "data": data.sources, "census": census}
     ids = {split: [example.id for example in examples] for split, examples in data.splits.items()}
     splits = {"sources": data.sources, "ids": ids, "few_shot": [text for text, _ in shots]}
+    (run_dir / "eval" / "test" / "baselines.json").unlink(missing_ok=True)  # of a run killed before any checkpoint
     files = {
         "environment.json": json.dumps(environment, indent=2),
         "splits.json": json.dumps(splits, ensure_ascii=False),
@@ -121,8 +129,10 @@ def write_start(
 def mark_finished(run_dir: Path) -> None:
     """Notes in environment.json that the run got to its end."""
     path = run_dir / "environment.json"
-    content = json.loads(path.read_text())
-    path.write_text(json.dumps({**content, "finished": datetime.now(UTC).isoformat(timespec="seconds")}, indent=2))
+    content = {**json.loads(path.read_text()), "finished": datetime.now(UTC).isoformat(timespec="seconds")}
+    scratch = path.with_name(".environment.json.tmp")
+    scratch.write_text(json.dumps(content, indent=2))
+    os.replace(scratch, path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -156,6 +166,7 @@ def weights_folder(run: Path) -> Path:
 
 def replace_folder(new: Path, target: Path) -> None:
     """Puts a complete folder in the place of another by renaming; `recover` mends a kill between the two renames."""
+    recover(target)
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -44,8 +45,13 @@ class RunLog:
         self.path, self.accelerator, self.every = run_dir / "metrics.jsonl", accelerator, config.logging_steps
         main = accelerator.is_main_process
         if main and self.path.exists():  # a resumed run repeats what came after its checkpoint, so those lines go
-            lines = [line for line in self.path.read_text().splitlines() if json.loads(line)["update"] <= start]
-            self.path.write_text("".join(f"{line}\n" for line in lines))
+            whole = [
+                line for line in self.path.read_text().splitlines() if line.endswith("}")
+            ]  # not cut by a full disk
+            lines = [line for line in whole if json.loads(line)["update"] <= start]
+            scratch = self.path.with_name(".metrics.jsonl.tmp")
+            scratch.write_text("".join(f"{line}\n" for line in lines))
+            os.replace(scratch, self.path)
         accelerator.project_configuration.set_directories(str(run_dir))
         accelerator.project_configuration.logging_dir = str(run_dir / "logs")
         accelerator.init_trackers(config.run_name or "")

@@ -122,7 +122,7 @@ class PromptBatch:
         ids = torch.tensor([c.ids + [self.pad_id] * (longest - len(c.ids)) for c in candidates], device=self.device)
         mask = torch.tensor([[1] * len(c.ids) + [0] * (longest - len(c.ids)) for c in candidates], device=self.device)
         cache = copy.deepcopy(self.cache)
-        cache.batch_select_indices(rows)
+        cache.reorder_cache(rows)  # any row, any number of times; unlike batch_select_indices, recurrent states too
         steps = torch.arange(1, longest + 1, device=self.device)
         output = self.model(
             input_ids=ids,
@@ -292,12 +292,15 @@ def generate_answers(
             attention_mask=inputs["attention_mask"].to(device),
             max_new_tokens=prompt.answer_tokens,
             do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,  # a checkpoint's own settings would punish the labels, which stand in the prompt
+            no_repeat_ngram_size=0,
             use_cache=True,
             eos_token_id=prompt.end_ids,
             pad_token_id=tokenizer.pad_token_id,
         )
         for i, ids in zip(rows, output[:, inputs["input_ids"].shape[1] :], strict=True):
-            text = tokenizer.decode(ids, skip_special_tokens=True)
+            text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             answers[i] = Answer(prompt.parse(text), [], text=text)
         progress(len(rows))
     return answers

@@ -1,0 +1,74 @@
+"""Runs of train_cls.py inside this process, and what they left behind."""
+
+import gc
+import json
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+# Tiny and quick: no quantisation, fp32, every update logged.
+PLAIN = ["--load_in_4bit", "false", "--mixed_precision", "no", "--logging_steps", "1", "--report_to", "none",
+         "--baselines", "false", "--lora_r", "4"]  # fmt: skip
+TIMES = ("runtime", "per_second", "peak_memory")
+FAMILY_APPROACHES = [("llama", "generative"), ("mistral", "head"), ("gemma", "head"), ("qwen", "generative")]
+
+
+class Stopped(BaseException):
+    """Ends a run as a kill does: no `except Exception` sees it."""
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Accelerate keeps one state a process, which would hold on to the first test's precision."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def train(*options: Any, another: bool = False) -> dict[str, Any]:
+    """What `python train_cls.py OPTIONS` does for one seed, but for the pictures; the figures it returns."""
+    import train_cls
+    from common import report
+    from common.config import check_classification, check_loop, parse_config
+    from common.data import load_classification
+
+    config = parse_config(train_cls.Config, [*PLAIN, *map(str, options)])
+    check_loop(config)
+    check_classification(config)
+    gc.freeze()  # else each run's end searches all that was imported for garbage, half of a tiny run's time
+    with mock.patch.object(report, "can_draw", lambda: False):
+        return train_cls.train(config, load_classification(config), config.model, another)
+
+
+def log_lines(run: Path, key: str = "loss") -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that have `key`, without durations and speeds."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [timeless(line) for line in lines if key in line]
+
+
+def timeless(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if not any(part in name for part in TIMES)}
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    """The tensors of an adapter folder."""
+    from safetensors.torch import load_file
+
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, error: BaseException | None = None):
+    """Lets call number `call` of `owner.name` raise `error`, by default Stopped; earlier and later ones work."""
+    real, calls = getattr(owner, name), []
+
+    def limited(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        if len(calls) == call:
+            raise error or Stopped
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, limited)

@@ -1,0 +1,193 @@
+"""evaluate.py: the run's own figures again, other rows, other models, and what it refuses."""
+
+import csv
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import FAMILIES, run_script, toy_options, toy_rows, write_csv
+from runs import fresh_accelerator, timeless  # noqa: F401
+from trained import COMBINATIONS, multi_rows, run_evaluate, task_options, train, trained  # noqa: F401
+
+import evaluate
+from common import modeling
+from common.config import InputError
+
+QUANTISED = ("--load_in_4bit", "true", "--mixed_precision", "bf16")
+RUNS = [(family, *combination, ()) for family in FAMILIES for combination in COMBINATIONS]
+RUNS += [(family, *combination, QUANTISED) for family, combination in zip(FAMILIES, COMBINATIONS, strict=True)]
+
+
+def figures(folder: Path) -> dict:
+    return timeless(json.loads((folder / "metrics.json").read_text()))
+
+
+def predictions(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+def copy_of(run: Path, target: Path) -> Path:
+    """The shared runs are never changed."""
+    return Path(shutil.copytree(run, target))
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: "-".join(run[:3]) + "-nf4" * bool(run[3]))
+def test_a_run_evaluates_to_its_own_figures(run, trained, tmp_path):  # noqa: F811
+    """CORRECTNESS 30, 32: reloaded best weights, difference 0 in every figure and every probability."""
+    family, approach, kind, options = run
+    source = trained(family, approach, kind, *options)
+    folder = copy_of(source, tmp_path / "run")
+    shutil.rmtree(folder / "eval")
+    run_evaluate("--run", folder)
+    before, after = source / "eval" / "test", folder / "eval" / "test"
+    assert figures(after) == figures(before)
+    assert predictions(after) == predictions(before)
+    assert {path.name for path in after.iterdir()} == {path.name for path in before.iterdir()} - {"baselines.json"}
+    for name in ("predictions.csv",):
+        assert (after / name).read_bytes() == (before / name).read_bytes()
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+def test_other_rows_by_an_adapter_folder_alone(trained, combination, tmp_path):  # noqa: F811
+    """--test_file takes the place of the run's data; also as `--test_file=F`, and without the run folder around."""
+    rows = multi_rows(5, 80) if combination[1] == "multi" else toy_rows(2, start=50)
+    other = write_csv(tmp_path / "other.csv", rows)
+    columns = ["--label_columns", "sport", "science", "music"] if combination[1] == "multi" else []
+    for family in FAMILIES:
+        run = trained(family, *combination)
+        adapter = copy_of(run / "adapter", tmp_path / family / "moved")
+        run_evaluate("--run", adapter, f"--test_file={other}", *columns, "--output_dir", tmp_path / family / "alone")
+        run_evaluate("--run", run, "--test_file", other, "--output_dir", tmp_path / family / "run")
+        assert predictions(tmp_path / family / "alone") == predictions(tmp_path / family / "run")
+        found = figures(tmp_path / family / "run")
+        assert found["rows"] == len(rows) and "train_loss" not in found
+        assert [line["id"] for line in predictions(tmp_path / family / "run")] == [str(i) for i in range(len(rows))]
+
+
+@pytest.mark.parametrize("kind", ["single", "multi"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generated_answers_are_counted_whatever_they_are(trained, family, kind, tmp_path):  # noqa: F811
+    """CORRECTNESS 29: every row has its text; what is no label stands in the last column of the matrix."""
+    run = trained(family, "generative", kind)
+    run_evaluate("--run", run, "--decode", "generate", "--output_dir", tmp_path)
+    lines, found = predictions(tmp_path), figures(tmp_path)
+    assert len(lines) == found["rows"] and all(isinstance(line["answer"], str) for line in lines)
+    outside = sum(line["prediction"] is None for line in lines)
+    assert found["outside_label_set"] == outside and all(line["probabilities"] == {} for line in lines)
+    matrix = np.array(found["confusion_matrix"])
+    if kind == "single":
+        assert matrix.shape == (4, 4) and matrix[:, -1].sum() == outside and matrix.sum() == len(lines)
+    else:
+        assert (matrix.sum((1, 2)) == len(lines)).all()
+    with open(tmp_path / "predictions.csv", newline="") as file:
+        assert [row["answer"] for row in csv.DictReader(file)] == [line["answer"] for line in lines]
+    for line in lines:
+        labels = line["prediction"] if kind == "multi" else [line["prediction"]]
+        assert line["prediction"] is None or line["answer"].strip() == ", ".join(labels)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_base_model_with_task_options(models, family, tmp_path, monkeypatch):
+    """CORRECTNESS 18: an untrained model answers with the labels in the order given."""
+    monkeypatch.chdir(tmp_path)
+    test = write_csv(tmp_path / "test.csv", toy_rows(3))
+    labels = ["sport", "science", "music"]
+    plain = ["--load_in_4bit", "false", "--mixed_precision", "no"]
+    run_evaluate("--run", models[family], "--test_file", test, "--labels", *labels, *plain)
+    folder = tmp_path / "outputs" / models[family].name / "eval" / "test"
+    assert [list(line["probabilities"]) for line in predictions(folder)] == [labels] * 9
+    assert "train_loss" not in figures(folder) and figures(folder)["eval_loss"] > 0
+    with pytest.raises(InputError, match="'music' is not among the labels"):
+        run_evaluate("--run", models[family], "--test_file", test, "--labels", *labels[:2], *plain)
+    with pytest.raises(InputError, match="evaluate.py takes the model by --run"):
+        run_evaluate("--run", models[family], "--model", "other", "--test_file", test)
+    with pytest.raises(InputError, match="head would be random"):
+        run_evaluate("--run", models[family], "--approach", "head", "--test_file", test)
+
+
+def test_newest_run_without_an_option(trained, tmp_path, monkeypatch):  # noqa: F811
+    """The newest weights under outputs/; the embedded model where there are none."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["evaluate.py"])
+    config, folder, _ = evaluate.read_options()
+    assert (config.model, folder) == ("smollm2-135m", None)
+    for number, family in enumerate(FAMILIES, 1):
+        run = copy_of(trained(family, "generative", "single"), Path("outputs") / family / "toy" / "run_1")
+        shutil.rmtree(run / "eval")
+        os.utime(run / "adapter" / "task.json", (number, number))
+    run_evaluate()
+    assert [path.parent.parent.parent.parent.name for path in Path().rglob("metrics.json")] == [FAMILIES[-1]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_split_of_the_run(trained, family, tmp_path):  # noqa: F811
+    """Validation rows have their own folder and heading, and no test baselines."""
+    run = copy_of(trained(family, "generative", "single"), tmp_path / "run")
+    run_evaluate("--run", run, "--split", "validation")
+    report = (run / "eval" / "validation" / "report.md").read_text()
+    assert figures(run / "eval" / "validation")["rows"] == 6 and "| validation split |" in report
+    with pytest.raises(InputError, match="--test_file is the test split"):
+        run_evaluate("--run", run, "--split", "validation", "--test_file", tmp_path / "x.csv")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_changed_file_is_refused(models, family, tmp_path, monkeypatch):
+    """The split would be another one; nothing is loaded before that is said."""
+    task = ["--model", models[family], *task_options("single", tmp_path / "data")]
+    train(*task, "--max_steps", 1, "--output_dir", tmp_path / "run")
+    with open(tmp_path / "data" / "test.csv", "a", encoding="utf-8") as file:
+        file.write("one more match,sport\n")
+    monkeypatch.setattr(modeling, "load_trained", None)
+    with pytest.raises(InputError, match=r"test\.csv has changed since the run was trained.*--test_file"):
+        run_evaluate("--run", tmp_path / "run")
+
+
+def test_what_does_not_fit_the_run_is_refused(trained, tmp_path, monkeypatch):  # noqa: F811
+    """Options settled by training, labels in another order, a head that should write: said before a model is loaded."""
+    monkeypatch.setattr(modeling, "load_trained", None)
+    multi = write_csv(tmp_path / "multi.csv", multi_rows(4))
+    single = write_csv(tmp_path / "single.csv", toy_rows(2))
+    for family in FAMILIES:
+        run, several = trained(family, "generative", "single"), trained(family, "head", "multi")
+        for options, reason in (
+            (["--run", run, "--max_length", "9"], "--max_length was settled"),
+            (["--run", run, "--labels", "sport", "music", "science"], "--labels was settled"),
+            (["--run", run, "--load_in_4bit", "true"], "--load_in_4bit was settled"),
+            (["--run", several, "--decode", "generate"], "has a classification head and writes no text"),
+            (["--run", several, "--label_columns", "music", "science", "sport", "--test_file", multi], "in this order"),
+            (["--run", several / "adapter", "--test_file", single], "any number of labels"),
+            (["--run", tmp_path], "no trained weights"),
+        ):
+            with pytest.raises(InputError, match=reason):
+                run_evaluate(*options)
+        monkeypatch.undo()
+        run_evaluate("--config", run / "config.yaml", "--run", run, "--output_dir", tmp_path / family)
+        assert figures(tmp_path / family) == figures(run / "eval" / "test")
+        monkeypatch.setattr(modeling, "load_trained", None)
+
+
+def test_two_processes_write_one_processes_files(trained, tmp_path):  # noqa: F811
+    """CORRECTNESS 13 by the script itself: 13 rows over two processes, once each, the same figures."""
+    run = trained("qwen", "generative", "multi")
+    run_script("evaluate.py", "--run", str(run), "--output_dir", str(tmp_path), processes=2)
+    one, two = figures(run / "eval" / "test"), figures(tmp_path)
+    assert [line["id"] for line in predictions(tmp_path)] == [str(i) for i in range(13)]
+    assert two.pop("eval_loss") == pytest.approx(one.pop("eval_loss"), rel=1e-5)
+    assert two.pop("perplexity") == pytest.approx(one.pop("perplexity"), rel=1e-4)
+    assert two == one
+
+
+def test_loaded_precision_follows_the_option(models, tmp_path):
+    """--mixed_precision no loads a bf16 run in fp32; its figures stay within 1e-2."""
+    rows = {split: toy_rows(n, start=s) for split, n, s in (("train", 4, 0), ("validation", 2, 20), ("test", 4, 30))}
+    files = {split: str(write_csv(tmp_path / f"{split}.csv", content)) for split, content in rows.items()}
+    for family in FAMILIES:
+        run = tmp_path / family
+        options = ["--approach", "head", "--mixed_precision", "bf16", "--max_steps", 1, "--output_dir", run]
+        train("--model", models[family], *toy_options(files), *options)
+        run_evaluate("--run", run, "--mixed_precision", "no", "--output_dir", tmp_path / f"{family}-fp32")
+        one, two = figures(run / "eval" / "test"), figures(tmp_path / f"{family}-fp32")
+        assert one["eval_loss"] != two["eval_loss"] and abs(one["eval_loss"] - two["eval_loss"]) < 1e-2

@@ -1,0 +1,360 @@
+"""Loading, adapting, saving and reloading models: what was trained is what answers later, in any process."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import FAMILIES, ROOT, toy_rows
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import train_cls
+from common import modeling
+from common.collate import AnswerRow, HeadRow, collate_answers, collate_head
+from common.config import InputError
+from common.loop import make_optimizer
+from common.prompts import GENERATIVE_TEMPLATE, HEAD_TEMPLATE
+from common.scoring import Classifier, score_head, score_labels
+
+LABELS = ["sport", "science", "music"]
+TEXTS = [row["text"] for row in toy_rows(2)]
+ENCODERS = ("bert", "distilbert")
+
+
+def make(path: Path, approach: str = "head", **options) -> tuple[Classifier, train_cls.Config]:
+    """A classifier as train_cls.py builds it; fp32 unless options say otherwise."""
+    options = {"mixed_precision": "no", "load_in_4bit": False, "lora_r": 4, **options}
+    config = train_cls.Config(model=str(path), approach=approach, **options)
+    encoder, head = modeling.is_encoder(str(path), config), approach == "head"
+    modeling.resolve_options(config, encoder)
+    tokenizer = modeling.load_tokenizer(str(path), config)
+    prompt = modeling.classification_prompt(
+        tokenizer,
+        encoder,
+        labels=LABELS,
+        multi_label=False,
+        template=HEAD_TEMPLATE if head else GENERATIVE_TEMPLATE,
+        max_length=200,
+    )
+    torch.manual_seed(0)
+    model, missing = modeling.load_base(str(path), config, labels=LABELS if head else None, device="cpu")
+    if not config.full_finetuning:
+        model = modeling.add_lora(model, config, missing, head)
+    model = modeling.HeadClassifier(model, encoder) if head else model
+    return Classifier(model, prompt, tokenizer, head, encoder, [0.5, 0.25, 0.75]), config
+
+
+def step(classifier: Classifier, config: train_cls.Config, updates: int = 2) -> None:
+    """A few updates, large ones, so that every trained weight moves."""
+    config.learning_rate = 0.05
+    optimizer, prompt = make_optimizer(classifier.model, config), classifier.prompt
+    rows = [(prompt.prompt(text).ids, i % 3) for i, text in enumerate(TEXTS)]
+    if classifier.head:
+        batch = collate_head([(HeadRow(ids, k), True) for ids, k in rows], 2, classifier.encoder)
+    else:
+        batch = collate_answers([(AnswerRow(ids, prompt.answer([k])), True) for ids, k in rows], 2)
+    classifier.model.train()
+    for _ in range(updates):
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+            loss = train_cls.loss_of(classifier.model, batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    classifier.model.eval()
+    assert loss.isfinite()
+
+
+def probabilities(classifier: Classifier) -> list[list[float]]:
+    prompt = classifier.prompt
+    options = {"thresholds": [0.5] * 3, "batch_size": 3, "pad_id": classifier.tokenizer.pad_token_id, "device": "cpu"}
+    ids = [prompt.prompt(text).ids for text in TEXTS]
+    if classifier.head:
+        rows = [(HeadRow(row, 0), True) for row in ids]
+        answers = score_head(classifier.model, rows, encoder=classifier.encoder, **options)
+    else:
+        answers = score_labels(classifier.model, prompt, ids, **options)
+    return [answer.probabilities for answer in answers]
+
+
+def named(model: nn.Module, part: str) -> dict[str, torch.Tensor]:
+    return {name: p for name, p in model.named_parameters() if part in name}
+
+
+FRESH = """
+import json, sys
+sys.path[:0] = sys.argv[1:3]
+import torch
+import test_modeling as t
+from pathlib import Path
+from common import modeling
+
+torch.manual_seed(12345)
+torch.set_num_threads(int(sys.argv[4]))
+found = {p.name: t.probabilities(modeling.load_trained(p, "cpu")) for p in sorted(Path(sys.argv[3]).iterdir())}
+print("FOUND" + json.dumps(found))
+"""
+
+
+def test_fresh_process_gives_the_same_answers(models, encoders, tmp_path):
+    """CORRECTNESS 15: heads, generative adapters, encoders and full fine-tuning, reloaded with another seed."""
+    cases = {f"{family}-{approach}-nf4": (models[family], approach, {"load_in_4bit": True})
+             for family in FAMILIES for approach in ("head", "generative")}  # fmt: skip
+    cases |= {f"{family}-head": (encoders[family], "head", {}) for family in ENCODERS}
+    full = {"full_finetuning": True, "load_in_4bit": None}
+    cases |= {"llama-head-full": (models["llama"], "head", full), "gemma-full": (models["gemma"], "generative", full),
+              "bert-full": (encoders["bert"], "head", full)}  # fmt: skip
+    expected = {}
+    for name, (path, approach, options) in cases.items():
+        classifier, config = make(path, approach, **options)
+        before = probabilities(classifier)
+        step(classifier, config)
+        modeling.save_trained(tmp_path / "saved" / name, classifier, config)
+        expected[name] = probabilities(classifier)
+        assert (torch.tensor(before) - torch.tensor(expected[name])).abs().max() > 1e-3
+    script = tmp_path / "fresh.py"
+    script.write_text(FRESH)
+    command = [sys.executable, script, ROOT, ROOT / "tests", tmp_path / "saved", str(torch.get_num_threads())]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = json.loads(result.stdout.partition("FOUND")[2])
+    for name, rows in expected.items():
+        for row, same in zip(rows, found[name], strict=True):
+            assert same == pytest.approx(row, abs=1e-6), name
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *ENCODERS])
+def test_adapter_without_its_head_is_refused(models, encoders, family, tmp_path):
+    """CORRECTNESS 15: by reloading, and by resuming; the same where a single weight of it is missing."""
+    classifier, config = make({**models, **encoders}[family])
+    modeling.save_trained(tmp_path / "whole", classifier, config)
+    weights = load_file(tmp_path / "whole" / "adapter_model.safetensors")
+    for key in [name for name in weights if "lora_" not in name] + [next(name for name in weights if "lora_B" in name)]:
+        folder = tmp_path / "part"
+        shutil.copytree(tmp_path / "whole", folder, dirs_exist_ok=True)
+        save_file({k: v for k, v in weights.items() if k != key}, folder / "adapter_model.safetensors")
+        with pytest.raises(InputError, match=key):
+            modeling.load_trained(folder)
+        with pytest.raises(InputError, match=key):
+            modeling.load_weights(classifier.model, folder)
+    modeling.load_weights(classifier.model, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_labels_prompt_and_thresholds_are_saved_beside_the_weights(models, family, tmp_path):
+    """CORRECTNESS 15, 18: and a task.json whose labels were reordered no longer loads."""
+    classifier, config = make(models[family])
+    modeling.save_trained(tmp_path / "adapter", classifier, config)
+    task = json.loads((tmp_path / "adapter" / "task.json").read_text())
+    assert (task["labels"], task["multi_label"], task["thresholds"]) == (LABELS, False, [0.5, 0.25, 0.75])
+    again = modeling.load_trained(tmp_path / "adapter")
+    assert again.prompt.labels == LABELS and again.thresholds == [0.5, 0.25, 0.75] and not again.model.training
+    assert again.model.model.config.id2label == dict(enumerate(LABELS))
+    assert again.model.model.config.problem_type == "single_label_classification"
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert all(part in card for part in (str(models[family]), *LABELS, "evaluate.py --run"))
+    (tmp_path / "adapter" / "task.json").write_text(json.dumps({**task, "labels": LABELS[::-1]}))
+    with pytest.raises(InputError, match="changed after training"):
+        modeling.load_trained(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_head_stays_a_float_linear_under_nf4(models, family, precision):
+    """CORRECTNESS 16: trained, beside base layers that are 4-bit and frozen."""
+    classifier, _ = make(models[family], load_in_4bit=True, mixed_precision=precision)
+    base = classifier.model.model.get_base_model()
+    score = base.score.modules_to_save["default"]
+    assert type(score) is nn.Linear and score.weight.dtype is torch.float32 and score.weight.requires_grad
+    quantised = base.model.layers[0].mlp.up_proj.base_layer
+    assert type(quantised).__name__ == "Linear4bit" and not quantised.weight.requires_grad
+    trained = {name for name, p in classifier.model.named_parameters() if p.requires_grad and "lora_" not in name}
+    assert trained == {"model.base_model.model.score.modules_to_save.default.weight"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_head_on_a_stored_quantised_model_stops_with_a_reason(models, family, tmp_path):
+    """CORRECTNESS 16: its own settings would quantise the head as well."""
+    shutil.copytree(models[family], tmp_path / "stored")
+    file = tmp_path / "stored" / "config.json"
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": settings}))
+    with pytest.raises(InputError, match="stored quantised.*Use the unquantised model"):
+        make(tmp_path / "stored", load_in_4bit=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_head_reads_the_last_token_whatever_the_padding(models, family):
+    """CORRECTNESS 17: alone, in a batch, padded with the end token, texts that end with one or two of those."""
+    classifier, config = make(models[family])
+    step(classifier, config)
+    base = classifier.model.model.get_base_model()
+    rows = [classifier.prompt.prompt(text).ids for text in TEXTS]
+    assert all(ids[-1] == 2 for ids in rows) and len({len(ids) for ids in rows}) > 1
+    rows += [[*rows[0], 2], rows[0][:-1], [*rows[0][:-1], 2, 2, 2]]
+    for pad_id in (2, 3, 0):
+        for size in (1, 3, len(rows)):
+            for start in range(0, len(rows), size):
+                part = rows[start : start + size]
+                inputs = collate_head([(HeadRow(ids, 0), True) for ids in part], pad_id)["inputs"]
+                with torch.no_grad():
+                    logits = classifier.model(**inputs)
+                    for ids, row in zip(part, logits, strict=True):
+                        hidden = base.model(torch.tensor([ids])).last_hidden_state[0, -1]
+                        assert torch.allclose(row, base.score(hidden), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_encoder_reads_the_same_text_whatever_the_padding(encoders, family):
+    """CORRECTNESS 17 for the control models: positions count from the left."""
+    classifier, config = make(encoders[family])
+    step(classifier, config)
+    rows = [(HeadRow(classifier.prompt.prompt(text).ids, 0), True) for text in TEXTS]
+    with torch.no_grad():
+        together = classifier.model(**collate_head(rows, 0, encoder=True)["inputs"])
+        base = classifier.model.model.get_base_model()
+        alone = torch.cat([base(torch.tensor([row.prompt])).logits for row, _ in rows])
+    assert torch.allclose(together, alone, atol=1e-5) and together.std(0).min() > 1e-4
+
+
+@pytest.mark.parametrize("family", [*ENCODERS, *FAMILIES])
+def test_every_module_that_the_base_lacks_is_trained_and_saved(models, encoders, family, tmp_path):
+    """DistilBERT's pre_classifier, BERT's pooler, every head: changed by an update, and in the file."""
+    expected = {"bert": {"bert.pooler.dense", "classifier"}, "distilbert": {"pre_classifier", "classifier"}}
+    classifier, config = make({**models, **encoders}[family])
+    before = {name: p.detach().clone() for name, p in named(classifier.model, "modules_to_save").items()}
+    step(classifier, config)
+    modules = {name.partition("base_model.model.")[2].partition(".modules_to_save")[0] for name in before}
+    assert modules == expected.get(family, {"score"})
+    for name, parameter in named(classifier.model, "modules_to_save").items():
+        assert not torch.equal(parameter, before[name]), name
+    modeling.save_trained(tmp_path / "adapter", classifier, config)
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    for name, parameter in named(classifier.model, "modules_to_save").items():
+        assert torch.equal(saved[name.removeprefix("model.").replace("modules_to_save.default.", "")], parameter)
+    assert probabilities(modeling.load_trained(tmp_path / "adapter")) == probabilities(classifier)
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_encoder_neither_generates_nor_is_quantised(encoders, family):
+    """Unset is unquantised; an explicit true, and a generative run, say why not."""
+    _, config = make(encoders[family], load_in_4bit=None)
+    assert config.load_in_4bit is False
+    for options, reason in (
+        ({"approach": "generative"}, "is an encoder and cannot answer in text: use --approach head"),
+        ({"load_in_4bit": True}, "unquantised: drop --load_in"),
+        ({"load_in_8bit": True}, "unquantised: drop --load_in"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            make(encoders[family], **options)
+
+
+@pytest.mark.parametrize("approach", ["generative", "head"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_finetuning_trains_and_reloads_every_weight(models, family, approach, tmp_path):
+    """A fp32 model that plain transformers loads as well; tied embeddings stay tied."""
+    classifier, config = make(models[family], approach, full_finetuning=True, load_in_4bit=None)
+    assert config.load_in_4bit is False
+    before = {name: p.detach().clone() for name, p in classifier.model.named_parameters()}
+    step(classifier, config)
+    assert all(not torch.equal(p, before[name]) for name, p in classifier.model.named_parameters())
+    modeling.save_trained(tmp_path / "model", classifier, config)
+    again = modeling.load_trained(tmp_path / "model")
+    assert probabilities(again) == probabilities(classifier)
+    kind = "SequenceClassification" if approach == "head" else "CausalLM"
+    plain = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(tmp_path / "model")
+    ours = again.model.model if approach == "head" else again.model
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(parameter, ours.get_parameter(name)), name
+    if approach == "generative":
+        tied = ours.lm_head.weight.data_ptr() == ours.model.embed_tokens.weight.data_ptr()
+        assert tied == (family in ("gemma", "qwen"))
+    other, _ = make(models[family], approach, full_finetuning=True, load_in_4bit=None)
+    modeling.load_weights(other.model, tmp_path / "model")
+    assert probabilities(other) == probabilities(classifier)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_census_counts_what_is_packed_in_4_bit(models, family):
+    """CORRECTNESS 30: as many weights as unquantised, each under its dtype."""
+    counts = {}
+    for bits in (True, False):
+        model = make(models[family], load_in_4bit=bits)[0].model
+        counts[bits] = census = modeling.census(model)
+        assert census["trainable"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert counts[True]["total"] == counts[False]["total"] == sum(p.numel() for p in model.parameters())
+    groups = {(entry["group"], entry["dtype"]): entry["parameters"] for entry in counts[True]["groups"]}
+    assert groups["base", "nf4"] == sum(
+        module.base_layer.weight.numel() for module in model.modules() if hasattr(module, "lora_A")
+    )
+    assert groups["trained whole", "float32"] == len(LABELS) * 32
+    assert {"LoRA", "base", "trained whole"} == {group for group, _ in groups}
+
+
+@pytest.mark.parametrize("option", [
+    {"use_dora": True}, {"use_rslora": True}, {"init_lora_weights": "gaussian"}, {"init_lora_weights": "false"},
+    {"init_lora_weights": "orthogonal"}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"},
+    {"target_modules": ["q_proj", "v_proj"]}, {"target_modules": ["all-linear"]}, {"load_in_8bit": True},
+    {"optim": "adamw_8bit"}, {"load_in_4bit": True, "use_dora": True}, {"mixed_precision": "bf16"},
+    {"load_in_4bit": True, "mixed_precision": "bf16", "bnb_4bit_quant_type": "fp4"},
+], ids=lambda option: "-".join(f"{name}={value}" for name, value in option.items()))  # fmt: skip
+def test_options_take_a_step_and_reload(models, option, tmp_path):
+    """Each trains its adapter and gives the same answers once reloaded."""
+    for family in FAMILIES:
+        for approach in ("generative", "head"):
+            classifier, config = make(models[family], approach, **option)
+            before = {name: p.detach().clone() for name, p in named(classifier.model, "lora_").items()}
+            step(classifier, config)
+            moved = {name: not torch.equal(p, before[name]) for name, p in named(classifier.model, "lora_").items()}
+            assert all(moved.values())
+            layers = 4 if option.get("target_modules") == ["q_proj", "v_proj"] else 14
+            assert sum("lora_B" in name for name in moved) == layers
+            folder = tmp_path / f"{family}-{approach}"
+            modeling.save_trained(folder, classifier, config)
+            again = modeling.load_trained(folder)
+            with torch.autocast("cpu", torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+                for row, same in zip(probabilities(classifier), probabilities(again), strict=True):
+                    assert same == pytest.approx(row, abs=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_implementations_agree(models, family):
+    """--attn_implementation reaches the model, and changes no answer."""
+    found = [make(models[family], attn_implementation=name)[0] for name in ("eager", "sdpa")]
+    assert [c.model.model.config._attn_implementation for c in found] == ["eager", "sdpa"]
+    for row, same in zip(*map(probabilities, found), strict=True):
+        assert same == pytest.approx(row, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        ({"target_modules": ["q_proj", "query"]}, "--target_modules query: .* there are .*k_proj.*q_proj"),
+        ({"init_lora_weights": "eva"}, "--init_lora_weights eva: expected true, false, gaussian"),
+        ({"init_lora_weights": "pissa", "load_in_4bit": True}, "could not be added: .*PiSSA"),
+        ({"attn_implementation": "flash"}, "could not be loaded: .*flash"),
+    ],
+)
+def test_what_cannot_be_built_says_why(models, option, reason):
+    """PEFT's and transformers' errors reach the user as one paragraph; a half-known list of modules is no list."""
+    for family in FAMILIES:
+        with pytest.raises(InputError, match=reason):
+            make(models[family], **option)
+
+
+def test_task_file_keeps_every_model_option(models, tmp_path):
+    """What decides how a base is loaded is read back, for each family."""
+    for family in FAMILIES:
+        classifier, config = make(
+            models[family], load_in_4bit=True, bnb_4bit_quant_type="fp4", attn_implementation="eager"
+        )
+        modeling.save_trained(tmp_path / family, classifier, config)
+        options = json.loads((tmp_path / family / "task.json").read_text())["model_options"]
+        assert options == {item.name: getattr(config, item.name) for item in fields(modeling.ModelConfig)}
+        again = modeling.load_trained(tmp_path / family).model.model.get_base_model()
+        assert again.model.layers[0].mlp.up_proj.base_layer.weight.quant_type == "fp4"

@@ -1,0 +1,449 @@
+"""Rows to token ids: the same in training and inference, whatever the tokenizer; only the text is ever shortened."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from conftest import FAMILIES, WORDS, build_encoder, build_tokenizer, toy_rows, write_csv
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import models as token_models
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from common import modeling
+from common.collate import classification_rows, collate_rows
+from common.config import InputError
+from common.data import Example, draw_few_shot, load_classification
+from common.prompts import (
+    GENERATIVE_TEMPLATE,
+    HEAD_TEMPLATE,
+    ClassificationPrompt,
+    check_prompt,
+    read_template,
+)
+from train_cls import Config
+
+LABELS = ["music", "science", "sport"]
+TEXTS = ["violin", "", "atom.  laser", "goal label: sport", " team", "é😀 tempo\nchorus", "match goal team " * 200]
+KINDS = ("bytes", "no bos", "metaspace", "replaced spaces", "bos and eos")
+
+
+def build(folder: Path, kind: str) -> None:
+    """Tokenizers that differ in how they treat spaces and special tokens."""
+    if kind == "bytes":  # GPT-2's spaces; BOS in front; pad == eos
+        build_tokenizer(folder)
+        return
+    texts = [row["text"] for row in toy_rows(40)] + [", ".join(WORDS)] * 5 + [GENERATIVE_TEMPLATE] * 5
+    special = ["<unk>", "<s>", "</s>", "<pad>"]
+    single = "<s> $A"
+    if kind == "metaspace":  # SentencePiece's unigrams: a space in front of every piece that is encoded alone
+        tokenizer = Tokenizer(token_models.Unigram())
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(vocab_size=300, special_tokens=special, unk_token="<unk>")
+    elif kind == "replaced spaces":  # Gemma's: one piece with ▁ for spaces, characters it lacks as bytes
+        tokenizer = Tokenizer(token_models.BPE(unk_token="<unk>", byte_fallback=True))
+        tokenizer.normalizer = normalizers.Replace(" ", "▁")
+        tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+        trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special + [f"<0x{i:02X}>" for i in range(256)])
+    else:  # "no bos" (Qwen's) and "bos and eos" (the end token is added to every text)
+        tokenizer = Tokenizer(token_models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special, initial_alphabet=alphabet)
+        single = "$A" if kind == "no bos" else "<s> $A </s>"
+    tokenizer.train_from_iterator(texts, trainer)
+    pieces = [(token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>") if token in single]
+    tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=pieces)
+    names = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    if kind != "no bos":
+        names["bos_token"] = "<s>"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    base = tmp_path_factory.mktemp("tokenizers")
+    for kind in KINDS:
+        build(base / kind, kind)
+    build_encoder(base / "encoder", "bert")
+    return {kind: base / kind for kind in (*KINDS, "encoder")}
+
+
+@pytest.fixture(scope="module")
+def tokenizers(folders) -> dict:
+    return {kind: AutoTokenizer.from_pretrained(folder) for kind, folder in folders.items()}
+
+
+def make(tokenizer, encoder: bool = False, **changes) -> ClassificationPrompt:
+    options = {"labels": LABELS, "multi_label": False, "template": GENERATIVE_TEMPLATE, "max_length": 120, **changes}
+    return modeling.classification_prompt(tokenizer, encoder, **options)
+
+
+def examples(multi_label: bool) -> list[Example]:
+    gold = [(), (0,), (1, 2), (0, 1, 2)] if multi_label else [(0,), (1,), (2,)]
+    return [Example(str(i), text, gold[i % len(gold)]) for i, text in enumerate(TEXTS)]
+
+
+def squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+# --- one rendering for training and inference
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_and_inference_see_the_same_ids(folders, tokenizers, kind, multi_label):
+    """CORRECTNESS 1, 2, 3, 5, 7: one prefix, one BOS at most, an answer that ends with eos, no row without a target."""
+    tokenizer = tokenizers[kind]
+    prompt = make(tokenizer, multi_label=multi_label, few_shot=[("enzyme", (1,))])
+    rows = examples(multi_label)
+    prompt.reserve(rows)
+    trained = classification_rows(rows, prompt, None)
+    saved = json.loads(json.dumps({**vars(prompt), "encode_text": None}))
+    names = ("labels", "multi_label", "template", "few_shot", "max_length", "answer_tokens")
+    reloaded = make(AutoTokenizer.from_pretrained(folders[kind]), **{name: saved[name] for name in names})
+    for example, row in zip(rows, trained, strict=True):
+        asked = reloaded.prompt(example.text)
+        assert row.prompt == asked.ids
+        ids = row.prompt + row.answer
+        assert ids.count(tokenizer.bos_token_id) == ids[:1].count(tokenizer.bos_token_id) == (kind != "no bos")
+        assert ids.count(tokenizer.eos_token_id) == 1 and ids[-1] == tokenizer.eos_token_id
+        assert row.answer == reloaded.answer(example.labels)
+        assert len(ids) <= prompt.max_length
+        assert asked.truncated == (len(example.text) > 1000)
+        shown = tokenizer.decode(row.answer[:-1])
+        assert prompt.parse(shown) == example.labels
+        if not asked.truncated and not ("é" in example.text and kind == "metaspace"):  # its alphabet lacks these
+            start = tokenizer.bos_token if kind != "no bos" else ""
+            assert squeezed(tokenizer.decode(ids)) == squeezed(start + prompt.text_of(example.text) + shown + "</s>")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_label_masks_come_from_lengths_not_from_ids(tokenizers, kind):
+    """CORRECTNESS 3, 5: with pad == eos the answer's end keeps its weight, and padding has none."""
+    prompt = make(tokenizers[kind], multi_label=True)
+    rows = examples(True)
+    prompt.reserve(rows)
+    trained = classification_rows(rows, prompt, None)
+    batch = collate_rows(trained, [(i, True) for i in range(len(rows))], pad_id=tokenizers[kind].pad_token_id)
+    inputs = batch["inputs"]
+    for i, row in enumerate(trained):
+        n = len(row.answer)
+        assert batch["weights"][i].tolist() == [0] * (batch["weights"].shape[1] - n) + [1] * n
+        assert batch["targets"][i, -n:].tolist() == row.answer == inputs["input_ids"][i, -n:].tolist()
+        assert batch["targets"][i, -1] == tokenizers[kind].eos_token_id
+        assert inputs["attention_mask"][i].sum() == row.length
+        assert inputs["input_ids"][i, -row.length :].tolist() == row.prompt + row.answer
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_text_is_shortened_and_the_length_is_used_up(tokenizers, kind):
+    """CORRECTNESS 1: instruction, cue, answer and eos stay whole; --max_length is the length really used."""
+    tokenizer = tokenizers[kind]
+    prompt = make(tokenizer)
+    longest = max(range(3), key=lambda k: len(prompt.answer((k,))))
+    space = tokenizer(" " + TEXTS[-1], add_special_tokens=False)["input_ids"]
+    for count in range(1, 200, 9):
+        text = TEXTS[-1][: 3 * count]
+        whole = tokenizer(" " + text, add_special_tokens=False)["input_ids"]
+        rendered = prompt.prompt(text)
+        head, tail = len(prompt.instruction_ids), len(prompt.cue_ids)
+        assert rendered.ids[:head] == prompt.instruction_ids and rendered.ids[-tail:] == prompt.cue_ids
+        middle = rendered.ids[head:-tail]
+        assert middle == whole[: len(middle)]
+        assert rendered.truncated == (len(middle) < len(whole))
+        total = len(rendered.ids) + len(prompt.answer((longest,)))
+        assert total == prompt.max_length if rendered.truncated else total <= prompt.max_length
+    assert prompt.prompt(TEXTS[-1]).ids[head:-tail] == space[: len(middle)]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "metaspace"])  # a unigram model knows <s> as a word
+def test_special_tokens_in_a_text_are_text(tokenizers, kind):
+    """CORRECTNESS 5, 7: `<s>` in a row (HTML has it) is no second BOS, `</s>` no early end; a template's are tokens."""
+    tokenizer = tokenizers[kind]
+    prompt = make(tokenizer, few_shot=[("<s>old</s>", (0,))])
+    ids = prompt.prompt("a <s>struck</s> word").ids + prompt.answer((0,))
+    bos, eos = tokenizer.convert_tokens_to_ids(["<s>", "</s>"])
+    assert (ids.count(bos), ids.count(eos)) == (int(kind != "no bos"), 1)
+    marked = make(tokenizer, template="user: {text}</s>\nlabel: {label}")
+    assert marked.prompt("a</s>").ids.count(eos) == 1
+
+
+def test_a_boundary_never_moves_with_the_answer(tokenizers):
+    """CORRECTNESS 2: pieces are encoded alone, so the prompt's ids hold where the whole string would merge anew."""
+    for kind in KINDS:
+        tokenizer = tokenizers[kind]
+        for template in (GENERATIVE_TEMPLATE, "{text}{label}", "{labels}: {text} -> {label}", "is {text} a{label}"):
+            prompt = make(tokenizer, template=template, labels=["sport", "s", "sports"])
+            asked = prompt.prompt("goal").ids
+            for k in range(3):
+                row = classification_rows([Example("0", "goal", (k,))], prompt, None)[0]
+                assert row.prompt == asked and row.answer == prompt.answer((k,)) and len(row.answer) > 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_model_family_gets_one_bos_and_an_end(models, family):
+    """CORRECTNESS 5, 7 for the tokenizers as saved with the models."""
+    tokenizer = modeling.load_tokenizer(str(models[family]), Config())
+    for row in classification_rows(examples(False), make(tokenizer), None):
+        ids = row.prompt + row.answer
+        assert ids[0] == 1 and ids.count(1) == 1 and ids[-1] == 2
+
+
+# --- what a prompt looks like
+
+
+def test_default_prompt_is_as_documented(tokenizers):
+    prompt = make(tokenizers["no bos"])
+    text = (
+        "Classify the text into music, science, sport and return the answer as the exact text label.\n"
+        "text: A violin.\n"
+        "label:"
+    )
+    assert prompt.text_of("A violin.") == text
+    assert tokenizers["no bos"].decode(prompt.prompt("A violin.").ids + prompt.answer((0,))) == f"{text} music</s>"
+
+
+@pytest.mark.parametrize("kind", ["bytes", "no bos", "replaced spaces"])
+def test_few_shot_examples_read_like_the_row_itself(tokenizers, kind):
+    shots = [("A violin.", (0,)), ("An atom.", (1,))]
+    prompt = make(tokenizers[kind], few_shot=shots)
+    text = (
+        "Classify the text into music, science, sport and return the answer as the exact text label.\n"
+        "text: A violin.\n"
+        "label: music\n"
+        "text: An atom.\n"
+        "label: science\n"
+        "text: A goal.\n"
+        "label:"
+    )
+    assert prompt.text_of("A goal.") == text
+    start = "" if kind == "no bos" else "<s>"
+    assert tokenizers[kind].decode(prompt.prompt("A goal.").ids) == start + text
+
+
+def test_few_shot_with_several_labels_and_another_template(tokenizers):
+    shots = [("one", (0, 2)), ("two", ())]
+    prompt = make(tokenizers["no bos"], multi_label=True, few_shot=shots, template="Pick: {labels}\n> {text} = {label}")
+    text = "Pick: music, science, sport\n> one = music, sport\n> two = \n> three ="
+    assert prompt.text_of("three") == text
+    shown = tokenizers["no bos"].decode(prompt.prompt("three").ids)
+    assert shown == text.replace("= \n", "=\n")  # the space belongs to an answer, and this one is empty
+
+
+def test_an_answer_is_made_of_its_labels(tokenizers):
+    prompt = make(tokenizers["no bos"], multi_label=True)
+    assert prompt.answer((0, 2)) == prompt.first_ids[0] + prompt.next_ids[2] + prompt.end_ids
+    assert prompt.answer(()) == prompt.end_ids == [tokenizers["no bos"].eos_token_id]
+    assert tokenizers["no bos"].decode(prompt.answer((0, 1, 2))) == " music, science, sport</s>"
+    assert prompt.target((0, 2)) == [1.0, 0.0, 1.0] and prompt.target(()) == [0.0, 0.0, 0.0]  # CORRECTNESS 19
+    assert make(tokenizers["no bos"]).target((2,)) == 2
+
+
+def test_a_cue_without_a_space_takes_labels_without_one(tokenizers):
+    tokenizer = tokenizers["no bos"]
+    prompt = make(tokenizer, template="{text}\nlabel:{label}")
+    assert tokenizer.decode(prompt.prompt("a").ids + prompt.answer((1,))) == "a\nlabel:science</s>"
+
+
+def test_labels_may_stand_behind_the_text(tokenizers):
+    prompt = make(tokenizers["no bos"], template="{text}\nOne of {labels}: {label}")
+    assert prompt.text_of("a") == "a\nOne of music, science, sport:"
+    assert tokenizers["no bos"].decode(prompt.prompt("a").ids) == prompt.text_of("a")
+
+
+@pytest.mark.parametrize("kind", ["bytes", "no bos", "encoder"])
+def test_head_rows_keep_their_own_special_tokens(tokenizers, kind):
+    """CORRECTNESS 17: a decoder reads the end token behind the text, an encoder its own pair; a cut keeps both."""
+    tokenizer = tokenizers[kind]
+    prompt = make(tokenizer, kind == "encoder", template=HEAD_TEMPLATE, max_length=12)
+    start = {"bytes": [1], "no bos": [], "encoder": [2]}[kind]
+    end = {"bytes": [2], "no bos": [2], "encoder": [3]}[kind]
+    plain = tokenizer("violin chorus", add_special_tokens=False)["input_ids"]
+    assert prompt.prompt("violin chorus").ids == start + plain[: 12 - len(start + end)] + end
+    long = prompt.prompt("violin chorus " * 50)
+    assert long.truncated and len(long.ids) == 12
+    assert long.ids[: len(start)] == start and long.ids[-1:] == end
+    if kind == "encoder":
+        assert prompt.prompt("violin chorus").ids == tokenizer("violin chorus")["input_ids"]
+
+
+# --- answers, counts, hash
+
+
+@pytest.mark.parametrize(
+    ("answer", "single", "several"),
+    [
+        ("sport", (2,), (2,)),
+        ("  sport \n", (2,), (2,)),
+        ("Sport", None, None),
+        ("sports", None, None),
+        ("", None, ()),
+        (" ", None, ()),
+        ("music, sport", None, (0, 2)),
+        ("sport,music", None, (0, 2)),
+        ("sport , music", None, (0, 2)),
+        ("sport, sport", None, None),
+        ("sport,", None, None),
+        ("sport, chess", None, None),
+        ("sport\nlabel: sport", None, None),
+    ],
+)
+def test_generated_answers_are_read_strictly(tokenizers, answer, single, several):
+    """CORRECTNESS 29: an answer that could not have been asked for is none."""
+    assert make(tokenizers["bytes"]).parse(answer) == single
+    assert make(tokenizers["bytes"], multi_label=True).parse(answer) == several
+
+
+def test_report_counts_shortened_texts(tokenizers, tmp_path):
+    rows = [{"text": "goal " * n, "label": label} for n, label in ((1, "a"), (400, "b"), (2, "a"), (500, "a"))]
+    config = Config(train_file=str(write_csv(tmp_path / "t.csv", rows)), validation_fraction=0.0, test_fraction=0.0)
+    data = load_classification(config)
+    make(tokenizers["bytes"], labels=data.labels).count_shortened(data)
+    assert data.report["rows"]["train"]["shortened"] == 2
+
+
+def test_hash_follows_all_that_decides_a_row(tokenizers):
+    base = {"labels": ["a", "b"], "few_shot": [("t", (0,))]}
+    changes = [
+        {},
+        {"labels": ["b", "a"]},
+        {"labels": ["a", "c"]},
+        {"multi_label": True},
+        {"template": "{text}: {label}"},
+        {"few_shot": [("u", (0,))]},
+        {"few_shot": [("t", (1,))]},
+        {"few_shot": []},
+        {"max_length": 121},
+    ]
+    hashes = [make(tokenizers["bytes"], **{**base, **change}).hash for change in changes]
+    assert len(set(hashes)) == len(changes)
+    stored = json.loads(json.dumps(base))  # tuples come back as lists
+    assert make(tokenizers["bytes"], **stored).hash == hashes[0]
+
+
+# --- checks before a model is loaded
+
+
+@dataclass
+class Case:
+    kind: str
+    approach: str = "generative"
+    multi_label: bool = False
+    few_shot: int = 0
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(Case(kind) for kind in KINDS),
+        Case("bytes", multi_label=True),
+        Case("metaspace", few_shot=3),
+        Case("bytes", "head"),
+        Case("no bos", "head"),
+        Case("encoder", "head"),
+    ],
+    ids=lambda case: "-".join(map(str, dataclasses.astuple(case))),
+)
+def test_early_check_agrees_with_the_real_tokenizer(folders, tokenizers, tmp_path, case):
+    """The bare tokenizer file must refuse exactly the --max_length that transformers' tokenizer would."""
+    if case.multi_label:
+        rows = [{"text": "a", "label": "music;sport"}, {"text": "b", "label": "science"}] * 5
+    else:
+        rows = toy_rows(5)
+    path = str(write_csv(tmp_path / "t.csv", rows))
+    config = Config(
+        train_file=path,
+        approach=case.approach,
+        few_shot=case.few_shot,
+        label_delimiter=";" if case.multi_label else None,
+        validation_fraction=0.0,
+        test_fraction=0.0,
+    )
+    data = load_classification(config)
+
+    def early(length: int) -> None:
+        check_prompt(dataclasses.replace(config, max_length=length), data, str(folders[case.kind]))
+
+    def real(length: int) -> None:
+        shots, rest = draw_few_shot(data.splits["train"], config.few_shot, config.split_seed)
+        template = read_template(None, case.approach)
+        options = {"labels": data.labels, "multi_label": data.multi_label, "few_shot": shots}
+        make(tokenizers[case.kind], case.kind == "encoder", template=template, max_length=length, **options).reserve(
+            rest
+        )
+
+    def refuses(check, length: int) -> bool:
+        try:
+            check(length)
+        except InputError as error:
+            assert f"--max_length {length} is too short" in str(error)
+            return True
+        return False
+
+    limit = next(length for length in range(1, 1000) if not refuses(real, length))
+    assert limit >= (2 if case.approach == "head" else 20)
+    assert [refuses(early, length) for length in (limit - 1, limit)] == [True, False]
+
+
+def test_early_check_ignores_padding_and_truncation_in_the_file(folders, tmp_path):
+    """Many encoders' tokenizer.json pad or cut every text to a fixed length; transformers ignores that."""
+    tokenizer = Tokenizer.from_file(str(folders["encoder"] / "tokenizer.json"))
+    tokenizer.enable_padding(length=128)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = Config(train_file=str(write_csv(tmp_path / "t.csv", toy_rows(9))), approach="head", max_length=64)
+    check_prompt(config, load_classification(config), str(tmp_path))
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(4)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = dataclasses.replace(config, approach="generative", max_length=12)
+    with pytest.raises(InputError, match="too short"):
+        check_prompt(config, load_classification(config), str(tmp_path))
+
+
+def test_damaged_tokenizer_file_is_named(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{")
+    config = Config(train_file=str(write_csv(tmp_path / "t.csv", toy_rows(9))))
+    with pytest.raises(InputError, match=r"tokenizer.json is damaged"):
+        check_prompt(config, load_classification(config), str(tmp_path))
+
+
+def test_too_short_a_length_says_how_much_is_needed(tokenizers):
+    with pytest.raises(InputError) as caught:
+        make(tokenizers["bytes"], max_length=10)
+    wanted = int(str(caught.value).split("at least ")[1].rstrip("."))
+    assert make(tokenizers["bytes"], max_length=wanted).text_budget == 32
+    with pytest.raises(InputError, match="fewer --few_shot examples"):
+        make(tokenizers["bytes"], max_length=wanted, few_shot=[("goal " * 100, (0,))])
+
+
+@pytest.mark.parametrize(
+    ("template", "approach", "message"),
+    [
+        ("{labels} {label}", "generative", "t.txt: A prompt template has {text} once"),
+        ("{text} {text} {label}", "generative", "t.txt: A prompt template has {text} once"),
+        ("{label} {text}", "generative", "t.txt: A prompt template has {text} once"),
+        ("{text} {label} ok?", "generative", "t.txt: A prompt template has {text} once"),
+        ("{text}", "generative", "end it with {label}"),
+        ("{text} {label}", "head", "take {label} out"),
+    ],
+)
+def test_template_errors_say_what_is_expected(tokenizers, tmp_path, template, approach, message):
+    (tmp_path / "t.txt").write_text(template)
+    with pytest.raises(InputError) as caught:
+        make(tokenizers["bytes"], template=read_template(str(tmp_path / "t.txt"), approach))
+    assert message in str(caught.value)
+
+
+def test_template_file_is_read_as_written(tmp_path):
+    (tmp_path / "t.txt").write_text("é {labels}\n\n{text}\n-> {label}\n", encoding="utf-8")
+    assert read_template(str(tmp_path / "t.txt"), "generative") == "é {labels}\n\n{text}\n-> {label}"
+    (tmp_path / "t.txt").write_bytes(b"\xff {text} {label}")
+    with pytest.raises(InputError, match="t.txt: the file is not UTF-8"):
+        read_template(str(tmp_path / "t.txt"), "generative")
+    with pytest.raises(InputError, match="none.txt: there is no such file"):
+        read_template(str(tmp_path / "none.txt"), "generative")

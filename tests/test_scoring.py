@@ -1,0 +1,329 @@
+"""Label scores against one full sequence per label through plain transformers, and what batches, order and processes
+must not change."""
+
+import gc
+import json
+import math
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from conftest import FAMILIES, ROOT, run_script, toy_rows
+from runs import fresh_accelerator  # noqa: F401
+
+import train_cls
+from common import modeling, scoring
+from common.collate import AnswerRow, HeadRow, collate_answers
+from common.config import ModelConfig
+from common.data import Example
+from common.loop import count_targets
+from common.metrics import confusion_matrix, summarise
+from common.prompts import GENERATIVE_TEMPLATE, HEAD_TEMPLATE
+
+# A label that begins another one, shared first tokens, one token and several.
+LABELS = ["match", "match goal", "match coach", "sport", "quark enzyme violin"]
+TEXTS = [row["text"] for row in toy_rows(3)]  # 9 texts of 4 to 12 words
+_loaded: dict[str, tuple] = {}
+
+
+def load(models, family: str) -> tuple:
+    """Plain fp32 model and tokenizer."""
+    if family not in _loaded:
+        model = transformers.AutoModelForCausalLM.from_pretrained(models[family]).eval()
+        _loaded[family] = model, transformers.AutoTokenizer.from_pretrained(models[family])
+    return _loaded[family]
+
+
+def prompt_of(tokenizer, multi_label=False, **fields):
+    options = {"labels": LABELS, "template": GENERATIVE_TEMPLATE, "max_length": 256, **fields}
+    return modeling.classification_prompt(tokenizer, False, multi_label=multi_label, **options)
+
+
+def score(model, prompt, texts=TEXTS, batch_size=4, gold=None, thresholds=None):
+    prompts = [prompt.prompt(text).ids for text in texts]
+    thresholds = thresholds or [0.5] * len(prompt.labels)
+    options = {"thresholds": thresholds, "batch_size": batch_size, "pad_id": 2, "device": "cpu"}
+    return scoring.score_labels(model, prompt, prompts, gold=gold, **options)
+
+
+@torch.no_grad()
+def slow(model, prompt: list[int], answer: list[int]) -> float:
+    """Log-probability of `answer`: one sequence, no cache, no padding."""
+    logits = model(torch.tensor([prompt + answer]), use_cache=False).logits[0].log_softmax(-1)
+    return sum(logits[len(prompt) + i - 1, token].item() for i, token in enumerate(answer))
+
+
+def fake_accelerator(rank: int = 0, world: int = 1) -> SimpleNamespace:
+    return SimpleNamespace(
+        process_index=rank, num_processes=world, is_main_process=rank == 0, device=torch.device("cpu"),
+        unwrap_model=lambda model: model, autocast=torch.no_grad,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_equal_one_sequence_per_label(models, family):
+    """1e-4 in log-probability, 1e-5 in normalised probability, which sum to 1."""
+    model, tokenizer = load(models, family)
+    prompt = prompt_of(tokenizer)
+    lengths = [len(ids) for ids in prompt.first_ids]
+    assert min(lengths) == 1 < max(lengths) and prompt.first_ids[1][0] == prompt.first_ids[0][0]
+    prompts = [prompt.prompt(text).ids for text in TEXTS]
+    expected = torch.tensor([[slow(model, ids, prompt.answer([k])) for k in range(len(LABELS))] for ids in prompts])
+    candidates = [scoring.Candidate(i, ids, prompt.end_ids) for i in range(len(TEXTS)) for ids in prompt.first_ids]
+    with torch.no_grad():
+        logs = torch.tensor(scoring.PromptBatch(model, prompts, 2, "cpu").score(candidates)[0]).view(len(TEXTS), -1)
+    assert (logs - expected).abs().max() < 1e-4
+    answers = score(model, prompt)
+    assert (torch.tensor([a.probabilities for a in answers]) - expected.softmax(1)).abs().max() < 1e-5
+    assert [a.labels for a in answers] == [(k,) for k in expected.argmax(1).tolist()]
+    assert all(abs(sum(a.probabilities) - 1) < 1e-12 for a in answers)
+    assert expected.exp().sum(1).max() <= 1  # CORRECTNESS 29: with its end, no label is a part of another
+
+
+@pytest.mark.parametrize("kind", ["MistralConfig", "Gemma3TextConfig", "Qwen3_5TextConfig"])
+def test_scores_with_sliding_windows_and_recurrent_states(models, kind):
+    """Caches that are no plain keys and values are expanded over the labels as well."""
+    shape = json.loads((models["mistral"] / "config.json").read_text())
+    shape |= {"sliding_window": 8, "num_hidden_layers": 4, "architectures": None, "model_type": None}
+    config = getattr(transformers, kind)(**{name: value for name, value in shape.items() if value is not None})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.ndim > 1):
+            parameter.normal_(std=0.2)
+    tokenizer = load(models, "mistral")[1]
+    prompt = prompt_of(tokenizer)
+    prompts = [prompt.prompt(text).ids for text in TEXTS[:2]]
+    expected = [[slow(model, ids, prompt.answer([k])) for k in range(5)] for ids in prompts]
+    for answer, logs in zip(score(model, prompt, TEXTS[:2]), torch.tensor(expected), strict=True):
+        assert answer.probabilities == pytest.approx(logs.softmax(0).tolist(), abs=1e-5)
+
+
+def decide(model, prompt, ids: list[int], thresholds: list[float]) -> tuple[tuple[int, ...], list[float]]:
+    """The chain as issue 2 defines it, label by label, each q_m summed over the tokens that may follow label m."""
+    n, chosen, probabilities = len(prompt.labels), (), []
+    while len(probabilities) < n:
+        lead = prompt.label_ids(chosen)
+        q = {"stop": math.exp(slow(model, ids + lead, prompt.end_ids))}
+        for m in range(len(probabilities), n):
+            piece = (prompt.next_ids if chosen else prompt.first_ids)[m]
+            followers = {prompt.end_ids[0], *(later[0] for later in prompt.next_ids[m + 1 :])}
+            q[m] = sum(math.exp(slow(model, ids + lead, [*piece, token])) for token in followers)
+        for k in range(len(probabilities), n):
+            later = sum(q[m] for m in range(k + 1, n))
+            probabilities.append(q[k] / (q[k] + later + q["stop"]))
+            if probabilities[k] >= thresholds[k]:
+                chosen += (k,)
+                break
+    return chosen, probabilities
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chain_equals_its_definition(models, family):
+    """Several labels: some chosen, none (thresholds above 1), all (thresholds 0); texts of unequal length."""
+    model, tokenizer = load(models, family)
+    prompt = prompt_of(tokenizer, True)
+    seen = set()
+    first = score(model, prompt, TEXTS[:1], thresholds=[1.1] * 5)[0].probabilities
+    some = [1.1, first[1] * 0.999, 1.1, 0.0, 1.1]  # the first text gets labels 1 and 3
+    for thresholds in ([0.5] * 5, some, [1.1] * 5, [0.0] * 5):
+        answers = score(model, prompt, TEXTS[:4], batch_size=3, thresholds=thresholds)
+        for text, answer in zip(TEXTS, answers, strict=False):
+            labels, probabilities = decide(model, prompt, prompt.prompt(text).ids, thresholds)
+            assert answer.labels == labels
+            assert answer.probabilities == pytest.approx(probabilities, abs=1e-5)
+            seen.add(labels)
+    assert {(), (1, 3), (0, 1, 2, 3, 4)} <= seen
+
+
+@pytest.mark.parametrize("multi_label", [False, True], ids=["single", "multi"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batch_size_and_row_order_change_nothing(models, family, multi_label, monkeypatch):
+    """Rows are batched by length, and candidates in pieces that bound the memory."""
+    model, tokenizer = load(models, family)
+    prompt = prompt_of(tokenizer, multi_label)
+    thresholds = [0.05] * len(LABELS)  # low, so that a random model chooses some
+    answers = score(model, prompt, batch_size=8, thresholds=thresholds)
+    order = random.Random(0).sample(range(len(TEXTS)), len(TEXTS))
+    shuffled = score(model, prompt, [TEXTS[i] for i in order], batch_size=2, thresholds=thresholds)
+    monkeypatch.setattr(scoring, "CANDIDATES", 3)
+    single = score(model, prompt, batch_size=1, thresholds=thresholds)
+    for i, answer in enumerate(answers):
+        for other in (single[i], shuffled[order.index(i)]):
+            assert other.labels == answer.labels
+            assert other.probabilities == pytest.approx(answer.probabilities, abs=1e-5)
+
+
+@pytest.mark.parametrize("multi_label", [False, True], ids=["single", "multi"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_evaluation_loss_is_the_training_loss(models, family, multi_label):
+    """Negative log-likelihood of the gold answer: of plain transformers, and of the loop's `loss_of`."""
+    model, tokenizer = load(models, family)
+    prompt = prompt_of(tokenizer, multi_label)
+    gold = [(), (0,), (1, 3), (0, 1, 2, 3, 4)] if multi_label else [(0,), (4,), (1,), (2,)]
+    answers = score(model, prompt, TEXTS[:4], batch_size=3, gold=gold)
+    rows = [AnswerRow(prompt.prompt(t).ids, prompt.answer(g)) for t, g in zip(TEXTS, gold, strict=False)]
+    for row, answer in zip(rows, answers, strict=True):
+        assert answer.nll == pytest.approx(-slow(model, row.prompt, row.answer), abs=1e-4)
+        with torch.no_grad():
+            likeliest = model(torch.tensor([row.prompt + row.answer])).logits[0].argmax(-1)
+        right = (likeliest[len(row.prompt) - 1 : -1] == torch.tensor(row.answer)).sum().item()
+        assert (answer.targets, answer.correct) == (len(row.answer), right)
+    batch = collate_answers([(row, True) for row in rows], pad_id=2)
+    with torch.no_grad():
+        loss = train_cls.loss_of(model, batch) / count_targets([batch])
+    assert summarise(answers, gold, LABELS)["eval_loss"] == pytest.approx(loss.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_text_in_a_batch_is_that_of_each_row_alone(models, family):
+    """CORRECTNESS 24; nor does it depend on the tokenizer's padding side or the checkpoint's sampling settings."""
+    model, tokenizer = load(models, family)
+    prompt = prompt_of(tokenizer, answer_tokens=12)
+    prompts = [prompt.prompt(text).ids[: -1 - i] for i, text in enumerate(TEXTS[:8])]  # each ends in another token
+    assert len({len(ids) for ids in prompts}) > 2
+
+    def texts(batch_size: int) -> list[str]:
+        answers = scoring.generate_answers(model, tokenizer, prompt, prompts, batch_size=batch_size, device="cpu")
+        return [answer.text for answer in answers]
+
+    alone = texts(1)
+    assert texts(8) == alone and len(set(alone)) > 1
+    before, side = model.generation_config, tokenizer.padding_side
+    model.generation_config = transformers.GenerationConfig(repetition_penalty=5.0, no_repeat_ngram_size=1)
+    tokenizer.padding_side = "right"
+    try:
+        assert texts(8) == alone
+        assert tokenizer.padding_side == "right"
+    finally:
+        model.generation_config, tokenizer.padding_side = before, side
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generated_answer_outside_the_labels_is_kept(models, family, monkeypatch):
+    """CORRECTNESS 29: it has its text, and its own column of the confusion matrix."""
+    model, tokenizer = load(models, family)
+    prompt = prompt_of(tokenizer)
+    examples = [Example(str(i), text, (i % 5,)) for i, text in enumerate(TEXTS)]
+    classifier = scoring.Classifier(model, prompt, tokenizer, False, False, [0.5] * 5)
+    real = model.generate
+    right = iter(sorted(range(9), key=lambda i: -len(prompt.prompt(TEXTS[i]).ids)))  # rows in the order of batches
+
+    def answer_some(input_ids, **options):  # the right label for even rows, the random model's own text for others
+        output = real(input_ids=input_ids, **options)
+        for row in range(len(input_ids)):
+            if (i := next(right)) % 2 == 0:
+                ids = prompt.answer(examples[i].labels)
+                output[row, input_ids.shape[1] :] = 2
+                output[row, input_ids.shape[1] : input_ids.shape[1] + len(ids)] = torch.tensor(ids)
+        return output
+
+    monkeypatch.setattr(model, "generate", answer_some)
+    answers = scoring.predict(classifier, examples, fake_accelerator(), 4, "test", "generate")
+    assert [answer.labels for answer in answers] == [e.labels if i % 2 == 0 else None for i, e in enumerate(examples)]
+    assert all(answer.text for answer in answers)
+    gold = [example.labels for example in examples]
+    metrics = summarise(answers, gold, LABELS)
+    assert metrics["outside_label_set"] == 4 and metrics["accuracy"] == pytest.approx(5 / 9)
+    matrix = confusion_matrix(gold, [answer.labels for answer in answers], 5, False)
+    assert matrix[:, -1].sum() == 4 and matrix.sum() == 9
+
+
+@pytest.mark.parametrize("way", ["score", "generate", "head"])
+def test_evaluation_holds_no_tensor_from_batch_to_batch(models, way):
+    """CORRECTNESS 20: after each batch as many numbers are alive as after the first, and answers hold none."""
+    for family in FAMILIES:
+        model, tokenizer = load(models, family)
+        prompt = prompt_of(tokenizer)
+        ids = [prompt.prompt(TEXTS[0]).ids] * 10  # batches of one shape
+        alive = []
+
+        def after_batch(rows, alive=alive):
+            gc.collect()
+            alive.append(sum(x.numel() for x in gc.get_objects() if type(x) is torch.Tensor))
+
+        options = {"batch_size": 2, "device": "cpu", "progress": after_batch}
+        gc.freeze()  # only what is made from here on is looked at
+        if way == "score":
+            gold = [(0,)] * 10
+            answers = scoring.score_labels(model, prompt, ids, gold=gold, thresholds=[], pad_id=2, **options)
+        elif way == "generate":
+            answers = scoring.generate_answers(model, tokenizer, prompt, ids, **options)
+        else:
+            config = ModelConfig(model=str(models[family]), load_in_4bit=False)
+            config.full_finetuning, config.mixed_precision = False, "no"
+            base, _ = modeling.load_base(config.model, config, labels=LABELS)
+            rows = [(HeadRow(row, 0), True) for row in ids]
+            head = modeling.HeadClassifier(base, False)
+            answers = scoring.score_head(head, rows, encoder=False, thresholds=[], pad_id=2, **options)
+        gc.unfreeze()
+        assert len(alive) == 5 and max(alive) == alive[0], alive
+        assert not any(isinstance(value, torch.Tensor) for answer in answers for value in vars(answer).values())
+
+
+SHARED = """
+import json, os, sys
+sys.path[:0] = sys.argv[1:3]
+import test_scoring as t
+from pathlib import Path
+from accelerate import Accelerator
+from common.metrics import summarise
+
+accelerator = Accelerator(cpu=True)
+models = {family: Path(sys.argv[3]) / family for family in t.FAMILIES}
+found = {f"{family} {rows}": t.predicted(models, family, rows, accelerator) for family in t.FAMILIES for rows in (7, 1)}
+with open(f"{sys.argv[4]}.{accelerator.process_index}", "w") as file:
+    json.dump(found, file)
+accelerator.wait_for_everyone()
+accelerator.end_training()
+"""
+
+
+def predicted(models, family: str, rows: int, accelerator) -> dict:
+    """Answers and metrics of the first rows, by scoring with two labels a row, by a head, and by generating."""
+    model, tokenizer = load(models, family)
+    examples = [Example(str(i), text, (i % 5,)) for i, text in enumerate(TEXTS[:rows])]
+    torch.manual_seed(0)
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(models[family], num_labels=5).eval()
+    result = {}
+    for way in ("score", "multi", "generate", "head"):
+        template = HEAD_TEMPLATE if way == "head" else GENERATIVE_TEMPLATE
+        prompt = prompt_of(tokenizer, way == "multi", template=template)
+        net = modeling.HeadClassifier(base, False) if way == "head" else model
+        classifier = scoring.Classifier(net, prompt, tokenizer, way == "head", False, [0.02] * 5)
+        decode = "generate" if way == "generate" else "score"
+        answers = scoring.predict(classifier, examples, accelerator, 2, way, decode)
+        result[way] = [vars(answer) for answer in answers]
+        result[f"{way} metrics"] = summarise(answers, [example.labels for example in examples], LABELS)
+    return json.loads(json.dumps(result))
+
+
+def near(one, other) -> bool:
+    """Equal, with floating-point numbers to 1e-5."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(near(value, other[name]) for name, value in one.items())
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(near, one, other))
+    return one == (pytest.approx(other, rel=1e-5, abs=1e-5) if isinstance(one, float) else other)
+
+
+def test_two_processes_predict_what_one_does(models, tmp_path):
+    """CORRECTNESS 13: 7 rows (1 row) over 2 processes: every row once, in order, and the same metrics, on both."""
+    script = tmp_path / "shared.py"
+    script.write_text(SHARED)
+    folder = models["llama"].parent
+    run_script(str(script), str(ROOT), str(ROOT / "tests"), str(folder), str(tmp_path / "found"), processes=2)
+    both = [json.loads((tmp_path / f"found.{rank}").read_text()) for rank in range(2)]
+    assert both[0] == both[1]
+    for family in FAMILIES:
+        for rows in (7, 1):
+            alone = predicted(models, family, rows, fake_accelerator())
+            shared = both[0][f"{family} {rows}"]
+            assert len(shared["score"]) == len(shared["generate"]) == rows
+            assert near(alone, shared)
+            counts = ("accuracy", "f1_micro", "f1_macro", "rows", "outside_label_set", "intervals_95", "per_label")
+            for way in ("score", "multi", "generate", "head"):
+                one, two = alone[f"{way} metrics"], shared[f"{way} metrics"]
+                assert all(one[name] == two[name] for name in counts)

@@ -1,0 +1,206 @@
+"""train_cls.py from end to end on tiny models: what a run leaves behind, and that training teaches."""
+
+import csv
+import importlib.util
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import FAMILIES, toy_options, toy_rows, write_csv
+from runs import fresh_accelerator  # noqa: F401
+from trained import COMBINATIONS, task_options, train, trained  # noqa: F401
+
+from common import modeling, report, scoring
+from common.data import read_rows
+from common.prompts import GENERATIVE_TEMPLATE
+
+TREE = {
+    "config.yaml", "environment.json", "splits.json", "data_report.md", "data_report.json", "metrics.jsonl",
+    "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/tokenizer.json", "adapter/task.json",
+    "adapter/README.md", "checkpoints/step_4/weights/adapter_model.safetensors", "checkpoints/step_4/state.json",
+    "eval/test/metrics.json", "eval/test/predictions.csv", "eval/test/predictions.jsonl",
+    "eval/test/confusion_matrix.png", "eval/test/report.md",
+}  # fmt: skip
+METRICS = {
+    "train_loss", "train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos", "eval_runtime",
+    "mean_token_accuracy", "accuracy", "f1_micro", "f1_macro", "f1_weighted", "per_label", "confusion_matrix",
+    "eval_loss", "perplexity", "examples_per_second", "peak_memory_bytes",
+}  # fmt: skip
+# Every combination for every family; one of each also with what is the default on most machines.
+QUANTISED = ("--load_in_4bit", "true", "--mixed_precision", "bf16")
+RUNS = [(family, *combination, ()) for family in FAMILIES for combination in COMBINATIONS]
+RUNS += [(family, *combination, QUANTISED) for family, combination in zip(FAMILIES, COMBINATIONS, strict=True)]
+
+
+@pytest.fixture(params=RUNS, ids=lambda run: "-".join(run[:3]) + "-nf4" * bool(run[3]))
+def run(request, trained) -> Path:  # noqa: F811
+    family, approach, kind, options = request.param
+    return trained(family, approach, kind, *options)
+
+
+def test_run_folder_holds_what_the_contract_names(run):
+    """Every file, pictures that are pictures, and every figure with a sensible value."""
+    files = {str(path.relative_to(run)) for path in run.rglob("*")}
+    assert files >= TREE, TREE - files
+    assert not [name for name in files if ".tmp" in name or ".old" in name]
+    for picture in run.rglob("*.png"):
+        assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and picture.stat().st_size > 3000
+    metrics = json.loads((run / "eval" / "test" / "metrics.json").read_text())
+    assert metrics.keys() >= METRICS, METRICS - metrics.keys()
+    positive = METRICS - {"per_label", "confusion_matrix", "mean_token_accuracy", "accuracy", "perplexity"}
+    assert all(metrics[name] > 0 for name in positive if not name.startswith("f1_"))
+    assert metrics["perplexity"] >= 1 and 0 <= metrics["mean_token_accuracy"] <= 1
+    for name in ("accuracy", "f1_micro", "f1_macro", "f1_weighted"):
+        low, high = metrics["intervals_95"][name]
+        assert 0 <= low <= metrics[name] <= high <= 1
+    text = (run / "eval" / "test" / "report.md").read_text()
+    assert all(part in text for part in ("this run", "confusion_matrix.png", "95 %", "Answers outside the label set"))
+    task = json.loads((run / "adapter" / "task.json").read_text())
+    assert task["prompt_hash"] and task["template"] and len(task["labels"]) == len(task["thresholds"]) == 3
+
+
+def test_predictions_have_a_line_a_row_in_input_order(run):
+    """Both files: ids, gold labels, probabilities that explain the answer, and in the sheet what the model read."""
+    source = read_rows(json.loads((run / "splits.json").read_text())["sources"]["test"]["name"])
+    lines = [json.loads(line) for line in (run / "eval" / "test" / "predictions.jsonl").read_text().splitlines()]
+    with open(run / "eval" / "test" / "predictions.csv", newline="", encoding="utf-8") as file:
+        sheet = list(csv.DictReader(file))
+    task = json.loads((run / "adapter" / "task.json").read_text())
+    assert len(lines) == len(sheet) == len(source)
+    for number, (line, cells, row) in enumerate(zip(lines, sheet, source, strict=True)):
+        assert list(line) == ["id", "gold", "prediction", "probabilities", "truncated"]
+        assert line["id"] == cells["id"] == str(number) and list(line["probabilities"]) == task["labels"]
+        assert line["truncated"] is False and cells["truncated"] == "false"
+        assert row["text"].strip() in cells["prompt"]
+        assert [float(cells[f"p({label})"]) for label in task["labels"]] == list(line["probabilities"].values())
+        if task["multi_label"]:
+            assert line["gold"] == [label for label in task["labels"] if row[label] == "1"]
+            assert line["prediction"] == [label for label, p in line["probabilities"].items() if p >= 0.5]
+            assert cells["gold"] == ", ".join(line["gold"])
+        else:
+            assert line["gold"] == cells["gold"] == row["label"]
+            assert line["prediction"] == max(line["probabilities"], key=line["probabilities"].get)
+            assert sum(line["probabilities"].values()) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generative_model_learns_its_rows_and_to_stop(models, family, tmp_path, monkeypatch):
+    """CORRECTNESS 5: pad == eos; after 60 updates on 21 rows it answers them, and ends each answer by itself."""
+    rows = toy_rows(7)
+    files = {"train": str(write_csv(tmp_path / "train.csv", rows)), "test": str(write_csv(tmp_path / "test.csv", rows))}
+    options = ["--max_steps", 60, "--learning_rate", 1e-2, "--eval_strategy", "no", "--validation_fraction", 0]
+    rates = ["--lr_scheduler_type", "linear", "--save_strategy", "no", "--output_dir", tmp_path / "run"]
+    figures = train("--model", models[family], *toy_options(files), *options, *rates, "--lora_r", 16)
+    assert figures["accuracy"] >= 0.95 and figures["mean_token_accuracy"] >= 0.95
+
+    classifier = modeling.load_trained(tmp_path / "run" / "adapter")
+    prompt, outputs = classifier.prompt, []
+    assert classifier.tokenizer.pad_token_id == classifier.tokenizer.eos_token_id == 2
+    prompt.answer_tokens = 12  # room to run on
+    generate = classifier.model.generate
+    monkeypatch.setattr(classifier.model, "generate", lambda **kw: outputs.append(generate(**kw)) or outputs[-1])
+    ids = [prompt.prompt(f"{row['text']}.").ids for row in rows]
+    answers = scoring.generate_answers(classifier.model, classifier.tokenizer, prompt, ids, batch_size=1, device="cpu")
+    order = sorted(range(21), key=lambda i: -len(ids[i]))
+    stopped = [output[0, len(ids[i]) :].tolist().count(2) == 1 for i, output in zip(order, outputs, strict=True)]
+    assert sum(stopped) >= 0.95 * 21
+    right = [answer.text.strip() == row["label"] for answer, row in zip(answers, rows, strict=True)]
+    assert sum(right) >= 0.95 * 21
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_encoders_run_as_a_control(encoders, family, tmp_path):
+    """With baselines, of which the untrained model is none: an encoder cannot be asked."""
+    task = ["--model", encoders[family], "--approach", "head", *task_options("single", tmp_path / "data")]
+    default = ["--load_in_4bit", "false", "--baselines", "true", "--max_steps", 40, "--learning_rate", 2e-2]
+    figures = train(*task, *default, "--output_dir", tmp_path / "run")
+    baselines = json.loads((tmp_path / "run" / "eval" / "test" / "baselines.json").read_text())
+    assert baselines["untrained base, zero-shot"] == "n/a"
+    assert figures["accuracy"] > baselines["majority class"]["accuracy"] + 0.2
+    again = modeling.load_trained(tmp_path / "run" / "adapter")
+    assert again.encoder and again.head
+
+
+@pytest.mark.parametrize("approach", ["generative", "head"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_baselines_are_measured_on_the_untrained_base(models, family, approach, tmp_path):
+    """The same figures whatever the adapter's initialisation takes from the base, and for a head as well."""
+    task = ["--model", models[family], *task_options("single", tmp_path / "data")]
+    few = ["--max_steps", 1, "--baselines", "true", "--eval_strategy", "no", "--save_strategy", "no"]
+    init = ["--init_lora_weights", "pissa"] if approach == "generative" else ["--approach", "head"]
+    train(*task, *few, *init, "--output_dir", tmp_path / "run")
+    found = json.loads((tmp_path / "run" / "eval" / "test" / "baselines.json").read_text())
+    assert found["TF-IDF + logistic regression"]["accuracy"] > 0.9 and found["majority class"]["accuracy"] == 1 / 3
+
+    config = modeling.TrainedOptions(model=str(models[family]), load_in_4bit=False)
+    base = modeling.load_base(config.model, config)[0].eval()
+    tokenizer = modeling.load_tokenizer(config.model, config)
+    prompt = modeling.classification_prompt(
+        tokenizer, False, labels=["music", "science", "sport"], multi_label=False,
+        template=GENERATIVE_TEMPLATE, max_length=256,
+    )  # fmt: skip
+    rows = toy_rows(5, start=30)
+    options = {"thresholds": [0.5] * 3, "batch_size": 16, "pad_id": 2, "device": "cpu"}
+    gold = [(prompt.labels.index(row["label"]),) for row in rows]
+    ids = [prompt.prompt(f"{row['text']}.").ids for row in rows]
+    answers = scoring.score_labels(base, prompt, ids, gold=gold, **options)
+    loss = sum(answer.nll for answer in answers) / sum(answer.targets for answer in answers)
+    assert found["untrained base, zero-shot"]["eval_loss"] == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_finetuning_leaves_a_model(models, family, tmp_path, capfd):
+    """model/ instead of adapter/, and no progress bars or warnings of libraries on the way."""
+    approach = "head" if family in ("llama", "gemma") else "generative"
+    task = ["--model", models[family], "--approach", approach, *task_options("single", tmp_path / "data")]
+    train(*task, "--full_finetuning", "true", "--max_steps", 2, "--output_dir", tmp_path / "run")
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file() and not (tmp_path / "run" / "adapter").exists()
+    printed = capfd.readouterr().err
+    assert not [word for word in ("Writing", "Loading", "Warning", "warn(") if word in printed], printed
+
+
+def test_missing_extras_are_named_once_with_their_command(models, tmp_path, monkeypatch, capsys):
+    """A run without matplotlib and TensorBoard works, for each family, and says at its start what would add them."""
+    real = importlib.util.find_spec
+
+    def without(name: str, package: str | None = None):
+        return None if name.partition(".")[0] in ("matplotlib", "tensorboard") else real(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+    for family in FAMILIES:
+        run = tmp_path / family
+        task = ["--model", models[family], *task_options("single", tmp_path / "data"), "--max_steps", 1]
+        train(*task, "--output_dir", run)
+        printed = capsys.readouterr().out
+        assert printed.count("`pip install matplotlib`") == printed.count("pip install") == 1
+        assert printed.index("pip install") < printed.index("# Data report")
+        assert not list(run.rglob("*.png"))
+        assert "confusion_matrix.png" not in (run / "eval" / "test" / "report.md").read_text()
+    report.say_what_is_missing(SimpleNamespace(is_main_process=True), None)
+    assert "`pip install matplotlib tensorboard`" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pictures_survive_any_label(models, family, tmp_path):
+    """Labels that are formulas to matplotlib, bars to a table, or in a script that its font lacks."""
+    names = {"sport": "$x^{ a|b$", "science": "科学 $", "music": "a_{"}
+    rows = {split: [{**row, "label": names[row["label"]]} for row in toy_rows(n, start=s)]
+            for split, n, s in (("train", 4, 0), ("validation", 2, 20), ("test", 2, 30))}  # fmt: skip
+    files = {split: str(write_csv(tmp_path / f"{split}.csv", content)) for split, content in rows.items()}
+    train("--model", models[family], *toy_options(files), "--max_steps", 1, "--output_dir", tmp_path / "run")
+    assert (tmp_path / "run" / "eval" / "test" / "confusion_matrix.png").stat().st_size > 3000
+    text = (tmp_path / "run" / "eval" / "test" / "report.md").read_text()
+    assert r"| $x^{ a\|b$ |" in text
+
+
+def test_trained_weights_are_finite(trained):  # noqa: F811
+    """The run used by the other tests moved its adapter."""
+    from safetensors.torch import load_file
+
+    for family in FAMILIES:
+        weights = load_file(trained(family, "generative", "single") / "adapter" / "adapter_model.safetensors")
+        assert all(t.isfinite().all() for t in weights.values())
+        assert any(t.abs().sum() > 0 for name, t in weights.items() if "lora_B" in name)
+        assert all(t.dtype is torch.float32 for t in weights.values())
