@@ -7,6 +7,7 @@ import os
 import warnings
 from collections import Counter
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,10 +126,10 @@ def classification_prompt(tokenizer: Any, encoder: bool, **fields: Any) -> Class
             raise InputError("The tokenizer has no end token (eos), so an answer could not end.")
         start, end = [i for i in special if i == tokenizer.bos_token_id], [tokenizer.eos_token_id]
 
-    def encode(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    def encode(text: str, plain: bool = False) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
 
-    return ClassificationPrompt(encode, start=start, end=end, **fields)
+    return ClassificationPrompt(encode, start=start, end=end, encode_text=partial(encode, plain=True), **fields)
 
 
 def load_base(

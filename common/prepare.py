@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from common.config import InputError, cli_errors
-from common.data import SPLITS, Example, stratified_sample
+from common.data import Example, stratified_sample
+from common.files import SPLITS
 
 HELD_OUT = 0.1  # share of the training rows that becomes validation, and test, where the source has none
 OPTIONS = {  # what the builders' parameters are

@@ -42,12 +42,17 @@ def runs_folder(config: Any) -> Path:
 
 
 def check_output_dir(config: Any) -> None:
-    """Refuses to write a new run over an old one."""
+    """Refuses to write a new run over an old one, or where nothing can be written."""
     if config.output_dir and (Path(config.output_dir) / "config.yaml").exists():
         raise InputError(
             f"--output_dir {config.output_dir} already holds a run. Choose another folder, or go on with it by "
             f"`--resume_from_checkpoint {config.output_dir}`."
         )
+    folder = Path(config.output_dir or OUTPUTS)
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        what = "a folder that you may not write to" if nearest.is_dir() else "a file"
+        raise InputError(f"--output_dir {folder}: {nearest} is {what}. Choose another folder.")
 
 
 def new_run_folder(config: Any) -> Path:

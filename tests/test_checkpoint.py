@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.checkpointing import save_accelerator_state
 from conftest import FAMILIES, ROOT, toy_options, toy_rows, write_csv
 from runs import (  # noqa: F401
     FAMILY_APPROACHES,
@@ -120,8 +119,6 @@ def killed(models, tmp_path_factory) -> dict[str, tuple]:
         add(f"{family} resumed", f"{family}_killed", *latest)
         limit = ["--save_total_limit", 1] if family == "qwen" else []
         add(f"{family} writing", f"{family}_writing", *limit, signal=[KILL, *DURING[family]])
-        if family == "gemma":
-            jobs["gemma writing"]["copy"] = 1
         add(f"{family} written", f"{family}_writing", *limit, *latest)
     add("Ctrl-C", "interrupted", signal=[2, "common.loop", "finite_mean", 4])
     script, list_file = folder / "jobs.py", folder / "jobs.json"
@@ -192,4 +189,288 @@ def test_a_checkpoint_holds_no_base_weights(killed, models, family):
     trained = sum(tensor.numel() for tensor in weights(folder / "weights").values())
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     assert size < 4 * 3 * trained + 60_000  # weights and two moments in fp32; random states, options and names
-    assert not list(folder.rglob("model*")) and (models[family] / "model.safetensors").exists()
+    assert size < (models[family] / "model.safetensors").stat().st_size
+
+
+@pytest.fixture
+def options(models, toy_files) -> dict[str, list]:
+    """family -> model, approach and data."""
+    return {
+        family: ["--model", models[family], "--approach", approach, *toy_options(toy_files)]
+        for family, approach in FAMILY_APPROACHES
+    }
+
+
+def interrupt(update: int, *given: object) -> None:
+    """A run that ends within update number `update`."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, loop, "finite_mean", update)
+        train(*given)
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, metric: str, scores: list[float]) -> list[dict]:
+    """Lets the validations have these scores one after the other; returns the list of what they really measured."""
+    real, measured = train_cls.evaluate, []
+
+    def evaluate(classifier, examples, *, what, **others):
+        answers, metrics = real(classifier, examples, what=what, **others)
+        if what != "validation":
+            return answers, metrics
+        measured.append(metrics)
+        return answers, {**metrics, metric: scores[len(measured) - 1]}
+
+    monkeypatch.setattr(train_cls, "evaluate", evaluate)
+    return measured
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_first_update_after_a_resume_is_the_next(options, tmp_path, monkeypatch, family):
+    """CORRECTNESS 11: the option really takes effect; nothing is done twice and nothing left out."""
+    run = [*options[family], *SAVED, "--output_dir", tmp_path]
+    interrupt(4, *run)
+    real, updates = loop.finite_mean, []
+    monkeypatch.setattr(loop, "finite_mean", lambda *args: updates.append(args[-2] + 1) or real(*args))
+    train(*run, "--resume_from_checkpoint", "latest")
+    assert updates == [4, 5, 6]
+    assert [line["update"] for line in log_lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_changed_run_is_not_resumed(options, toy_files, tmp_path, family):
+    """CORRECTNESS 11: a changed option, rows per update, file or template is named; what counts no row may change."""
+    own = write_csv(tmp_path / "own.csv", toy_rows(14))
+    template = tmp_path / "template.txt"
+    template.write_text("{text}")
+    run = [*options[family], "--train_file", own, *SAVED, "--output_dir", tmp_path / "run"]
+    run += ["--prompt_template", template] if "head" in run else []
+    interrupt(3, *run)
+    run += ["--resume_from_checkpoint", "latest"]
+    with pytest.raises(InputError, match="learning_rate was 0.001, is 0.002"):
+        train(*run, "--learning_rate", 2e-3)
+    with pytest.raises(InputError, match="rows_per_update was 8, is 16"):
+        train(*run, "--gradient_accumulation_steps", 2)
+    write_csv(own, toy_rows(14, start=1))
+    with pytest.raises(InputError, match=r"content of \S+own.csv was [0-9a-f]{12}, is [0-9a-f]{12}"):
+        train(*run)
+    write_csv(own, toy_rows(14))
+    if "head" in run:
+        template.write_text("a text: {text}")
+        with pytest.raises(InputError, match="prompt was"):
+            train(*run)
+        template.write_text("{text}")
+    train(*run, "--gradient_accumulation_steps", 2, "--per_device_train_batch_size", 4, "--logging_steps", 2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_without_a_checkpoint_starts_anew(options, tmp_path, family):
+    """Killed before its first checkpoint, a run begins again, with the options and baselines of now."""
+    common = [*options[family], "--num_train_epochs", 1, "--lora_dropout", 0.2, "--baselines", "true"]
+    interrupt(3, *common, "--seed", 1, "--output_dir", tmp_path / "again")
+    train(*common, "--seed", 2, "--output_dir", tmp_path / "again", "--resume_from_checkpoint", "latest")
+    train(*common, "--seed", 2, "--output_dir", tmp_path / "straight")
+    assert log_lines(tmp_path / "again") == log_lines(tmp_path / "straight")
+    assert "seed: 2" in (tmp_path / "again" / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_baselines_do_not_change_the_training(options, tmp_path, family):
+    """They are no part of what a checkpoint must agree with, so they must not draw from its random numbers."""
+    common = [*options[family], "--max_steps", 3, "--lora_dropout", 0.2]
+    for baselines in ("true", "false"):
+        train(*common, "--baselines", baselines, "--output_dir", tmp_path / baselines)
+    assert log_lines(tmp_path / "true") == log_lines(tmp_path / "false")
+
+
+@pytest.mark.parametrize(("metric", "scores"), [("f1_macro", [0.1, 0.9, 0.2]), ("eval_loss", [3.0, 1.0, 2.0])])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_adapter_is_the_best_by_the_named_metric(options, tmp_path, monkeypatch, family, metric, scores):
+    """CORRECTNESS 32: neither the first nor the last weights; measured again after a reload, the difference is 0."""
+    measured = scripted(monkeypatch, metric, scores)
+    given = [*options[family], "--metric_for_best_model", metric, "--output_dir", tmp_path, "--save_total_limit", 1]
+    data = options[family][options[family].index("--validation_file") + 1]
+    train(*given, "--test_file", data, "--learning_rate", 5e-3)
+    final = json.loads((tmp_path / "eval/test/metrics.json").read_text())
+    assert {name: final[name] for name in timeless(measured[1])} == json.loads(json.dumps(timeless(measured[1])))
+    assert final["eval_loss"] not in (measured[0]["eval_loss"], measured[2]["eval_loss"])
+    # --save_total_limit 1 keeps best and last
+    assert [folder.name for folder in rundir.list_checkpoints(tmp_path)] == ["step_12", "step_18"]
+
+    config = parse_config(train_cls.Config, [*PLAIN, *map(str, given), "--test_file", str(data)])
+    from accelerate import Accelerator
+
+    classifier = modeling.load_trained(tmp_path / "adapter")
+    rows = load_classification(config).splits["test"]
+    _, metrics = train_cls.evaluate(classifier, rows, accelerator=Accelerator(cpu=True), batch_size=16, what="test")
+    assert metrics["eval_loss"] == final["eval_loss"] and metrics["f1_macro"] == final["f1_macro"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_early_stopping_survives_a_resume(options, tmp_path, monkeypatch, family):
+    """Best score and patience are part of the state: two evaluations without a gain stop the run, before and after."""
+    run = [*options[family], "--early_stopping_patience", 2, "--num_train_epochs", 5, "--output_dir", tmp_path]
+    with monkeypatch.context() as patch:
+        scripted(patch, "f1_macro", [0.5, 0.4])
+        interrupt(14, *run)
+    resumed = [*run, "--resume_from_checkpoint", "latest"]
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        assert len(scripted(patch, "f1_macro", [0.45, 0.9])) == 0
+        stop_at(patch, modeling, "load_weights", 1)  # after the loop: killed before the final evaluation
+        train(*resumed)
+    assert [line["update"] for line in log_lines(tmp_path, "f1_macro")] == [6, 12, 18]
+    train(*resumed)
+    assert len(log_lines(tmp_path)) == 18  # not one update more
+    assert log_lines(tmp_path, "train_loss")[-1]["epochs"] == 3
+
+
+def test_a_score_that_is_no_number_is_not_the_best():
+    state = State()
+    assert not state.improves("eval_loss", {"eval_loss": float("nan")})
+    assert state.improves("eval_loss", {"eval_loss": 2.0}) and state.best_score == -2.0
+    assert not state.improves("eval_loss", {"eval_loss": float("nan")})
+    assert state.improves("eval_loss", {"eval_loss": 1.0}) and state.stale_evaluations == 0
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "left"),
+    [
+        (None, 1, [1, 2, 3, 4]),
+        (1, 2, [2, 4]),
+        (2, 4, [3, 4]),
+        (2, 1, [1, 4]),
+        (3, None, [2, 3, 4]),
+        (5, None, [1, 2, 3, 4]),
+    ],
+)
+def test_pruning_keeps_best_and_last(tmp_path, limit, best, left):
+    for number in (1, 2, 3, 4):
+        (tmp_path / "checkpoints" / f"step_{number}").mkdir(parents=True)
+        (tmp_path / "checkpoints" / f"step_{number}" / "state.json").write_text("{}")
+    checkpoint._prune(tmp_path, State(update=4, best_update=best), limit)
+    assert [folder.name for folder in rundir.list_checkpoints(tmp_path)] == [f"step_{number}" for number in left]
+
+
+def test_a_folder_is_whole_at_every_moment_of_its_replacement(tmp_path, monkeypatch):
+    """Stopped between the two renames, the old folder comes back; a second replacement does not delete it first."""
+    target, new = tmp_path / "adapter", tmp_path / "new"
+    target.mkdir()
+    (target / "task.json").write_text("old")
+    new.mkdir()
+    (new / "task.json").write_text("new")
+    for _ in range(2):
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            stop_at(patch, rundir.os, "rename", 3 if (tmp_path / ".adapter.old").exists() else 2)
+            rundir.replace_folder(new, target)
+        assert not target.exists()
+    assert (rundir.weights_folder(tmp_path) / "task.json").read_text() == "old"
+    rundir.replace_folder(new, target)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"] and (target / "task.json").read_text() == "new"
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, *given: object) -> int:
+    """The exit code of `python train_cls.py`, in this process."""
+    monkeypatch.setattr(sys, "argv", ["train_cls.py", *PLAIN, *map(str, given)])
+    try:
+        with cli_errors():
+            train_cls.main()
+    except SystemExit as error:
+        return error.code
+    return 0
+
+
+def test_nothing_to_resume_is_an_error(options, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run_main(monkeypatch, *options["llama"], "--resume_from_checkpoint", "latest") == 2
+    assert "no unfinished run with these options" in capsys.readouterr().err
+    (tmp_path / "half").mkdir()
+    assert run_main(monkeypatch, *options["llama"], "--resume_from_checkpoint", "half") == 2
+    assert "half is neither a run nor a checkpoint folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_latest_is_the_newest_unfinished_run_with_these_options(options, tmp_path, monkeypatch, capsys, family):
+    monkeypatch.chdir(tmp_path)
+    run = [*options[family], *SAVED, "--max_steps", 3]
+    interrupt(3, *run)
+    interrupt(3, *run, "--seed", 7)
+    train(*run)  # run_3, finished
+    assert run_main(monkeypatch, *run, "--resume_from_checkpoint", "latest", "--output_dir", "other") == 2
+    found = next(Path("outputs").glob("*/*/run_1"))
+    assert run_main(monkeypatch, *run, "--resume_from_checkpoint", found, "--output_dir", "other") == 2
+    assert "drop --output_dir" in capsys.readouterr().err
+    train(*run, "--resume_from_checkpoint", "latest")
+    finished = ["finished" in (found.parent / f"run_{i}" / "environment.json").read_text() for i in (1, 2, 3)]
+    assert finished == [True, False, True]
+    with pytest.raises(InputError, match="no unfinished run"):
+        train(*run, "--resume_from_checkpoint", "latest")
+    with pytest.raises(InputError, match="is finished"):
+        train(*run, "--resume_from_checkpoint", found)
+
+
+def test_runs_started_together_get_folders_of_their_own(tmp_path, monkeypatch):
+    """Both see no run yet; the second finds run_1 taken when it makes it."""
+    monkeypatch.chdir(tmp_path)
+    config = parse_config(train_cls.Config, ["--train_file", "a.csv"])
+    monkeypatch.setattr(Path, "glob", lambda *_: iter(()))
+    assert [rundir.new_run_folder(config).name for _ in range(3)] == ["run_1", "run_2", "run_3"]
+
+
+def test_a_new_run_does_not_overwrite_an_old_one(options, tmp_path, monkeypatch, capsys):
+    for folder in (tmp_path / "one", tmp_path / "several" / "seed_2"):
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text("seed: 2")
+    assert run_main(monkeypatch, *options["llama"], "--output_dir", tmp_path / "one") == 2
+    assert run_main(monkeypatch, *options["llama"], "--output_dir", tmp_path / "several", "--seeds", 1, 2) == 2
+    assert capsys.readouterr().err.count("already holds a run") == 2
+    assert [path.name for path in (tmp_path / "several").iterdir()] == ["seed_2"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_failed_seed_keeps_the_others(options, tmp_path, monkeypatch, family):
+    """One run folder and one row a seed; the exit code tells that one is missing."""
+    stop_at(monkeypatch, loop, "finite_mean", 2, ValueError("bad luck"))
+    run = [*options[family], "--max_steps", 3, "--seeds", 1, 2, 3, "--output_dir", tmp_path]
+    assert run_main(monkeypatch, *run) == 1
+    table = (tmp_path / "seeds.md").read_text()
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:6]] == ["1", "2", "3", "mean ± sd"]
+    assert table.count("failed") > 1 and "Seed 1 failed: ValueError: bad luck" in table
+    assert [(tmp_path / f"seed_{seed}" / "adapter").is_dir() for seed in (1, 2, 3)] == [False, True, True]
+    two, three = (weights(tmp_path / f"seed_{seed}" / "adapter") for seed in (2, 3))
+    assert any(not torch.equal(two[name], three[name]) for name in two)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_dry_run_writes_nothing(options, tmp_path, monkeypatch, capsys, family):
+    monkeypatch.chdir(tmp_path)
+    assert run_main(monkeypatch, *options[family], "--dry_run", "true") == 0
+    assert "18 updates of 8 rows" in capsys.readouterr().out
+    assert run_main(monkeypatch, *options[family], "--dry_run", "true", "--seeds", 1, 2, "--output_dir", "out") == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device", "x.bin"), RuntimeError("unexpected pos 576")])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_full_disk_is_named(options, tmp_path, monkeypatch, capsys, family, error):
+    """torch reports it as a RuntimeError, safetensors by an error of its own; the last checkpoint stays."""
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 4096))
+    stop_at(monkeypatch, checkpoint, "save_weights", 2, error)
+    assert run_main(monkeypatch, *options[family], *SAVED, "--output_dir", tmp_path) == 2
+    message = capsys.readouterr().err
+    assert "error: no space left on the disk while writing" in message and "Traceback" not in message
+    assert [folder.name for folder in rundir.list_checkpoints(tmp_path)] == ["step_1"]
+
+
+def test_another_failure_of_saving_is_not_called_a_full_disk(options, tmp_path, monkeypatch):
+    stop_at(monkeypatch, checkpoint, "save_weights", 1, RuntimeError("something else"))
+    with pytest.raises(RuntimeError, match="something else"):
+        train(*options["qwen"], *SAVED, "--output_dir", tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_cut_line_of_the_log_does_not_hinder_a_resume(options, tmp_path, family):
+    """A full disk can cut metrics.jsonl within a line."""
+    run = [*options[family], *SAVED, "--max_steps", 4, "--output_dir", tmp_path]
+    interrupt(4, *run)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"update": 3, "split"')
+    train(*run, "--resume_from_checkpoint", "latest")
+    assert [line["update"] for line in log_lines(tmp_path)] == [1, 2, 3, 4]

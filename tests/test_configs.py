@@ -14,7 +14,8 @@ from conftest import ROOT
 
 from common import prepare
 from common.config import InputError, check_classification, check_loop, parse_config
-from common.data import SPLITS, load_classification
+from common.data import load_classification
+from common.files import SPLITS
 from train_cls import Config
 
 RUNS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -18,12 +18,11 @@ from common.data import (
     Example,
     class_weights,
     draw_few_shot,
-    file_hash,
     join_fields,
     load_classification,
-    read_rows,
     stratified_sample,
 )
+from common.files import file_hash, read_rows
 
 
 @dataclass

@@ -15,7 +15,8 @@ import pytest
 
 from common import prepare
 from common.config import ClassificationConfig, DataConfig, InputError, from_texts
-from common.data import SPLITS, load_classification
+from common.data import load_classification
+from common.files import SPLITS
 
 ROOT = Path(__file__).parent.parent
 ARXIV_SIZES = {"cs.LG": 60, "cs.CV": 50, "cs.CL": 40, "math.CO": 30, "hep-th": 20, "cs.RO": 6, "q-bio.NC": 1}

@@ -1,20 +1,46 @@
 """Runs of train_cls.py that several test files look at: each is trained once a session, and never changed."""
 
+import contextlib
+import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
-from conftest import WORDS, toy_options, toy_rows, write_csv
+from conftest import FAMILIES, WORDS, toy_options, toy_rows, write_csv
 from runs import PLAIN
 
 COMBINATIONS = [(approach, kind) for approach in ("generative", "head") for kind in ("single", "multi")]
+# Every combination for every family; one of each also with what is the default on most machines, and with pictures.
+QUANTISED = ("--load_in_4bit", "true", "--mixed_precision", "bf16")
+RUNS = [(family, *combination, ()) for family in FAMILIES for combination in COMBINATIONS]
+RUNS += [(family, *combination, QUANTISED) for family, combination in zip(FAMILIES, COMBINATIONS, strict=True)]
 _done: dict[tuple, Path] = {}
 
 
-def train(*options: Any) -> dict[str, Any]:
-    """What `python train_cls.py OPTIONS` does for one seed, pictures included; the figures it returns."""
+def name_of(run: tuple) -> str:
+    """A test id."""
+    return "-".join(run[:3]) + "-nf4" * bool(run[3])
+
+
+@contextlib.contextmanager
+def quick(draw: bool = False) -> Iterator[None]:
+    """A script inside this process: without pictures, a long search for garbage, and the last one's precision."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    from common import report
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    gc.freeze()
+    with mock.patch.object(report, "can_draw", report.can_draw if draw else lambda: False):
+        yield
+
+
+def train(*options: Any, draw: bool = False) -> dict[str, Any]:
+    """What `python train_cls.py OPTIONS` does for one seed; the figures it returns."""
     import train_cls
     from common.config import check_classification, check_loop, parse_config
     from common.data import load_classification
@@ -22,7 +48,16 @@ def train(*options: Any) -> dict[str, Any]:
     config = parse_config(train_cls.Config, [*PLAIN, *map(str, options)])
     check_loop(config)
     check_classification(config)
-    return train_cls.train(config, load_classification(config), config.model)
+    with quick(draw):
+        return train_cls.train(config, load_classification(config), config.model)
+
+
+def run_evaluate(*options: Any, draw: bool = False) -> None:
+    """What `python evaluate.py OPTIONS` does."""
+    import evaluate
+
+    with quick(draw), mock.patch.object(sys, "argv", ["evaluate.py", *map(str, options)]):
+        evaluate.main()
 
 
 def multi_rows(count: int, start: int = 0) -> list[dict[str, str]]:
@@ -52,23 +87,11 @@ def trained(models, tmp_path_factory) -> Callable[..., Path]:
     def make(family: str, approach: str, kind: str, *options: str) -> Path:
         key = (family, approach, kind, *options)
         if key not in _done:
-            base = tmp_path_factory.mktemp("trained")
+            base = tmp_path_factory.mktemp("drawn" if options == QUANTISED else "trained")
             few = ["--max_steps", "4", "--learning_rate", "1e-2", "--output_dir", str(base / "run")]
             task = ["--model", models[family], "--approach", approach, *task_options(kind, base / "data")]
-            train(*task, *few, *options)
+            train(*task, *few, *options, draw=options == QUANTISED)
             _done[key] = base / "run"
         return _done[key]
 
     return make
-
-
-def run_evaluate(*options: object) -> None:
-    """What `python evaluate.py OPTIONS` does, in this process."""
-    import evaluate
-
-    before = sys.argv
-    sys.argv = ["evaluate.py", *map(str, options)]
-    try:
-        evaluate.main()
-    finally:
-        sys.argv = before
