@@ -95,7 +95,7 @@ class LoraArguments:
     target_modules: list[str] | None = option(None, "names of adapted layers; unset: all linear layers")
     use_rslora: bool = option(False, "scale by alpha / sqrt(r)")
     use_dora: bool = option(False, "weight-decomposed LoRA")
-    init_lora_weights: str = option("true", "true, gaussian, pissa, olora, ...: PEFT's initialisations")
+    init_lora_weights: str = option("true", "true, false, gaussian, orthogonal, pissa or olora: PEFT's initialisations")
     full_finetuning: bool = option(False, "train all weights, without an adapter")
 
 
@@ -103,9 +103,9 @@ class LoraArguments:
 class LoopConfig:
     """loop"""
 
-    num_train_epochs: float = option(3.0, "passes over the training rows", at_least=0)
+    num_train_epochs: float = option(2.0, "passes over the training rows", at_least=0)
     max_steps: int | None = option(None, "stop after this many updates, whatever the epochs", at_least=1)
-    per_device_train_batch_size: int = option(8, "rows in one forward pass", at_least=1)
+    per_device_train_batch_size: int = option(4, "rows in one forward pass", at_least=1)
     per_device_eval_batch_size: int = option(16, "rows in one forward pass of evaluation", at_least=1)
     gradient_accumulation_steps: int = option(1, "forward passes per update", at_least=1)
     learning_rate: float = option(1e-3, "peak learning rate", at_least=0)

@@ -226,12 +226,12 @@ def scripted(monkeypatch: pytest.MonkeyPatch, metric: str, scores: list[float]) 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_first_update_after_a_resume_is_the_next(options, tmp_path, monkeypatch, family):
     """CORRECTNESS 11: the option really takes effect; nothing is done twice and nothing left out."""
-    run = [*options[family], *SAVED, "--output_dir", tmp_path]
+    run = [*options[family], *SAVED, "--save_steps", 2, "--output_dir", tmp_path]
     interrupt(4, *run)
     real, updates = loop.finite_mean, []
     monkeypatch.setattr(loop, "finite_mean", lambda *args: updates.append(args[-2] + 1) or real(*args))
     train(*run, "--resume_from_checkpoint", "latest")
-    assert updates == [4, 5, 6]
+    assert updates == [3, 4, 5, 6]
     assert [line["update"] for line in log_lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
@@ -266,10 +266,14 @@ def test_a_run_without_a_checkpoint_starts_anew(options, tmp_path, family):
     """Killed before its first checkpoint, a run begins again, with the options and baselines of now."""
     common = [*options[family], "--num_train_epochs", 1, "--lora_dropout", 0.2, "--baselines", "true"]
     interrupt(3, *common, "--seed", 1, "--output_dir", tmp_path / "again")
+    baselines = tmp_path / "again" / "eval" / "test" / "baselines.json"
+    measured = baselines.read_text()
+    baselines.write_text("{}")
     train(*common, "--seed", 2, "--output_dir", tmp_path / "again", "--resume_from_checkpoint", "latest")
     train(*common, "--seed", 2, "--output_dir", tmp_path / "straight")
     assert log_lines(tmp_path / "again") == log_lines(tmp_path / "straight")
     assert "seed: 2" in (tmp_path / "again" / "config.yaml").read_text()
+    assert json.loads(baselines.read_text()).keys() == json.loads(measured).keys()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -347,6 +351,39 @@ def test_pruning_keeps_best_and_last(tmp_path, limit, best, left):
         (tmp_path / "checkpoints" / f"step_{number}" / "state.json").write_text("{}")
     checkpoint._prune(tmp_path, State(update=4, best_update=best), limit)
     assert [folder.name for folder in rundir.list_checkpoints(tmp_path)] == [f"step_{number}" for number in left]
+
+
+def test_a_half_deleted_checkpoint_is_none(tmp_path, monkeypatch):
+    test_pruning_keeps_best_and_last(tmp_path, None, None, [1, 2, 3, 4])
+    stop_at(monkeypatch, checkpoint.shutil, "rmtree", 1)
+    with pytest.raises(Stopped):
+        checkpoint._prune(tmp_path, State(update=4), 2)
+    assert [folder.name for folder in rundir.list_checkpoints(tmp_path)] == ["step_2", "step_3", "step_4"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_best_comes_back_though_nothing_better_follows(options, tmp_path, monkeypatch, family):
+    """Killed between the two renames of a better adapter that, once resumed, turns out no better."""
+    run = [*options[family], *SAVED, "--num_train_epochs", 2, "--output_dir", tmp_path]
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        scripted(patch, "f1_macro", [0.5, 0.9])
+        real = rundir.os.rename
+        moves = []
+
+        def rename(source, target):
+            moves.append(source) if source.name == ".adapter.tmp" else None
+            if len(moves) == 2:
+                raise Stopped
+            real(source, target)
+
+        patch.setattr(rundir.os, "rename", rename)
+        train(*run)
+    assert not (tmp_path / "adapter").exists()
+    first = weights(tmp_path / ".adapter.old")
+    scripted(monkeypatch, "f1_macro", [0.4])
+    train(*run, "--resume_from_checkpoint", "latest")
+    last = weights(tmp_path / "adapter")
+    assert all(torch.equal(first[name], last[name]) for name in first)
 
 
 def test_a_folder_is_whole_at_every_moment_of_its_replacement(tmp_path, monkeypatch):

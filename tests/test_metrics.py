@@ -1,11 +1,14 @@
 """Figures against scikit-learn, answers outside the label set included, and intervals that cover."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from sklearn import metrics as sk
 
+from common import baselines
+from common.data import Example
 from common.metrics import classification_metrics, confusion_matrix, indicator, summarise
 from common.scoring import Answer
 
@@ -100,3 +103,25 @@ def test_loss_is_a_sum_over_targets_not_a_mean_of_means():
     assert (ours["eval_loss"], ours["mean_token_accuracy"]) == (0.5, 0.7)
     assert ours["perplexity"] == pytest.approx(math.exp(0.5))
     assert "eval_loss" not in summarise([Answer((0,), [])], [(0,)], LABELS)
+
+
+@pytest.mark.parametrize("kind", ["single", "multi"])
+def test_baselines_learn_what_words_give_away(kind):
+    """TF-IDF + logistic regression is right on words it has seen; the majority is the likeliest answer of training."""
+    texts = [(("sun", "rain", "snow")[i % 3], (i % 3,)) for i in range(12)] + [("sun sun", (0,))]
+    texts += [("sun rain", (0, 1))] * 4 + [("fog", ())] * 2 if kind == "multi" else []
+    rows = [Example(str(i), *row) for i, row in enumerate(texts)]
+    assert baselines.majority(rows, rows[:2]) == [(0,), (0,)]
+    found = baselines.tfidf_logistic_regression(rows, rows, 4, kind == "multi")  # no row has label 3
+    assert found == [row.labels for row in rows]
+
+
+def test_texts_without_words_leave_a_baseline_out(tmp_path):
+    """Emoji have no TF-IDF features: that baseline is n/a, the run goes on."""
+    rows = [Example(str(i), "\U0001f600", (i % 2,)) for i in range(4)]
+    data = SimpleNamespace(splits={"train": rows, "test": rows}, labels=["a", "b"], multi_label=False)
+    alone = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
+    measure = (tmp_path / "baselines.json", SimpleNamespace(encoder=True), data, "", None, alone, None)
+    found = baselines.measure(*measure)
+    assert found[baselines.TFIDF] == "n/a" and found["majority class"]["accuracy"] == 0.5
+    assert baselines.measure(*measure) == found  # from the file, as a resumed run does

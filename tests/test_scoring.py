@@ -134,6 +134,7 @@ def test_chain_equals_its_definition(models, family):
             labels, probabilities = decide(model, prompt, prompt.prompt(text).ids, thresholds)
             assert answer.labels == labels
             assert answer.probabilities == pytest.approx(probabilities, abs=1e-5)
+            assert answer.probabilities == pytest.approx(probabilities, rel=1e-3)  # many are tiny
             seen.add(labels)
     assert {(), (1, 3), (0, 1, 2, 3, 4)} <= seen
 
