@@ -138,6 +138,10 @@ class ClassificationPrompt:
         """A classification head's target: the label's index, or 0 / 1 for each label."""
         return [float(k in labels) for k in range(len(self.labels))] if self.multi_label else labels[0]
 
+    def text_of(self, text: str) -> str:
+        """The prompt as text, for people."""
+        return self._opening + text + self._cue.rstrip(" ")
+
     def parse(self, answer: str) -> tuple[int, ...] | None:
         """The labels of a generated answer, or None where it is none that could have been asked for."""
         names = [name.strip() for name in answer.split(SEPARATOR.strip())] if self.multi_label else [answer.strip()]
