@@ -27,12 +27,15 @@ class InputError(Exception):
 
 @contextmanager
 def cli_errors() -> Iterator[None]:
-    """Ends the program as a user expects: one paragraph and exit code 2 for bad input, 130 for Ctrl-C."""
+    """Ends the program as a user expects: one paragraph; exit code 2 for bad input, 130 for Ctrl-C."""
     try:
         yield
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except FloatingPointError as error:  # a diverged run
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print(
             "\nStopped by Ctrl-C. What had been saved stays; `--resume_from_checkpoint latest` with the same options "

@@ -8,9 +8,10 @@ from unittest import mock
 
 import pytest
 
-# Tiny and quick: no quantisation, fp32, every update logged.
+# Tiny and quick: no quantisation, fp32, every update logged. The rest is set here so that no test hangs on a default.
 PLAIN = ["--load_in_4bit", "false", "--mixed_precision", "no", "--logging_steps", "1", "--report_to", "none",
-         "--baselines", "false", "--lora_r", "4"]  # fmt: skip
+         "--baselines", "false", "--lora_r", "4", "--lora_alpha", "32", "--learning_rate", "1e-3",
+         "--warmup_ratio", "0.1", "--num_train_epochs", "3", "--per_device_train_batch_size", "8"]  # fmt: skip
 TIMES = ("runtime", "per_second", "peak_memory")
 FAMILY_APPROACHES = [("llama", "generative"), ("mistral", "head"), ("gemma", "head"), ("qwen", "generative")]
 
@@ -61,14 +62,25 @@ def weights(folder: Path) -> dict[str, Any]:
     return load_file(folder / "adapter_model.safetensors")
 
 
-def stop_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, error: BaseException | None = None):
-    """Lets call number `call` of `owner.name` raise `error`, by default Stopped; earlier and later ones work."""
+def stop_at(
+    monkeypatch: pytest.MonkeyPatch,
+    owner: Any,
+    name: str,
+    call: int,
+    error: BaseException | None = None,
+    text: str = "",
+) -> None:
+    """Lets call number `call` of `owner.name` raise `error`, by default Stopped; earlier and later ones work.
+
+    text: counts only calls in whose arguments it occurs.
+    """
     real, calls = getattr(owner, name), []
 
     def limited(*args: Any, **kwargs: Any) -> Any:
-        calls.append(args)
-        if len(calls) == call:
-            raise error or Stopped
+        if text in str(args):
+            calls.append(args)
+            if len(calls) == call:
+                raise error or Stopped
         return real(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, limited)

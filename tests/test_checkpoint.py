@@ -367,16 +367,7 @@ def test_the_best_comes_back_though_nothing_better_follows(options, tmp_path, mo
     run = [*options[family], *SAVED, "--num_train_epochs", 2, "--output_dir", tmp_path]
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         scripted(patch, "f1_macro", [0.5, 0.9])
-        real = rundir.os.rename
-        moves = []
-
-        def rename(source, target):
-            moves.append(source) if source.name == ".adapter.tmp" else None
-            if len(moves) == 2:
-                raise Stopped
-            real(source, target)
-
-        patch.setattr(rundir.os, "rename", rename)
+        stop_at(patch, rundir.os, "rename", 2, text=".adapter.tmp")
         train(*run)
     assert not (tmp_path / "adapter").exists()
     first = weights(tmp_path / ".adapter.old")
