@@ -290,12 +290,12 @@ def test_file_without_permission_is_named(folder):
 
 def test_a_file_that_cannot_be_read_is_named(folder, monkeypatch):
     """The same for root: what the system says is passed on."""
-    from common import data
+    from common import files
 
     def forbid(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(data, "_read_csv", forbid)
+    monkeypatch.setattr(files, "_read_csv", forbid)
     with pytest.raises(InputError, match=r"good.csv: the file cannot be read \(Permission denied\)"):
         data.read_rows(folder / "good.csv")
 
