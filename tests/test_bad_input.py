@@ -297,7 +297,7 @@ def test_a_file_that_cannot_be_read_is_named(folder, monkeypatch):
 
     monkeypatch.setattr(files, "_read_csv", forbid)
     with pytest.raises(InputError, match=r"good.csv: the file cannot be read \(Permission denied\)"):
-        data.read_rows(folder / "good.csv")
+        files.read_rows(folder / "good.csv")
 
 
 def test_an_old_run_is_not_overwritten(folder):
