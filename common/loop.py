@@ -15,6 +15,7 @@ from accelerate.utils import ProjectConfiguration
 
 from common.collate import Batch, to_device
 from common.config import InputError
+from common.modeling import unpacked_size
 from common.plan import rank_share
 
 
@@ -157,9 +158,7 @@ def flops_per_token(model: torch.nn.Module) -> float:
     flops = 0.0
     for name, parameter in model.named_parameters():
         if "embed" not in name:
-            packed = getattr(parameter, "quant_state", None)
-            number = packed.shape.numel() if packed is not None else parameter.numel()
-            flops += number * (6 if parameter.requires_grad else 4)
+            flops += unpacked_size(parameter) * (6 if parameter.requires_grad else 4)
     return flops
 
 

@@ -355,13 +355,19 @@ def without_adapter(model: nn.Module):
         yield
 
 
+def unpacked_size(parameter: nn.Parameter) -> int:
+    """The number of weights in a parameter; a 4-bit one stores two in a byte."""
+    packed = getattr(parameter, "quant_state", None)
+    return packed.shape.numel() if packed is not None else parameter.numel()
+
+
 def census(model: nn.Module) -> dict[str, Any]:
     """Parameters by group (base, LoRA, trained whole) and dtype; 4-bit weights are counted unpacked."""
     counts: Counter[tuple[str, str]] = Counter()
     trainable = 0
     for name, parameter in model.named_parameters():
         packed = getattr(parameter, "quant_state", None)
-        number = packed.shape.numel() if packed is not None else parameter.numel()
+        number = unpacked_size(parameter)
         kind = "LoRA" if "lora_" in name else "trained whole" if parameter.requires_grad else "base"
         dtype = packed.quant_type if packed is not None else str(parameter.dtype).removeprefix("torch.")
         counts[kind, dtype] += number
