@@ -62,7 +62,16 @@ def collate_answers(rows: Sequence[tuple[AnswerRow, bool]], pad_id: int) -> Batc
     for i, (row, counts) in enumerate(rows):
         targets[i, longest - len(row.answer) :] = torch.tensor(row.answer)
         weights[i, longest - len(row.answer) :] = row.weight * counts
-    return {"inputs": {**inputs, "logits_to_keep": longest + 1}, "targets": targets, "weights": weights}
+    return {"inputs": {**inputs, "logits_to_keep": last(inputs, longest + 1)}, "targets": targets, "weights": weights}
+
+
+def last(inputs: dict[str, torch.Tensor], positions: int) -> torch.Tensor:
+    """The numbers of a batch's last positions, for `logits_to_keep`.
+
+    A whole number there slices the hidden states, and torch then multiplies by one copy of the vocabulary matrix a row.
+    """
+    length = inputs["input_ids"].shape[1]
+    return torch.arange(length - positions, length)
 
 
 def collate_head(

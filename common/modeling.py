@@ -18,9 +18,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import peft  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from peft.tuners.lora import LoraLayer  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES  # noqa: E402
 
+from common import attention  # noqa: E402
 from common.config import InputError, ModelConfig  # noqa: E402
 from common.demo_model import resolve_model  # noqa: E402
 from common.prompts import ClassificationPrompt  # noqa: E402
@@ -148,6 +150,8 @@ def load_base(
     }
     if config.attn_implementation:
         options["attn_implementation"] = config.attn_implementation
+    elif config.mixed_precision == "bf16" and (device is None or torch.device(device).type == "cpu"):
+        options["attn_implementation"] = attention.NAME
     if labels:
         options |= {
             "num_labels": len(labels),
@@ -219,6 +223,14 @@ def add_lora(model: nn.Module, config: Any, missing: list[str], head: bool) -> n
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    return _leave_casts_to_autocast(model)
+
+
+def _leave_casts_to_autocast(model: nn.Module) -> nn.Module:
+    """PEFT casts a layer's input to the adapter's fp32, and autocast casts it back: two copies for nothing."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False
     return model
 
 
@@ -341,6 +353,7 @@ def load_trained(folder: Path, device: Any = None, mixed_precision: str | None =
         lora.base_model_name_or_path = None  # where the base was when it was trained
         model = peft.get_peft_model(model, lora)
         load_weights(model, folder)
+        model = _leave_casts_to_autocast(model)
     if head:
         model = HeadClassifier(model, encoder)
     if not (config.load_in_4bit or config.load_in_8bit):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from accelerate.utils import gather_object
 from torch import nn
 
-from common.collate import HeadRow, collate_head, pad_left, to_device
+from common.collate import HeadRow, collate_head, last, pad_left, to_device
 from common.data import Example
 from common.prompts import ClassificationPrompt
 from common.runlog import Progress
@@ -103,7 +103,7 @@ class PromptBatch:
     def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], pad_id: int, device: Any) -> None:
         self.model, self.pad_id, self.device = model, pad_id, device
         self.inputs = {name: tensor.to(device) for name, tensor in pad_left(prompts, pad_id).items()}
-        output = model(**self.inputs, use_cache=True, logits_to_keep=1)
+        output = model(**self.inputs, use_cache=True, logits_to_keep=last(self.inputs, 1).to(device))
         self.cache, self.logits = output.past_key_values, output.logits[:, -1]
 
     def score(self, candidates: Sequence[Candidate]) -> tuple[list[float], list[int]]:
