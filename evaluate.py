@@ -114,7 +114,7 @@ def untrained(config: Config, data: ClassificationData, path: str, accelerator: 
     from common.scoring import Classifier
 
     tokenizer = modeling.load_tokenizer(path, config)
-    shots, _ = draw_few_shot(data.splits["train"], config.few_shot, config.split_seed)
+    shots, _ = draw_few_shot(data, config)
     prompt = modeling.classification_prompt(
         tokenizer,
         False,
@@ -126,8 +126,6 @@ def untrained(config: Config, data: ClassificationData, path: str, accelerator: 
     )
     prompt.reserve(data.splits[config.split])
     model, _ = modeling.load_base(path, config, device=accelerator.device)
-    if not (config.load_in_4bit or config.load_in_8bit):
-        model = model.to(accelerator.device)
     return Classifier(model.eval(), prompt, tokenizer, False, False, [0.5] * len(data.labels))
 
 

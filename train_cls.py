@@ -89,7 +89,7 @@ def train(config: Config, data: ClassificationData, path: str, another: bool = F
     report.say_what_is_missing(accelerator, config.report_to)
 
     # --- data
-    shots, examples = draw_few_shot(data.splits["train"], config.few_shot, config.split_seed)
+    shots, examples = draw_few_shot(data, config)
     validation, test = data.splits["validation"], data.splits["test"]
     tokenizer = modeling.load_tokenizer(path, config)
     prompt = modeling.classification_prompt(

@@ -64,8 +64,6 @@ def measure(
             model = classifier.model
             if classifier.head or config.init_lora_weights in modeling.BASE_CHANGING_INITS:
                 model = modeling.load_base(path, config, device=accelerator.device)[0]
-                if not (config.load_in_4bit or config.load_in_8bit):
-                    model = model.to(accelerator.device)
             base = Classifier(model, prompt, classifier.tokenizer, False, False, classifier.thresholds)
             with modeling.without_adapter(model):
                 results[UNTRAINED] = evaluate(base, test, what=UNTRAINED)[1]

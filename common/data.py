@@ -40,11 +40,6 @@ class ClassificationData:
     sources: dict[str, dict[str, str]]  # split -> file (or data set) and its hash
     report: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def hashes(self) -> dict[str, str]:
-        """split -> SHA-256 of its file."""
-        return {split: source["sha256"] for split, source in self.sources.items()}
-
 
 def load_classification(config: Any, training: bool = True) -> ClassificationData:
     """Reads, checks and cuts the splits that `config` (DataConfig and ClassificationConfig) describes.
@@ -87,14 +82,15 @@ def load_classification(config: Any, training: bool = True) -> ClassificationDat
     )
 
 
-def draw_few_shot(
-    rows: Sequence[Example], count: int, seed: int
-) -> tuple[list[tuple[str, tuple[int, ...]]], list[Example]]:
-    """`count` stratified (text, labels) pairs for the prompt, and the training rows without them."""
+def draw_few_shot(data: ClassificationData, config: Any) -> tuple[list[tuple[str, tuple[int, ...]]], list[Example]]:
+    """--few_shot stratified (text, labels) pairs for the prompt, and the training rows without them."""
+    rows, count = data.splits["train"], config.few_shot
     if count and count >= len(rows):
         raise InputError(f"--few_shot {count} leaves none of the {len(rows)} training rows. Use a smaller number.")
-    chosen = set(stratified_sample(rows, count, seed))
+    chosen = set(stratified_sample(rows, count, config.split_seed))
     shots = [(row.text, row.labels) for i, row in enumerate(rows) if i in chosen]
+    if count:
+        data.report["rows"]["train"] |= {"few_shot": count, "used": len(rows) - count}
     return shots, [row for i, row in enumerate(rows) if i not in chosen]
 
 

@@ -189,7 +189,7 @@ def load_base(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     missing = sorted({name.rpartition(".")[0] for name in info["missing_keys"]})
-    return model, missing
+    return model if quantised else model.to(device or "cpu"), missing
 
 
 def add_lora(model: nn.Module, config: Any, missing: list[str], head: bool) -> nn.Module:
@@ -356,8 +356,6 @@ def load_trained(folder: Path, device: Any = None, mixed_precision: str | None =
         model = _leave_casts_to_autocast(model)
     if head:
         model = HeadClassifier(model, encoder)
-    if not (config.load_in_4bit or config.load_in_8bit):
-        model = model.to(device or "cpu")
     return Classifier(model.eval(), prompt, tokenizer, head, encoder, task["thresholds"])
 
 

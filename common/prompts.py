@@ -188,7 +188,7 @@ def check_prompt(config: Any, data: ClassificationData, path: str) -> None:
     Uses the bare tokenizer file; a model without one is checked when its tokenizer is loaded.
     """
     template = read_template(config.prompt_template, config.approach)
-    shots, examples = draw_few_shot(data.splits["train"], config.few_shot, config.split_seed)
+    shots, examples = draw_few_shot(data, config)
     file = tokenizer_file(path, config.revision)
     if file is None:
         return

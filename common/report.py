@@ -73,9 +73,10 @@ def data_report(report: dict[str, Any], example: str) -> str:
     for split, count in report.get("cut_from_train", {}).items():
         lines.append(f"- {split}: {count} rows cut from the training file, stratified; row ids in splits.json")
     columns = {
-        "read": "read", "dropped_empty_text": "dropped: no text", "used": "used", "shortened": "shortened",
-        "duplicates": "duplicate texts", "also_in_train": "also in train",
+        "read": "read", "dropped_empty_text": "dropped: no text", "few_shot": "in the prompt", "used": "used",
+        "shortened": "shortened", "duplicates": "duplicate texts", "also_in_train": "also in train",
     }  # fmt: skip
+    columns = {key: name for key, name in columns.items() if any(key in entry for entry in report["rows"].values())}
     rows = [[split, *(str(entry.get(key, "-")) for key in columns)] for split, entry in report["rows"].items()]
     lines += ["", table(["rows", *columns.values()], rows), ""]
     splits = list(report["rows"])

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -15,6 +16,7 @@ from sklearn.utils.class_weight import compute_class_weight
 
 from common.config import ClassificationConfig, DataConfig, InputError
 from common.data import (
+    ClassificationData,
     Example,
     class_weights,
     draw_few_shot,
@@ -170,10 +172,10 @@ def test_hash_is_that_of_the_bytes(tmp_path):
     """A changed file must be noticed: by resuming, and by evaluating."""
     path = save(tmp_path / "t.csv", "text,label\na,x\nb,y\n")
     first = load(train_file=path)
-    assert first.hashes == {"train": hashlib.sha256((tmp_path / "t.csv").read_bytes()).hexdigest()}
-    assert first.hashes["train"] == file_hash(path)
+    digest = hashlib.sha256((tmp_path / "t.csv").read_bytes()).hexdigest()
+    assert first.sources["train"]["sha256"] == digest == file_hash(path)
     save(tmp_path / "t.csv", "text,label\na,x\nb,y \n")
-    assert load(train_file=path).hashes != first.hashes
+    assert load(train_file=path).sources != first.sources
 
 
 # --- labels
@@ -465,13 +467,19 @@ def test_sample_sizes_add_up_whatever_the_shares():
 
 def test_few_shot_examples_are_stratified_and_leave_the_training_rows():
     rows = [Example(str(i), f"text {i}", (i % 3,)) for i in range(30)]
-    shots, rest = draw_few_shot(rows, 6, seed=1)
+    data = ClassificationData({"train": rows}, ["a", "b", "c"], False, {}, {"rows": {"train": {"used": 30}}})
+
+    def draw(count: int, seed: int):
+        return draw_few_shot(data, SimpleNamespace(few_shot=count, split_seed=seed))
+
+    shots, rest = draw(6, seed=1)
+    assert data.report["rows"]["train"] == {"used": 24, "few_shot": 6}
     assert Counter(labels for _, labels in shots) == {(0,): 2, (1,): 2, (2,): 2}
     assert sorted([*(text for text, _ in shots), *(row.text for row in rest)]) == sorted(row.text for row in rows)
-    assert draw_few_shot(rows, 6, seed=1) == (shots, rest) != draw_few_shot(rows, 6, seed=2)
-    assert draw_few_shot(rows, 0, seed=1) == ([], rows)
+    assert draw(6, seed=1) == (shots, rest) != draw(6, seed=2)
+    assert draw(0, seed=1) == ([], rows)
     with pytest.raises(InputError, match="--few_shot 30 leaves none of the 30 training rows"):
-        draw_few_shot(rows, 30, seed=1)
+        draw(30, seed=1)
 
 
 # --- class weights
@@ -550,7 +558,7 @@ def test_local_data_set_folder_of_csv_files(tmp_path, monkeypatch):
     data = load(dataset_name=str(tmp_path / "set"))
     assert data.labels == sorted(WORDS)
     assert [len(rows) for rows in data.splits.values()] == [12, 6, 0]
-    assert data.sources["train"]["name"].endswith("set [train]") and len(data.hashes["train"]) == 64
+    assert data.sources["train"]["name"].endswith("set [train]") and len(data.sources["train"]["sha256"]) == 64
 
 
 def test_files_without_training_rows_serve_evaluation_only(tmp_path):

@@ -370,7 +370,7 @@ def test_early_check_agrees_with_the_real_tokenizer(folders, tokenizers, tmp_pat
         check_prompt(dataclasses.replace(config, max_length=length), data, str(folders[case.kind]))
 
     def real(length: int) -> None:
-        shots, rest = draw_few_shot(data.splits["train"], config.few_shot, config.split_seed)
+        shots, rest = draw_few_shot(data, config)
         template = read_template(None, case.approach)
         options = {"labels": data.labels, "multi_label": data.multi_label, "few_shot": shots}
         make(tokenizers[case.kind], case.kind == "encoder", template=template, max_length=length, **options).reserve(

@@ -1,0 +1,110 @@
+"""bf16 attention on a CPU: the same numbers as torch's own, from scores to gradients, and no copies of big weights."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from conftest import FAMILIES, build_model
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from common import attention
+from common.collate import AnswerRow, collate_answers
+
+ROWS, HEADS, SIZE = 3, 6, 8
+
+
+def tensors(queries: int, keys: int, shared: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    shapes = [(HEADS, queries), (shared, keys), (shared, keys)]
+    return [torch.randn(ROWS, heads, n, SIZE, dtype=dtype, requires_grad=True) for heads, n in shapes]
+
+
+def left_padded(queries: int, keys: int) -> torch.Tensor:
+    """Causal, and row i does not see its first i keys; a padded query sees itself."""
+    mask = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)[None, None].repeat(ROWS, 1, 1, 1)
+    for row in range(ROWS):
+        mask[row, :, :, :row] = False
+    return mask | torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries).triu(keys - queries)
+
+
+@pytest.mark.parametrize("shared", [1, 2, 6])
+@pytest.mark.parametrize(("queries", "keys"), [(7, 7), (1, 9), (4, 9)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_equals_torch_in_output_and_gradients(shared, queries, keys, masked):
+    mask = left_padded(queries, keys) if masked else None
+    causal = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+    ours, theirs = tensors(queries, keys, shared, torch.float64), tensors(queries, keys, shared, torch.float64)
+    output = attention.grouped_attention(*ours, mask, scaling=0.3)
+    expected = F.scaled_dot_product_attention(
+        *theirs, attn_mask=causal if mask is None else mask, scale=0.3, enable_gqa=True
+    ).transpose(1, 2)
+    assert output.shape == (ROWS, queries, HEADS, SIZE)
+    torch.testing.assert_close(output, expected)
+    weight = torch.randn_like(expected)
+    (output * weight).sum().backward()
+    (expected * weight).sum().backward()
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.grad, other.grad)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_answers_as_with_torchs_kernel(family, models):
+    ids = torch.arange(3, 51).view(4, 12)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    logits = []
+    for name in ("sdpa", attention.NAME):
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            models[family], dtype=torch.bfloat16, attn_implementation=name
+        )
+        logits.append(model(ids, attention_mask=mask).logits.float()[mask.bool()].log_softmax(-1).exp())
+    assert (logits[0] - logits[1]).abs().max() < 3e-2
+
+
+@pytest.mark.parametrize(
+    ("change", "own"),
+    [
+        ({}, True),
+        ({"dropout": 0.1}, False),
+        ({"softcap": 30.0}, False),
+        ({"dtype": torch.float32}, False),
+        ({"is_causal": False}, False),
+        ({"limit": 100}, False),
+    ],
+)
+def test_what_it_cannot_express_stays_with_torch(change, own, monkeypatch):
+    calls = []
+    monkeypatch.setattr(attention, "sdpa_attention_forward", lambda *a, **k: (calls.append(k), None))
+    change = dict(change)
+    monkeypatch.setattr(attention, "MAX_SCORES", change.pop("limit", attention.MAX_SCORES))
+    q, k, v = tensors(5, 5, 2, change.pop("dtype", torch.bfloat16))
+    attention._forward(SimpleNamespace(is_causal=True), q, k, v, None, **change)
+    assert bool(calls) != own
+
+
+class Copies(TorchDispatchMode):
+    """Notes the largest tensor that any operation writes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.bmm.default:
+            self.largest = max(self.largest, *(arg.numel() for arg in args))
+        return result
+
+
+def test_the_vocabulary_matrix_is_not_copied_once_a_row(tmp_path):
+    """Sliced hidden states make torch multiply by an expanded copy of a frozen matrix: 15 % of a step of SmolLM2."""
+    build_model(tmp_path, "llama", vocab_size=5000)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).requires_grad_(False)
+    model.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_())
+    batch = collate_answers([(AnswerRow([5] * n, [7, 2]), True) for n in (9, 4, 6)], pad_id=2)
+    with Copies() as copies:
+        model(**batch["inputs"], use_cache=False).logits.sum().backward()
+    assert copies.largest < 5000 * 32
+    with Copies() as copies:
+        model(**{**batch["inputs"], "logits_to_keep": 3}, use_cache=False).logits.sum().backward()
+    assert copies.largest >= 5000 * 32  # what the test looks for does happen when a number is given

@@ -1,0 +1,34 @@
+"""The embedded model itself: what the README's first command does, cut short, with the weights people get."""
+
+import json
+
+import pytest
+from conftest import run_script
+from runs import log_lines
+
+from common.config import InputError
+from common.demo_model import EMBEDDED, resolve_model
+
+FEW = ["--max_steps", "10", "--max_length", "96", "--per_device_train_batch_size", "2", "--warmup_ratio", "0.1",
+       "--learning_rate", "2e-3", "--logging_steps", "1", "--eval_strategy", "no", "--baselines", "false"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model() -> str:
+    try:
+        return resolve_model(EMBEDDED, None)
+    except InputError as error:
+        pytest.skip(f"the embedded model cannot be fetched here: {error}")
+
+
+def test_demo_learns_in_4_bit_and_is_the_same_after_reload(model, tmp_path):
+    run = tmp_path / "run"
+    run_script("train_cls.py", "--model", model, *FEW, "--output_dir", str(run), timeout=900)
+    losses = [line["loss"] for line in log_lines(run)]
+    assert len(losses) == 10 and sum(losses[-3:]) < 0.8 * sum(losses[:3])
+    trained = json.loads((run / "eval" / "test" / "metrics.json").read_text())
+    run_script("evaluate.py", "--run", str(run), "--output_dir", str(tmp_path / "again"), timeout=900)
+    again = json.loads((tmp_path / "again" / "metrics.json").read_text())
+    assert again["rows"] == 50
+    for name in ("accuracy", "f1_macro", "eval_loss"):
+        assert again[name] == trained[name], name
