@@ -76,7 +76,7 @@ def train(config: Config, data: ClassificationData, path: str, another: bool = F
     import torch
     from accelerate.utils import broadcast_object_list, set_seed
 
-    from common import baselines, collate, loop, modeling, report
+    from common import attention, baselines, collate, loop, modeling, report
     from common.checkpoint import State, load_checkpoint, register_hooks, save_best, save_checkpoint
     from common.plan import Plan
     from common.scoring import Classifier
@@ -113,6 +113,7 @@ def train(config: Config, data: ClassificationData, path: str, another: bool = F
     model, missing = modeling.load_base(
         path, config, labels=data.labels if head else None, multi_label=data.multi_label, device=accelerator.device
     )
+    shared_prefix = attention.resolve_shared_prefix(model, config, encoder)
     if not config.full_finetuning:
         model = modeling.add_lora(model, config, missing, head)
     if config.gradient_checkpointing:
@@ -140,7 +141,8 @@ def train(config: Config, data: ClassificationData, path: str, another: bool = F
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     classifier = Classifier(accelerator.unwrap_model(model), prompt, tokenizer, head, encoder, [0.5] * len(data.labels))
     say(accelerator, f"{total} updates of {rows_per_update} rows; {accelerator.num_processes} process(es) on "
-        f"{accelerator.device.type}, {torch.get_num_threads()} thread(s) each")  # fmt: skip
+        f"{accelerator.device.type}, {torch.get_num_threads()} thread(s) each; "
+        f"{collate.describe_prefix(rows, batch_size, shared_prefix)}")  # fmt: skip
     if config.dry_run:
         loop.finish(accelerator, model, optimizer, another=another)
         return {}
@@ -172,7 +174,7 @@ def train(config: Config, data: ClassificationData, path: str, another: bool = F
     state = load_checkpoint(accelerator, resume[1], mark) if resume and resume[1] else State()
     log = RunLog(run_dir, accelerator, config, total, state.update)
     collator = partial(collate.collate_rows, rows, pad_id=tokenizer.pad_token_id, encoder=encoder,
-                       pos_weight=weights if data.multi_label else None)  # fmt: skip
+                       shared_prefix=shared_prefix, pos_weight=weights if data.multi_label else None)  # fmt: skip
 
     def validate() -> dict[str, Any]:
         return evaluate_rows(classifier, validation, what="validation")[1]

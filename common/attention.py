@@ -1,19 +1,25 @@
-"""Attention in bf16 on a CPU: two batched matrix products over the key-value heads.
+"""Attention of our own, under transformers' interface: shared-prefix packs, and fast products in bf16 on a CPU.
 
-torch's fused CPU kernel multiplies bf16 at a fraction of the speed of a plain product, and transformers copies the keys
-and values of grouped-query attention once a query head. Here the query heads of a group are stacked as further rows,
-so that nothing is copied. The scores are held, so long sequences, and all that this form cannot express, stay with
-torch's kernel.
+A pack is one sequence `[prefix][row 1][row 2]...` in which every row sees the prefix and itself: what all rows share is
+computed once. Its mask is not the square of the sequence but [rows, 1, row, prefix + row], and tells all there is to
+know: each row attends to the prefix's keys and its own, which costs no more than rows that stand alone.
+
+On CPUs torch's fused kernel multiplies bf16 at a fraction of the speed of a plain product, and transformers copies keys
+and values of grouped-query attention once a query head. `grouped_attention` stacks the query heads of a group as
+further rows of two batched products instead. It holds the scores, so long sequences stay with torch's kernel.
 """
 
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-NAME = "grouped_bf16"
+from common.config import InputError
+
+NAME = "plainlora"
 MAX_SCORES = 2**24  # rows x heads x queries x keys: 32 MB a layer
 
 
@@ -38,8 +44,8 @@ def grouped_attention(
     return output.view(rows, heads, queries, -1).transpose(1, 2)
 
 
-def _forward(
-    module: torch.nn.Module,
+def _attend(
+    module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -49,6 +55,7 @@ def _forward(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
+    """Attention of rows that stand alone, the faster way."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     plain = not dropout and not any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "cache"))
     masked = attention_mask.dtype == torch.bool if attention_mask is not None else causal
@@ -61,5 +68,63 @@ def _forward(
     )
 
 
+def _forward(
+    module: nn.Module,
+    query: torch.Tensor,  # [rows, heads, queries, size]; of a pack: [1, heads, prefix + rows x row, size]
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,  # of a pack: [rows, 1, row, prefix + row]
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:  # [rows, queries, heads, size]
+    if attention_mask is None or attention_mask.shape[2] == query.shape[2]:
+        return _attend(module, query, key, value, attention_mask, **kwargs)
+    rows, _, row, width = attention_mask.shape
+    prefix = width - row
+
+    def split(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The prefix [1, heads, prefix, size], and the rows [rows, heads, row, size]."""
+        first, rest = tensor.split([prefix, rows * row], 2)
+        return first, rest[0].unflatten(1, (rows, row)).transpose(0, 1)
+
+    (first_q, query), (first_k, key), (first_v, value) = split(query), split(key), split(value)
+    first, _ = _attend(module, first_q, first_k, first_v, None, **{**kwargs, "is_causal": True})
+    key = torch.cat([first_k.expand(rows, -1, -1, -1), key], 2)
+    value = torch.cat([first_v.expand(rows, -1, -1, -1), value], 2)
+    rest, _ = _attend(module, query, key, value, attention_mask, **kwargs)
+    return torch.cat([first, rest.flatten(0, 1)[None]], 1), None
+
+
 AttentionInterface.register(NAME, _forward)
 AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def use(model: nn.Module) -> None:
+    """Attention of our own where transformers chose torch's and the model lets others in."""
+    if model.config._attn_implementation == "sdpa" and model._supports_attention_backend:
+        model.set_attn_implementation(NAME)
+
+
+def resolve_shared_prefix(model: nn.Module, config: Any, encoder: bool) -> str:
+    """--shared_prefix, with `auto` made `off` where packs are not exact or, by LoRA dropout, not the same training.
+
+    Raises InputError for `on` where the model cannot take them.
+    """
+    reason = _why_no_packs(model.config, encoder, model._is_stateful, config.max_length)
+    if reason and config.shared_prefix == "on":
+        raise InputError(f"--shared_prefix on: {config.model} cannot take packs, because {reason}.")
+    dropout = config.shared_prefix == "auto" and config.lora_dropout > 0 and not config.full_finetuning
+    return "off" if reason or dropout else config.shared_prefix
+
+
+def _why_no_packs(config: Any, encoder: bool, stateful: bool, max_length: int) -> str | None:
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    layers = set(getattr(config, "layer_types", None) or ())
+    if encoder or not getattr(config, "is_causal", True):
+        return "it attends in both directions"
+    if config._attn_implementation != NAME:
+        return f"its attention ({config._attn_implementation}) knows none"
+    if stateful or layers - {"full_attention", "sliding_attention"}:
+        return "not all of its layers attend in full"
+    if window is not None and window < max_length:
+        return f"its sliding window of {window} tokens is shorter than --max_length {max_length}"
+    return None

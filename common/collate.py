@@ -1,4 +1,9 @@
-"""Rows -> tensors. Every batch has `inputs` for the model, and `targets` and `weights` of one shape for the loss."""
+"""Rows -> tensors. Every batch has `inputs` for the model, and `targets` and `weights` of one shape for the loss.
+
+Rows stand in a padded batch, or in a shared-prefix pack: one sequence `[prefix][row 1][row 2]...`, where the prefix is
+what all prompts begin with, positions go on after it in every row, and a row sees the prefix and itself. The numbers
+are the same, and the prefix is computed once instead of once a row.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,41 +55,102 @@ def pad_left(sequences: Sequence[Sequence[int]], pad_id: int) -> dict[str, torch
     return {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
 
 
-def collate_answers(rows: Sequence[tuple[AnswerRow, bool]], pad_id: int) -> Batch:
+def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """Tokens that all prompts begin with, at least one left in each."""
+    first, last = min(prompts), max(prompts)  # in lexicographic order: what these two share, all share
+    shortest = min(len(ids) for ids in prompts) - 1
+    return next((i for i in range(shortest) if first[i] != last[i]), shortest)
+
+
+def pays(prefix: int, lengths: Sequence[int]) -> bool:
+    """Whether a pack is worth it: its work is prefix + rows x row instead of rows x (prefix + row) tokens.
+
+    Cutting the rows from the prefix and joining them again costs about as much as 5 % of the tokens.
+    """
+    longest = max(lengths)
+    return prefix + len(lengths) * (longest - prefix) < 0.95 * len(lengths) * longest
+
+
+def pack(sequences: Sequence[Sequence[int]], prefix: int, pad_id: int) -> dict[str, torch.Tensor]:
+    """A shared-prefix pack of sequences that begin with the same `prefix` tokens; the rows are padded on the left.
+
+    input_ids and position_ids [1, prefix + rows x row]; attention_mask [rows, 1, row, prefix + row], True where a
+    row's token sees one of the prefix or of its row (common/attention.py).
+    """
+    rows = pad_left([ids[prefix:] for ids in sequences], pad_id)
+    count, length = rows["input_ids"].shape
+    own = torch.ones(length, length, dtype=torch.bool).tril() & rows["attention_mask"][:, None].bool()
+    mask = torch.cat([torch.ones(count, length, prefix, dtype=torch.bool), own], 2)
+    shared = torch.tensor(sequences[0][:prefix])
+    return {
+        "input_ids": torch.cat([shared, rows["input_ids"].flatten()])[None],
+        "attention_mask": mask[:, None],
+        "position_ids": torch.cat([torch.arange(prefix), rows["position_ids"].flatten() + prefix])[None],
+    }
+
+
+def join(
+    prompts: Sequence[Sequence[int]], sequences: Sequence[Sequence[int]], pad_id: int, shared_prefix: str
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Inputs of the sequences, which begin with the prompts, and the position of each row's last token.
+
+    Positions are those in the flattened batch; padding is on the left, so what stands in front of a row's last token
+    is found by counting back. shared_prefix: `on`, `off`, or `auto`, a pack where that pays.
+    """
+    prefix = common_prefix(prompts) if shared_prefix != "off" and len(prompts) > 1 else 0
+    if prefix and (shared_prefix == "on" or pays(prefix, [len(ids) for ids in sequences])):
+        inputs = pack(sequences, prefix, pad_id)
+    else:
+        prefix, inputs = 0, pad_left(sequences, pad_id)
+    row = (inputs["input_ids"].numel() - prefix) // len(sequences)
+    return inputs, prefix - 1 + row * torch.arange(1, len(sequences) + 1)
+
+
+def describe_prefix(rows: Sequence[AnswerRow] | Sequence[HeadRow], batch_size: int, shared_prefix: str) -> str:
+    """What `shared_prefix` means for micro-batches of these rows, for people."""
+    prefix = common_prefix([row.prompt for row in rows])
+    mean = sum(row.length for row in rows) // len(rows)
+    packed = shared_prefix == "on" or shared_prefix == "auto" and pays(prefix, [mean] * batch_size)
+    how = "once a micro-batch" if packed and batch_size > 1 and prefix else "in every row"
+    return f"rows begin with the same {prefix} tokens of about {mean}, computed {how}"
+
+
+def collate_answers(rows: Sequence[tuple[AnswerRow, bool]], pad_id: int, shared_prefix: str = "off") -> Batch:
     """Prompts with their answers; targets and weights [rows, longest answer], weight 0 where there is no target.
 
-    The model returns logits only where an answer's token is predicted (`logits_to_keep`).
+    The model returns logits only where an answer's token is predicted (`logits_to_keep`): as positions, because for a
+    number torch slices the hidden states, and then multiplies by one copy of the vocabulary matrix a row.
     """
     longest = max(len(row.answer) for row, _ in rows)
-    inputs = pad_left([row.prompt + row.answer for row, _ in rows], pad_id)
+    inputs, ends = join(
+        [row.prompt for row, _ in rows], [row.prompt + row.answer for row, _ in rows], pad_id, shared_prefix
+    )
+    kept = torch.arange(-longest, 1)
+    keep = (ends[:, None] + kept).flatten() if len(inputs["input_ids"]) == 1 else ends[0] + kept
     targets = torch.zeros(len(rows), longest, dtype=torch.long)
     weights = torch.zeros(len(rows), longest)
     for i, (row, counts) in enumerate(rows):
         targets[i, longest - len(row.answer) :] = torch.tensor(row.answer)
         weights[i, longest - len(row.answer) :] = row.weight * counts
-    return {"inputs": {**inputs, "logits_to_keep": last(inputs, longest + 1)}, "targets": targets, "weights": weights}
-
-
-def last(inputs: dict[str, torch.Tensor], positions: int) -> torch.Tensor:
-    """The numbers of a batch's last positions, for `logits_to_keep`.
-
-    A whole number there slices the hidden states, and torch then multiplies by one copy of the vocabulary matrix a row.
-    """
-    length = inputs["input_ids"].shape[1]
-    return torch.arange(length - positions, length)
+    return {"inputs": {**inputs, "logits_to_keep": keep}, "targets": targets, "weights": weights}
 
 
 def collate_head(
-    rows: Sequence[tuple[HeadRow, bool]], pad_id: int, encoder: bool = False, pos_weight: Sequence[float] | None = None
+    rows: Sequence[tuple[HeadRow, bool]],
+    pad_id: int,
+    shared_prefix: str = "off",
+    encoder: bool = False,
+    pos_weight: Sequence[float] | None = None,
 ) -> Batch:
-    """Texts with their targets; `pool` is the position whose hidden state is classified: the last, as padding is left.
+    """Texts with their targets; `pool` is the position whose hidden state is classified: each row's last.
 
     Encoders have absolute positions that start at the left, so they are padded on the right and pool by themselves.
     """
-    inputs = pad_left([row.prompt for row, _ in rows], pad_id)
+    prompts = [row.prompt for row, _ in rows]
+    inputs, ends = join(prompts, prompts, pad_id, shared_prefix)
     if encoder:
         inputs = {name: _flip_padding(tensor, inputs["attention_mask"]) for name, tensor in inputs.items()}
-    inputs["pool"] = torch.full((len(rows),), inputs["input_ids"].shape[1] - 1)
+    inputs["pool"] = ends
     multi_label = isinstance(rows[0][0].target, list)
     targets = torch.tensor([row.target for row, _ in rows], dtype=torch.float if multi_label else torch.long)
     weights = torch.tensor([row.weight * counts for row, counts in rows])
@@ -99,14 +165,15 @@ def collate_rows(
     numbers: Sequence[tuple[int, bool]],
     *,
     pad_id: int,
+    shared_prefix: str = "off",
     encoder: bool = False,
     pos_weight: Sequence[float] | None = None,
 ) -> Batch:
     """The micro-batch of the rows with these (number, counts) pairs."""
     chosen = [(rows[i], counts) for i, counts in numbers]
     if isinstance(chosen[0][0], AnswerRow):
-        return collate_answers(chosen, pad_id)
-    return collate_head(chosen, pad_id, encoder, pos_weight)
+        return collate_answers(chosen, pad_id, shared_prefix)
+    return collate_head(chosen, pad_id, shared_prefix, encoder, pos_weight)
 
 
 def classification_rows(

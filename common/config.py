@@ -84,7 +84,9 @@ class ModelConfig:
     bnb_4bit_compute_dtype: Literal["bfloat16", "float16", "float32"] | None = option(
         None, "dtype of 4-bit matrix products; unset: that of --mixed_precision"
     )
-    attn_implementation: str | None = option(None, "eager, sdpa, flash_attention_2, ...; unset: transformers' choice")
+    attn_implementation: str | None = option(
+        None, "eager, sdpa, flash_attention_2, ...; unset: sdpa, and our shared-prefix packs"
+    )
     trust_remote_code: bool = option(False, "run code that comes with a hub model")
 
 
@@ -178,6 +180,9 @@ class ClassificationConfig:
     class_weights: str = option("none", "none, balanced, or a JSON file {label: weight}")
     few_shot: int = option(0, "so many solved examples before every row", at_least=0)
     prompt_template: str | None = option(None, "file with {text}, and {labels} and {label} for --approach generative")
+    shared_prefix: Literal["auto", "on", "off"] = option(
+        "auto", "compute what all rows of a micro-batch begin with once; auto: where it pays, without LoRA dropout"
+    )
 
 
 def parse_config(cls: type[T], argv: Sequence[str] | None = None) -> T:

@@ -59,10 +59,10 @@ class HeadClassifier(nn.Module):
 
     def forward(
         self,
-        input_ids: torch.Tensor,  # [rows, length]
-        attention_mask: torch.Tensor,  # [rows, length]
-        position_ids: torch.Tensor,  # [rows, length]
-        pool: torch.Tensor,  # [rows], the position whose hidden state is classified
+        input_ids: torch.Tensor,  # [rows, length], or a shared-prefix pack (common/collate.py)
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        pool: torch.Tensor,  # [rows], the positions in the flattened batch whose hidden states are classified
     ) -> torch.Tensor:  # [rows, labels], fp32
         base = self.model.get_base_model() if isinstance(self.model, peft.PeftModel) else self.model
         if self.encoder:
@@ -70,7 +70,7 @@ class HeadClassifier(nn.Module):
         hidden = getattr(base, base.base_model_prefix)(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
         ).last_hidden_state
-        return base.score(hidden[torch.arange(len(pool), device=pool.device), pool]).float()
+        return base.score(hidden.flatten(0, 1)[pool]).float()
 
 
 def resolve_options(config: Any, encoder: bool) -> None:
@@ -150,8 +150,6 @@ def load_base(
     }
     if config.attn_implementation:
         options["attn_implementation"] = config.attn_implementation
-    elif config.mixed_precision == "bf16" and (device is None or torch.device(device).type == "cpu"):
-        options["attn_implementation"] = attention.NAME
     if labels:
         options |= {
             "num_labels": len(labels),
@@ -183,6 +181,8 @@ def load_base(
     except (ImportError, OSError, ValueError) as error:  # a missing package or weight file, an unknown architecture
         raise InputError(f"--model {config.model} could not be loaded: {error}") from error
     model.config.use_cache = False
+    if not config.attn_implementation:
+        attention.use(model)
     for module in model.modules():
         # On CPUs with AVX512-BF16, bitsandbytes repacks a layer's weights at its first pass in eval mode, and then has
         # no gradient: training would go on after an evaluation with broken gradients, and only a warning.

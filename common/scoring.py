@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from accelerate.utils import gather_object
 from torch import nn
 
-from common.collate import HeadRow, collate_head, last, pad_left, to_device
+from common.collate import HeadRow, collate_head, pad_left, to_device
 from common.data import Example
 from common.prompts import ClassificationPrompt
 from common.runlog import Progress
@@ -103,7 +103,10 @@ class PromptBatch:
     def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], pad_id: int, device: Any) -> None:
         self.model, self.pad_id, self.device = model, pad_id, device
         self.inputs = {name: tensor.to(device) for name, tensor in pad_left(prompts, pad_id).items()}
-        output = model(**self.inputs, use_cache=True, logits_to_keep=last(self.inputs, 1).to(device))
+        last = torch.tensor(
+            [self.inputs["input_ids"].shape[1] - 1], device=device
+        )  # 1 would copy the vocabulary matrix
+        output = model(**self.inputs, use_cache=True, logits_to_keep=last)
         self.cache, self.logits = output.past_key_values, output.logits[:, -1]
 
     def score(self, candidates: Sequence[Candidate]) -> tuple[list[float], list[int]]:
@@ -249,7 +252,7 @@ def score_head(
     model.eval()
     answers: list[Answer | None] = [None] * len(rows)
     for numbers in batches([row.length for row, _ in rows], batch_size):
-        batch = to_device(collate_head([rows[i] for i in numbers], pad_id, encoder), device)
+        batch = to_device(collate_head([rows[i] for i in numbers], pad_id, encoder=encoder), device)
         logits, targets = model(**batch["inputs"]).double(), batch["targets"]
         multi_label = targets.is_floating_point()
         if multi_label:

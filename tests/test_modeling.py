@@ -56,7 +56,7 @@ def step(classifier: Classifier, config: train_cls.Config, updates: int = 2) -> 
     optimizer, prompt = make_optimizer(classifier.model, config), classifier.prompt
     rows = [(prompt.prompt(text).ids, i % 3) for i, text in enumerate(TEXTS)]
     if classifier.head:
-        batch = collate_head([(HeadRow(ids, k), True) for ids, k in rows], 2, classifier.encoder)
+        batch = collate_head([(HeadRow(ids, k), True) for ids, k in rows], 2, encoder=classifier.encoder)
     else:
         batch = collate_answers([(AnswerRow(ids, prompt.answer([k])), True) for ids, k in rows], 2)
     classifier.model.train()

@@ -1,0 +1,228 @@
+"""Shared-prefix packs: the same loss and gradients as a padded batch, and no row that sees another."""
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from conftest import FAMILIES, build_encoder, build_model, toy_options, toy_rows, write_csv
+from runs import (
+    fresh_accelerator,  # noqa: F401
+    log_lines,
+    train,
+)
+
+import train_cls
+from common import attention, collate, modeling
+from common.collate import AnswerRow, HeadRow, collate_rows, common_prefix, pays
+from common.config import InputError
+
+LENGTH = 120
+PREFIX = list(range(5, 42))
+
+
+@dataclasses.dataclass
+class Options:
+    model: str = "tiny"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    bnb_4bit_quant_type: str = "nf4"
+    bnb_4bit_use_double_quant: bool = True
+    bnb_4bit_compute_dtype: str = "float32"
+    attn_implementation: str | None = None
+    mixed_precision: str = "no"
+    full_finetuning: bool = False
+    lora_r: int = 4
+    lora_alpha: int = 8
+    lora_dropout: float = 0.0
+    target_modules: tuple = ("all-linear",)
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: str = "true"
+    shared_prefix: str = "auto"
+    max_length: int = LENGTH
+
+
+def make(path, head: str | None = None, checkpointing: bool = False, **options) -> torch.nn.Module:
+    """A model with an adapter whose B is not zero: with zeros, a wrong gradient of A would go unseen."""
+    config = Options(target_modules=["all-linear"], **options)
+    labels = ["a", "b", "c"] if head else None
+    torch.manual_seed(0)
+    model, missing = modeling.load_base(str(path), config, labels=labels, multi_label=head == "multi", device="cpu")
+    model = modeling.add_lora(model, config, missing, bool(head))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return (modeling.HeadClassifier(model, False) if head else model).train()
+
+
+def rows_of(count: int, kind: str) -> list:
+    """Rows of one token and of the greatest length among them, with answers of one to three tokens."""
+    generator = torch.Generator().manual_seed(count)
+    rows = []
+    for i in range(count):
+        length = {0: 1, 1: LENGTH - len(PREFIX) - 4}.get(i, 3 + (i * 11) % 40)
+        prompt = PREFIX + torch.randint(42, 600, (length,), generator=generator).tolist()
+        weight = 1.0 + i % 3
+        if kind == "answer":
+            rows.append(AnswerRow(prompt, [7 + i % 4, 9, 2][-(1 + i % 3) :], weight))
+        else:
+            rows.append(HeadRow(prompt, i % 3 if kind == "single" else [float(i % 2), 0.0, 1.0], weight))
+    return rows
+
+
+def measure(model: torch.nn.Module, rows: list, shared_prefix: str) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss per target, and the gradient of every trained weight."""
+    numbers = [(i, i != 2) for i in range(len(rows))]  # row 2 is a filler that must not count
+    batch = collate_rows(rows, numbers, pad_id=2, shared_prefix=shared_prefix)
+    assert (batch["inputs"]["attention_mask"].ndim == 4) == (shared_prefix == "on" and len(rows) > 1)
+    loss = train_cls.loss_of(model, batch) / batch["weights"].sum()
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return loss.item(), gradients
+
+
+def assert_same(model: torch.nn.Module, rows: list) -> None:
+    loss, gradients = measure(model, rows, "on")
+    expected, wanted = measure(model, rows, "off")
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert gradients.keys() == wanted.keys() and any("lora_A" in name for name in wanted)
+    for name, gradient in wanted.items():
+        assert gradient.norm() > 0
+        assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 33])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_are_those_of_the_padded_batch(models, family, count):
+    assert_same(make(models[family]), rows_of(count, "answer"))
+
+
+@pytest.mark.parametrize("kind", ["single", "multi"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_a_classification_head(models, family, kind):
+    assert_same(make(models[family], head=kind), rows_of(7, kind))
+
+
+@pytest.mark.parametrize("options", [{"load_in_4bit": True}, {"checkpointing": True}, {"use_dora": True}], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_4_bit_and_with_gradient_checkpointing(models, family, options):
+    assert_same(make(models[family], **options), rows_of(7, "answer"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_row_sees_the_prefix_and_itself(models, family):
+    model = make(models[family]).eval()
+    rows = [(row, True) for row in rows_of(5, "answer")]
+
+    def logits(changed: int | None = None) -> torch.Tensor:
+        """[rows, answer positions, vocabulary], after one token of row `changed` was replaced."""
+        some = list(rows)
+        if changed is not None:
+            prompt = list(rows[changed][0].prompt)
+            prompt[-1] = 599 if prompt[-1] != 599 else 598
+            some[changed] = (dataclasses.replace(rows[changed][0], prompt=prompt), True)
+        batch = collate.collate_answers(some, pad_id=2, shared_prefix="on")
+        with torch.no_grad():
+            return model(**batch["inputs"]).logits[0].unflatten(0, (len(some), -1))
+
+    before = logits()
+    for changed in range(len(rows)):
+        moved = [not torch.equal(a, b) for a, b in zip(before, logits(changed), strict=True)]
+        assert moved == [i == changed for i in range(len(rows))]
+
+
+def test_common_prefix_leaves_a_token_in_every_row():
+    assert common_prefix([[1, 2, 3], [1, 2, 4, 5]]) == 2
+    assert common_prefix([[1, 2], [1, 2, 4, 5]]) == 1
+    assert common_prefix([[1, 2], [1, 2]]) == 1
+    assert common_prefix([[1], [1, 2]]) == common_prefix([[3, 4], [4, 4]]) == 0
+
+
+def test_auto_packs_where_it_saves_work():
+    assert pays(500, [520] * 8) and pays(35, [215] * 4)
+    assert not pays(500, [520]) and not pays(0, [50] * 8) and not pays(3, [200] * 8)
+    rows = [AnswerRow([*range(10, 60), i], [2]) for i in range(4)]
+    shapes = {}
+    for choice in ("auto", "off"):
+        batch = collate_rows(rows, [(i, True) for i in range(4)], pad_id=2, shared_prefix=choice)
+        shapes[choice] = tuple(batch["inputs"]["input_ids"].shape)
+    assert shapes == {"auto": (1, 50 + 4 * 2), "off": (4, 52)}
+    assert "same 50 tokens of about 52, computed once" in collate.describe_prefix(rows, 4, "auto")
+    assert "computed in every row" in collate.describe_prefix(rows, 4, "off")
+    assert "computed in every row" in collate.describe_prefix(rows, 1, "on")
+
+
+def resolved(path, encoder: bool = False, **options) -> str:
+    config = Options(**options)
+    model, _ = modeling.load_base(str(path), config, labels=["a", "b"] if encoder else None, device="cpu")
+    return attention.resolve_shared_prefix(model, config, encoder)
+
+
+def test_packs_are_off_where_they_would_not_be_the_same_training(models, tmp_path):
+    llama = models["llama"]
+    assert resolved(llama) == "auto" and resolved(llama, shared_prefix="off") == "off"
+    assert resolved(llama, lora_dropout=0.1) == "off" and resolved(llama, lora_dropout=0.1, shared_prefix="on") == "on"
+    short = build_model(tmp_path / "short", "mistral", sliding_window=LENGTH - 1)
+    cases = {
+        "sliding window of 119 tokens is shorter": {"path": short},
+        r"attention \(eager\) knows none": {"path": llama, "attn_implementation": "eager"},
+        "both directions": {"path": build_encoder(tmp_path / "bert", "bert"), "encoder": True},
+    }
+    for reason, case in cases.items():
+        assert resolved(**case) == "off"
+        with pytest.raises(InputError, match=f"--shared_prefix on: tiny cannot take packs, because.*{reason}"):
+            resolved(**case, shared_prefix="on")
+    assert resolved(build_model(tmp_path / "long", "mistral", sliding_window=LENGTH)) == "auto"
+
+
+def test_a_recurrent_model_takes_no_packs():
+    config = SimpleNamespace(_attn_implementation=attention.NAME)
+    assert attention._why_no_packs(config, False, True, LENGTH) == "not all of its layers attend in full"
+    config.layer_types = ["linear_attention", "full_attention"]
+    assert attention._why_no_packs(config, False, False, LENGTH) == "not all of its layers attend in full"
+
+
+def test_a_run_is_the_same_with_and_without(models, tmp_path):
+    """Through the whole script: few-shot prompts, accumulation, a short last micro-batch."""
+    files = {s: str(write_csv(tmp_path / f"{s}.csv", toy_rows(n, start=k))) for s, n, k in
+             (("train", 9, 0), ("validation", 2, 20), ("test", 3, 30))}  # fmt: skip
+    losses, metrics = {}, {}
+    for choice in ("on", "off"):
+        run = tmp_path / choice
+        few = [
+            "--per_device_train_batch_size",
+            3,
+            "--gradient_accumulation_steps",
+            2,
+            "--few_shot",
+            3,
+            "--max_steps",
+            6,
+        ]
+        train("--model", models["llama"], *toy_options(files), *few, "--output_dir", run, "--shared_prefix", choice)
+        losses[choice] = [(line["loss"], line["grad_norm"]) for line in log_lines(run)]
+        metrics[choice] = json.loads((run / "eval" / "test" / "metrics.json").read_text())["eval_loss"]
+    assert torch.tensor(losses["on"]).allclose(torch.tensor(losses["off"]), rtol=1e-5)
+    assert metrics["on"] == pytest.approx(metrics["off"], rel=1e-5)
+
+
+def test_transformers_hands_a_pack_s_mask_through(models):
+    """What packs rest on: a four-dimensional mask reaches every layer as it is."""
+    seen = []
+    model = transformers.AutoModelForCausalLM.from_pretrained(models["qwen"])
+    attention.use(model)
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
+        )
+    batch = collate.collate_answers([(row, True) for row in rows_of(3, "answer")], pad_id=2, shared_prefix="on")
+    model(**batch["inputs"])
+    assert len(seen) == 2 and all(mask is batch["inputs"]["attention_mask"] for mask in seen)
