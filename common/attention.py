@@ -71,27 +71,29 @@ def _attend(
 def _forward(
     module: nn.Module,
     query: torch.Tensor,  # [rows, heads, queries, size]; of a pack: [1, heads, prefix + rows x row, size]
-    key: torch.Tensor,
+    key: torch.Tensor,  # of a pack: [1, key-value heads, prefix + rows x (cached + row), size]
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,  # of a pack: [rows, 1, row, prefix + row]
+    attention_mask: torch.Tensor | None,  # of a pack, which has several rows: [rows, 1, row, prefix + cached + row]
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:  # [rows, queries, heads, size]
     if attention_mask is None or attention_mask.shape[2] == query.shape[2]:
         return _attend(module, query, key, value, attention_mask, **kwargs)
     rows, _, row, width = attention_mask.shape
-    prefix = width - row
+    prefix = (rows * width - key.shape[2]) // (rows - 1)
 
-    def split(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The prefix [1, heads, prefix, size], and the rows [rows, heads, row, size]."""
-        first, rest = tensor.split([prefix, rows * row], 2)
-        return first, rest[0].unflatten(1, (rows, row)).transpose(0, 1)
+    def split(tensor: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The prefix [1, heads, first, size], and the rows [rows, heads, row, size]."""
+        return tensor[:, :, :first], tensor[0, :, first:].unflatten(1, (rows, -1)).transpose(0, 1)
 
-    (first_q, query), (first_k, key), (first_v, value) = split(query), split(key), split(value)
-    first, _ = _attend(module, first_q, first_k, first_v, None, **{**kwargs, "is_causal": True})
+    first_q, query = split(query, query.shape[2] - rows * row)  # the whole prefix, or none of it, if it was cached
+    (first_k, key), (first_v, value) = split(key, prefix), split(value, prefix)
     key = torch.cat([first_k.expand(rows, -1, -1, -1), key], 2)
     value = torch.cat([first_v.expand(rows, -1, -1, -1), value], 2)
-    rest, _ = _attend(module, query, key, value, attention_mask, **kwargs)
-    return torch.cat([first, rest.flatten(0, 1)[None]], 1), None
+    rest = _attend(module, query, key, value, attention_mask, **kwargs)[0].flatten(0, 1)[None]
+    if not first_q.shape[2]:
+        return rest, None
+    first, _ = _attend(module, first_q, first_k, first_v, None, **{**kwargs, "is_causal": True})
+    return torch.cat([first, rest], 1), None
 
 
 AttentionInterface.register(NAME, _forward)
@@ -114,6 +116,11 @@ def resolve_shared_prefix(model: nn.Module, config: Any, encoder: bool) -> str:
         raise InputError(f"--shared_prefix on: {config.model} cannot take packs, because {reason}.")
     dropout = config.shared_prefix == "auto" and config.lora_dropout > 0 and not config.full_finetuning
     return "off" if reason or dropout else config.shared_prefix
+
+
+def takes_packs(model: nn.Module, length: int) -> bool:
+    """Whether sequences up to `length` may be computed as packs by a causal language model."""
+    return _why_no_packs(model.config, False, model._is_stateful, length) is None
 
 
 def _why_no_packs(config: Any, encoder: bool, stateful: bool, max_length: int) -> str | None:

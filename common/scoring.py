@@ -1,10 +1,10 @@
 """Label scoring: the log-probability of every label string after a prompt, so that no answer is outside the set.
 
-Each batch of prompts runs once; its key-value cache is then expanded over the candidate answers, whose few tokens are
-all that is computed per label.
+What all prompts begin with runs once, each prompt once after it, and then the tokens of the labels as a tree behind
+each, best first (common/trie.py), as far as they can matter.
 """
 
-import copy
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,13 +14,16 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
 from torch import nn
+from transformers import Cache, DynamicCache
 
-from common.collate import HeadRow, collate_head, pad_left, to_device
+from common import attention
+from common.collate import HeadRow, collate_head, common_prefix, pad_left, to_device
 from common.data import Example
 from common.prompts import ClassificationPrompt
 from common.runlog import Progress
+from common.trie import Node, Search, Trie, build_trie, log_sum
 
-CANDIDATES = 128  # rows of one forward pass over candidates: bounds the copies of the cache
+TOLERANCE = 1e-6  # of a probability
 
 
 @dataclass
@@ -87,71 +90,156 @@ def predict(
     return [answer for _, answer in sorted(gathered, key=lambda pair: pair[0])]
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A continuation of prompt `row`: its log-probability is that of `ids` from `start` on, then of any of `enders`."""
+class PackCache(Cache):
+    """Keys and values of a prefix, and of rows that go on from it, in the layout of shared-prefix packs.
 
-    row: int
-    ids: list[int]
-    enders: list[int]
-    start: int = 0
+    prefix: (key, value), each [1, heads, length, size], of every layer; empty where there is none.
+    """
+
+    def __init__(self, prefix: Sequence[tuple[torch.Tensor, torch.Tensor]], rows: int) -> None:
+        super().__init__(layers=[])
+        self.prefix, self.rows = prefix, rows
+        self.own: dict[int, list[torch.Tensor]] = {}  # layer -> the rows' keys and values, [heads, rows, own, size]
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple:
+        """New [1, heads, rows x new, size] -> all [1, heads, prefix + rows x (own + new), size]."""
+        new = [states[0].unflatten(1, (self.rows, -1)) for states in (key, value)]
+        old = self.own.get(layer_idx)
+        own = self.own[layer_idx] = [torch.cat(pair, 2) for pair in zip(old, new, strict=True)] if old else new
+        rest = [states.flatten(1, 2)[None] for states in own]
+        if not self.prefix:
+            return tuple(rest)
+        return tuple(torch.cat(pair, 2) for pair in zip(self.prefix[layer_idx], rest, strict=True))
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keeps these rows only."""
+        self.rows = len(rows)
+        self.own = {layer: [states[:, rows] for states in own] for layer, own in self.own.items()}
 
 
-class PromptBatch:
-    """Prompts run once, and any number of continuations scored from their cache."""
+class Prompts:
+    """Prompts whose next tokens were computed (`roots`), and after them those of any tokens behind the prompts.
 
-    def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], pad_id: int, device: Any) -> None:
-        self.model, self.pad_id, self.device = model, pad_id, device
-        self.inputs = {name: tensor.to(device) for name, tensor in pad_left(prompts, pad_id).items()}
-        last = torch.tensor(
-            [self.inputs["input_ids"].shape[1] - 1], device=device
-        )  # 1 would copy the vocabulary matrix
-        output = model(**self.inputs, use_cache=True, logits_to_keep=last)
-        self.cache, self.logits = output.past_key_values, output.logits[:, -1]
+    prefix: a cache's keys and values of what all prompts begin with, `shared` tokens. alphabet: the tokens whose
+    log-probabilities are wanted.
+    """
 
-    def score(self, candidates: Sequence[Candidate]) -> tuple[list[float], list[int]]:
-        """Log-probability of each candidate, and how many of its tokens (the end included) are the likeliest ones."""
-        scores, correct = [], []
-        for i in range(0, len(candidates), CANDIDATES):
-            some = candidates[i : i + CANDIDATES]
-            values, right = self._score(some)
-            scores += values
-            correct += right
-        return scores, correct
+    def __init__(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        alphabet: Sequence[int],
+        pad_id: int,
+        device: Any,
+        prefix: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),
+    ) -> None:
+        self.model, self.alphabet, self.pad_id, self.device = model, list(alphabet), pad_id, device
+        self.roots = [Node() for _ in prompts]
+        self.rows = list(range(len(prompts)))  # those in the cache
+        self.shared = prefix[0][0].shape[2] if prefix else 0
+        self.lengths = torch.tensor([len(ids) for ids in prompts])
+        self.cache = PackCache(prefix, len(prompts))
+        inputs = pad_left([ids[self.shared :] for ids in prompts], pad_id)
+        self.seen = inputs["attention_mask"].bool()  # [rows, own]: what every later token of a row sees
+        length = self.seen.shape[1]
+        mask = torch.ones(length, length, dtype=torch.bool).tril() & self.seen[:, None]
+        ends = length * torch.arange(1, len(prompts) + 1) - 1
+        self._run(inputs["input_ids"], inputs["position_ids"] + self.shared, mask, ends, self.roots)
 
-    def _score(self, candidates: Sequence[Candidate]) -> tuple[list[float], list[int]]:
-        rows = torch.tensor([c.row for c in candidates], device=self.device)
-        longest = max(1, max(len(c.ids) for c in candidates))
-        ids = torch.tensor([c.ids + [self.pad_id] * (longest - len(c.ids)) for c in candidates], device=self.device)
-        mask = torch.tensor([[1] * len(c.ids) + [0] * (longest - len(c.ids)) for c in candidates], device=self.device)
-        cache = copy.deepcopy(self.cache)
-        cache.reorder_cache(rows)  # any row, any number of times; unlike batch_select_indices, recurrent states too
-        steps = torch.arange(1, longest + 1, device=self.device)
+    def compute(self, wanted: dict[int, list[Node]]) -> None:
+        """Fills in the nodes of each row. Rows that want none are dropped, and must not want any later."""
+        if len(wanted) < len(self.rows):
+            kept = torch.tensor([i for i, row in enumerate(self.rows) if row in wanted])
+            self.rows = [self.rows[i] for i in kept.tolist()]
+            self.seen, self.lengths = self.seen[kept], self.lengths[kept]
+            self.cache.select(kept.to(self.device))
+        own, new = self.seen.shape[1], max(map(len, wanted.values()))
+        ids = torch.full((len(self.rows), new), self.pad_id)
+        positions = torch.zeros_like(ids)
+        mask = torch.cat([self.seen, torch.zeros_like(ids, dtype=torch.bool)], 1)[:, None].repeat(1, new, 1)
+        nodes, places = [], []
+        for i, row in enumerate(self.rows):
+            for j, node in enumerate(wanted[row]):
+                node.slot = own + j
+            for j, node in enumerate(wanted[row]):
+                path = node.path()
+                ids[i, j], positions[i, j] = node.token, self.lengths[i] + len(path) - 1
+                mask[i, j, [other.slot for other in path]] = True
+                nodes.append(node)
+                places.append(i * new + j)
+        self.seen = torch.cat([self.seen, torch.zeros_like(ids, dtype=torch.bool)], 1)
+        self._run(ids, positions, mask, torch.tensor(places), nodes)
+
+    def _run(
+        self, ids: torch.Tensor, positions: torch.Tensor, own: torch.Tensor, places: torch.Tensor, nodes: list[Node]
+    ) -> None:
+        """One pass over tokens [rows, new] that see the prefix and, by `own` [rows, new, own + new], of their row."""
+        new = ids.shape[1]
+        own[:, :, -new:] |= torch.eye(new, dtype=torch.bool)  # padding would see nothing
+        mask = torch.cat([torch.ones(len(ids), new, self.shared, dtype=torch.bool), own], 2)[:, None]
         output = self.model(
-            input_ids=ids,
-            attention_mask=torch.cat([self.inputs["attention_mask"][rows], mask], 1),
-            position_ids=self.inputs["position_ids"][rows, -1:] + steps,
-            past_key_values=cache,
+            input_ids=ids.view(1, -1).to(self.device),
+            attention_mask=mask.to(self.device),
+            position_ids=positions.view(1, -1).to(self.device),
+            past_key_values=self.cache,
             use_cache=True,
+            logits_to_keep=places.to(self.device),
         )
-        # logits[:, i] predict token i of the candidate; those behind its last token predict the end.
-        logits = torch.cat([self.logits[rows, None], output.logits], 1).float().log_softmax(-1)
-        own = logits[:, :-1].gather(2, ids[:, :, None])[:, :, 0]
-        likeliest = logits.argmax(-1)
-        scores, correct = [], []
-        for i, c in enumerate(candidates):
-            n = len(c.ids)
-            end = logits[i, n, c.enders].logsumexp(0)
-            scores.append((own[i, c.start : n].sum() + end).item())
-            correct.append(int((likeliest[i, :n] == ids[i, :n]).sum()) + (likeliest[i, n].item() in c.enders))
-        return scores, correct
+        fill(nodes, output.logits[0], self.alphabet)
 
 
-def batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Row numbers in batches of similar length, longest first."""
+class PlainPrompts:
+    """The same for models that take no packs: every token is computed with all that stands before it."""
+
+    def __init__(
+        self, model: nn.Module, prompts: Sequence[Sequence[int]], alphabet: Sequence[int], pad_id: int, device: Any
+    ) -> None:
+        self.model, self.prompts, self.alphabet = model, prompts, list(alphabet)
+        self.pad_id, self.device = pad_id, device
+        self.roots = [Node() for _ in prompts]
+        self._run([(ids, [root]) for ids, root in zip(prompts, self.roots, strict=True)])
+
+    def compute(self, wanted: dict[int, list[Node]]) -> None:
+        """Fills in the nodes of each row."""
+        sequences = []
+        for row, nodes in wanted.items():
+            parents = {id(node.parent) for node in nodes}
+            for node in nodes:
+                if id(node) not in parents:
+                    path = node.path()
+                    sequences.append(([*self.prompts[row], *(step.token for step in path)], path))
+        for i in range(0, len(sequences), len(self.roots)):  # as many at once as there are prompts
+            self._run(sequences[i : i + len(self.roots)])
+
+    def _run(self, sequences: list[tuple[list[int], list[Node]]]) -> None:
+        """Full sequences, with the nodes at the end of each."""
+        inputs = {k: v.to(self.device) for k, v in pad_left([ids for ids, _ in sequences], self.pad_id).items()}
+        last = max(len(nodes) for _, nodes in sequences)
+        keep = torch.arange(-last, 0, device=self.device) + inputs["input_ids"].shape[1]
+        logits = self.model(**inputs, use_cache=False, logits_to_keep=keep).logits
+        fill(
+            [node for _, nodes in sequences for node in nodes],
+            torch.cat([row[last - len(nodes) :] for row, (_, nodes) in zip(logits, sequences, strict=True)]),
+            self.alphabet,
+        )
+
+
+def fill(nodes: Sequence[Node], logits: torch.Tensor, alphabet: list[int]) -> None:
+    """Gives the nodes their next-token log-probabilities; logits: [nodes, vocabulary]."""
+    for i in range(0, len(nodes), 128):  # fp32 copies of few rows at a time
+        part = logits[i : i + 128].float()
+        logs = (part[:, alphabet] - part.logsumexp(1, keepdim=True)).tolist()
+        for node, values, best in zip(nodes[i : i + 128], logs, part.argmax(1).tolist(), strict=True):
+            node.logs, node.likeliest = dict(zip(alphabet, values, strict=True)), best
+
+
+def batches(lengths: Sequence[int], tokens: int, most: int) -> Iterator[list[int]]:
+    """Row numbers in batches of similar length, longest first: up to `most` rows and, padded, `tokens` tokens."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    for i in range(0, len(order), size):
-        yield order[i : i + size]
+    while order:
+        size = max(1, min(most, tokens // max(1, lengths[order[0]])))
+        yield order[:size]
+        order = order[size:]
 
 
 @torch.inference_mode()
@@ -166,74 +254,123 @@ def score_labels(
     pad_id: int,
     device: Any,
     progress: Callable[[int], None] = lambda rows: None,
+    exhaustive: bool = False,
 ) -> list[Answer]:
     """The answers of a generative classifier to rendered `prompts`, in their order.
 
     One label a row: probabilities are those of the label strings, their end included, normalised over the set; the
-    answer is the likeliest. Several: `_chain`. gold: the right labels, for the loss.
+    answer is the likeliest. Several: `_chain`. Probabilities are right to TOLERANCE; exhaustive: to the model's own
+    precision. gold: the right labels, for the loss. batch_size: a batch holds as many tokens as so many of the longest
+    prompts, and up to eight times as many rows.
     """
     model.eval()
+    longest = max(map(len, prompts), default=0)
+    packs = attention.takes_packs(model, longest + prompt.answer_tokens)
+    shared = common_prefix(prompts) if packs and len(prompts) > 1 else 0
+    prefix = _prefix_states(model, prompts[0][:shared], device) if shared else ()
+    pieces = [*prompt.first_ids, *prompt.next_ids, prompt.end_ids]
+    options = {"alphabet": sorted({token for ids in pieces for token in ids}), "pad_id": pad_id, "device": device}
+    tries = functools.cache(functools.partial(_trie, prompt))
+    tolerance = 0.0 if exhaustive else TOLERANCE
     answers: list[Answer | None] = [None] * len(prompts)
-    for rows in batches([len(ids) for ids in prompts], batch_size):
-        batch = PromptBatch(model, [prompts[i] for i in rows], pad_id, device)
-        if prompt.multi_label:
-            found = _chain(batch, prompt, len(rows), thresholds)
-        else:
-            found = _single(batch, prompt, len(rows))
+    for rows in batches([len(ids) - shared for ids in prompts], batch_size * longest, 8 * batch_size):
+        some = [prompts[i] for i in rows]
+        batch = Prompts(model, some, prefix=prefix, **options) if packs else PlainPrompts(model, some, **options)
+        talks = {}
+        for j, (i, root) in enumerate(zip(rows, batch.roots, strict=True)):
+            known = root.walk(prompt.label_ids(gold[i])).path() if gold is not None else []
+            if prompt.multi_label:
+                talks[j] = _chain(root, thresholds, tries, known, tolerance)
+            else:
+                talks[j] = _single(root, tries(0, False), known, tolerance)
+        while talks:
+            wanted = {}
+            for j, talk in list(talks.items()):
+                try:
+                    wanted[j] = next(talk)
+                except StopIteration as end:
+                    answers[rows[j]] = end.value
+                    del talks[j]
+            if wanted:
+                batch.compute(wanted)
         if gold is not None:
-            wanted = [Candidate(j, prompt.label_ids(gold[i]), prompt.end_ids) for j, i in enumerate(rows)]
-            scores, correct = batch.score(wanted)
-            for answer, candidate, score, right in zip(found, wanted, scores, correct, strict=True):
-                answer.nll, answer.correct, answer.targets = -score, right, len(candidate.ids) + 1
-        for i, answer in zip(rows, found, strict=True):
-            answers[i] = answer
+            for i, root in zip(rows, batch.roots, strict=True):
+                _note_loss(answers[i], root, prompt.label_ids(gold[i]), prompt.end_ids)
         progress(len(rows))
     return answers
 
 
-def _single(batch: PromptBatch, prompt: ClassificationPrompt, rows: int) -> list[Answer]:
-    candidates = [Candidate(row, ids, prompt.end_ids) for row in range(rows) for ids in prompt.first_ids]
-    scores, _ = batch.score(candidates)
-    probabilities = torch.tensor(scores, dtype=torch.double).view(rows, -1).softmax(1).tolist()
-    return [Answer((max(range(len(p)), key=p.__getitem__),), p) for p in probabilities]
+def _prefix_states(model: nn.Module, ids: Sequence[int], device: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(key, value), each [1, heads, tokens, size], of every layer."""
+    cache = DynamicCache()
+    tokens = torch.tensor([list(ids)], device=device)
+    positions = torch.arange(len(ids), device=device)[None]
+    model(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return [(layer.keys, layer.values) for layer in cache.layers]
 
 
-def _chain(batch: PromptBatch, prompt: ClassificationPrompt, rows: int, thresholds: Sequence[float]) -> list[Answer]:
+def _trie(prompt: ClassificationPrompt, first: int, going_on: bool) -> Trie:
+    """One label: all of them. Several: labels from `first` on, behind others if `going_on`, and then stopping."""
+    if not prompt.multi_label:
+        return build_trie([(ids, prompt.end_ids) for ids in prompt.first_ids])
+    pieces, candidates = prompt.next_ids if going_on else prompt.first_ids, []
+    for k in range(first, len(prompt.labels)):
+        followers = {ids[0] for ids in prompt.next_ids[k + 1 :]} | set(prompt.end_ids)
+        candidates.append((pieces[k], sorted(followers)))
+    return build_trie([*candidates, ([], prompt.end_ids)])
+
+
+def _single(root: Node, trie: Trie, known: list[Node], tolerance: float) -> Iterator[list[Node]]:
+    search = Search(root, trie)
+    yield from search.run(tolerance, known)
+    logs = search.scores()
+    total = log_sum(logs)
+    probabilities = [math.exp(log - total) for log in logs]
+    return Answer((max(range(len(logs)), key=logs.__getitem__),), probabilities)
+
+
+def _chain(
+    root: Node, thresholds: Sequence[float], tries: Callable[..., Trie], known: list[Node], tolerance: float
+) -> Iterator[list[Node]]:
     """Several labels: an answer is a chain of yes / no decisions in label order.
 
     With q_m the probability that label m comes next (then a separator or the end) after those already chosen, and
     q_stop that of the end, p_k = q_k / (q_k + sum of q_m over later m + q_stop); p_k at or above its threshold adds k.
     The p_k are the reported probabilities.
     """
-    labels = len(prompt.labels)
-    answers = [Answer((), [0.0] * labels) for _ in range(rows)]
-    active = dict.fromkeys(range(rows), 0)  # row -> the label to decide next
-    while active:
-        candidates = []
-        for row, k in active.items():
-            chosen = answers[row].labels
-            lead = prompt.label_ids(chosen)
-            for m in range(k, labels):
-                piece = prompt.next_ids[m] if chosen else prompt.first_ids[m]
-                enders = sorted({ids[0] for ids in prompt.next_ids[m + 1 :]} | set(prompt.end_ids))
-                candidates.append(Candidate(row, lead + piece, enders, len(lead)))
-            candidates.append(Candidate(row, lead, prompt.end_ids, len(lead)))
-        scores = iter(batch.score(candidates)[0])
-        for row, k in list(active.items()):
-            logs = [next(scores) for _ in range(labels - k + 1)]
+    node, chosen, probabilities = root, (), []
+    while len(probabilities) < len(thresholds):
+        first = len(probabilities)
+        search = Search(node, tries(first, bool(chosen)))
+        limit, left, least = tolerance, math.inf, 0.0
+        while left > tolerance * least:  # of what the last decision was made among
+            yield from search.run(limit, known)
+            logs = search.scores()
             top = max(logs)
-            q = [math.exp(value - top) for value in logs]  # of labels k, k + 1, ..., and of stopping
-            first, chosen = k, False
-            while k < labels and not chosen:
-                answers[row].probabilities[k] = p = q[k - first] / sum(q[k - first :])
-                chosen = p >= thresholds[k]
-                k += 1
-            if chosen:
-                answers[row].labels += (k - 1,)
-            active[row] = k
-            if k == labels:
-                del active[row]
-    return answers
+            q = [math.exp(log - top) for log in logs]  # of labels first, first + 1, ..., and of stopping
+            left, found = math.exp(search.left_out() - top), []
+            while len(found) < len(q) - 1 and not (found and found[-1] >= thresholds[first + len(found) - 1]):
+                least = sum(q[len(found) :])
+                found.append(q[len(found)] / least)
+            limit *= least / sum(q) / 2
+        probabilities += found
+        last = len(probabilities) - 1
+        if found[-1] >= thresholds[last]:
+            chosen += (last,)
+            node = search.node(len(found) - 1)
+    return Answer(chosen, probabilities)
+
+
+def _note_loss(answer: Answer, root: Node, ids: Sequence[int], end_ids: Sequence[int]) -> None:
+    """The negative log-likelihood of the gold answer, and how many of its tokens are the likeliest."""
+    node = root
+    for token in ids:
+        answer.nll -= node.logs[token]
+        answer.correct += node.likeliest == token
+        node = node.walk([token])
+    answer.nll -= node.log_any(end_ids)
+    answer.correct += node.likeliest in end_ids
+    answer.targets = len(ids) + 1
 
 
 @torch.inference_mode()
@@ -251,7 +388,8 @@ def score_head(
     """The answers of a classification head to rows with their targets, in their order."""
     model.eval()
     answers: list[Answer | None] = [None] * len(rows)
-    for numbers in batches([row.length for row, _ in rows], batch_size):
+    lengths = [row.length for row, _ in rows]
+    for numbers in batches(lengths, batch_size * max(lengths, default=0), 8 * batch_size):
         batch = to_device(collate_head([rows[i] for i in numbers], pad_id, encoder=encoder), device)
         logits, targets = model(**batch["inputs"]).double(), batch["targets"]
         multi_label = targets.is_floating_point()
@@ -288,7 +426,8 @@ def generate_answers(
     """Greedy answers as free text; one that is not in the label set has `labels` None and is kept."""
     model.eval()
     answers: list[Answer | None] = [None] * len(prompts)
-    for rows in batches([len(ids) for ids in prompts], batch_size):
+    lengths = [len(ids) for ids in prompts]
+    for rows in batches(lengths, batch_size * max(lengths, default=0), 8 * batch_size):
         inputs = pad_left([prompts[i] for i in rows], tokenizer.pad_token_id)
         output = model.generate(
             input_ids=inputs["input_ids"].to(device),

@@ -14,7 +14,7 @@ from conftest import FAMILIES, ROOT, run_script, toy_rows
 from runs import fresh_accelerator  # noqa: F401
 
 import train_cls
-from common import modeling, scoring
+from common import attention, modeling, scoring, trie
 from common.collate import AnswerRow, HeadRow, collate_answers
 from common.config import ModelConfig
 from common.data import Example
@@ -28,12 +28,15 @@ TEXTS = [row["text"] for row in toy_rows(3)]  # 9 texts of 4 to 12 words
 _loaded: dict[str, tuple] = {}
 
 
-def load(models, family: str) -> tuple:
-    """Plain fp32 model and tokenizer."""
-    if family not in _loaded:
+def load(models, family: str, packs: bool = True) -> tuple:
+    """fp32 model, with or without the attention that takes packs, and tokenizer."""
+    if (family, packs) not in _loaded:
         model = transformers.AutoModelForCausalLM.from_pretrained(models[family]).eval()
-        _loaded[family] = model, transformers.AutoTokenizer.from_pretrained(models[family])
-    return _loaded[family]
+        if packs:
+            attention.use(model)
+        assert attention.takes_packs(model, 100) == packs
+        _loaded[family, packs] = model, transformers.AutoTokenizer.from_pretrained(models[family])
+    return _loaded[family, packs]
 
 
 def prompt_of(tokenizer, multi_label=False, **fields):
@@ -41,10 +44,11 @@ def prompt_of(tokenizer, multi_label=False, **fields):
     return modeling.classification_prompt(tokenizer, False, multi_label=multi_label, **options)
 
 
-def score(model, prompt, texts=TEXTS, batch_size=4, gold=None, thresholds=None):
+def score(model, prompt, texts=TEXTS, batch_size=4, gold=None, thresholds=None, exhaustive=True):
     prompts = [prompt.prompt(text).ids for text in texts]
     thresholds = thresholds or [0.5] * len(prompt.labels)
     options = {"thresholds": thresholds, "batch_size": batch_size, "pad_id": 2, "device": "cpu"}
+    options["exhaustive"] = exhaustive
     return scoring.score_labels(model, prompt, prompts, gold=gold, **options)
 
 
@@ -62,29 +66,34 @@ def fake_accelerator(rank: int = 0, world: int = 1) -> SimpleNamespace:
     )  # fmt: skip
 
 
+both_ways = pytest.mark.parametrize("packs", [True, False], ids=["packs", "plain"])
+
+
+@both_ways
 @pytest.mark.parametrize("family", FAMILIES)
-def test_scores_equal_one_sequence_per_label(models, family):
-    """1e-4 in log-probability, 1e-5 in normalised probability, which sum to 1."""
-    model, tokenizer = load(models, family)
+def test_scores_equal_one_sequence_per_label(models, family, packs):
+    """1e-4 in log-probability, 1e-5 in normalised probability, which sum to 1; best first, to 1e-6 more."""
+    model, tokenizer = load(models, family, packs)
     prompt = prompt_of(tokenizer)
     lengths = [len(ids) for ids in prompt.first_ids]
     assert min(lengths) == 1 < max(lengths) and prompt.first_ids[1][0] == prompt.first_ids[0][0]
     prompts = [prompt.prompt(text).ids for text in TEXTS]
     expected = torch.tensor([[slow(model, ids, prompt.answer([k])) for k in range(len(LABELS))] for ids in prompts])
-    candidates = [scoring.Candidate(i, ids, prompt.end_ids) for i in range(len(TEXTS)) for ids in prompt.first_ids]
-    with torch.no_grad():
-        logs = torch.tensor(scoring.PromptBatch(model, prompts, 2, "cpu").score(candidates)[0]).view(len(TEXTS), -1)
-    assert (logs - expected).abs().max() < 1e-4
     answers = score(model, prompt)
+    logs = torch.tensor([a.probabilities for a in answers]).log()
+    assert (logs - expected.log_softmax(1)).abs().max() < 1e-4
     assert (torch.tensor([a.probabilities for a in answers]) - expected.softmax(1)).abs().max() < 1e-5
     assert [a.labels for a in answers] == [(k,) for k in expected.argmax(1).tolist()]
     assert all(abs(sum(a.probabilities) - 1) < 1e-12 for a in answers)
+    for answer, quick in zip(answers, score(model, prompt, exhaustive=False), strict=True):
+        assert quick.labels == answer.labels
+        assert quick.probabilities == pytest.approx(answer.probabilities, abs=2e-6)
     assert expected.exp().sum(1).max() <= 1  # CORRECTNESS 29: with its end, no label is a part of another
 
 
 @pytest.mark.parametrize("kind", ["MistralConfig", "Gemma3TextConfig", "Qwen3_5TextConfig"])
 def test_scores_with_sliding_windows_and_recurrent_states(models, kind):
-    """Caches that are no plain keys and values are expanded over the labels as well."""
+    """Models that take no packs are scored all the same."""
     shape = json.loads((models["mistral"] / "config.json").read_text())
     shape |= {"sliding_window": 8, "num_hidden_layers": 4, "architectures": None, "model_type": None}
     config = getattr(transformers, kind)(**{name: value for name, value in shape.items() if value is not None})
@@ -120,10 +129,11 @@ def decide(model, prompt, ids: list[int], thresholds: list[float]) -> tuple[tupl
     return chosen, probabilities
 
 
+@both_ways
 @pytest.mark.parametrize("family", FAMILIES)
-def test_chain_equals_its_definition(models, family):
+def test_chain_equals_its_definition(models, family, packs):
     """Several labels: some chosen, none (thresholds above 1), all (thresholds 0); texts of unequal length."""
-    model, tokenizer = load(models, family)
+    model, tokenizer = load(models, family, packs)
     prompt = prompt_of(tokenizer, True)
     seen = set()
     first = score(model, prompt, TEXTS[:1], thresholds=[1.1] * 5)[0].probabilities
@@ -136,20 +146,25 @@ def test_chain_equals_its_definition(models, family):
             assert answer.probabilities == pytest.approx(probabilities, abs=1e-5)
             assert answer.probabilities == pytest.approx(probabilities, rel=1e-3)  # many are tiny
             seen.add(labels)
+        quick = score(model, prompt, TEXTS[:4], batch_size=3, thresholds=thresholds, exhaustive=False)
+        for answer, other in zip(answers, quick, strict=True):
+            assert other.labels == answer.labels
+            assert other.probabilities == pytest.approx(answer.probabilities, abs=2e-6)
     assert {(), (1, 3), (0, 1, 2, 3, 4)} <= seen
 
 
+@both_ways
 @pytest.mark.parametrize("multi_label", [False, True], ids=["single", "multi"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_batch_size_and_row_order_change_nothing(models, family, multi_label, monkeypatch):
-    """Rows are batched by length, and candidates in pieces that bound the memory."""
-    model, tokenizer = load(models, family)
+def test_batch_size_and_row_order_change_nothing(models, family, multi_label, packs, monkeypatch):
+    """Rows are batched by length, and few or many nodes are asked for at a time."""
+    model, tokenizer = load(models, family, packs)
     prompt = prompt_of(tokenizer, multi_label)
     thresholds = [0.05] * len(LABELS)  # low, so that a random model chooses some
     answers = score(model, prompt, batch_size=8, thresholds=thresholds)
     order = random.Random(0).sample(range(len(TEXTS)), len(TEXTS))
     shuffled = score(model, prompt, [TEXTS[i] for i in order], batch_size=2, thresholds=thresholds)
-    monkeypatch.setattr(scoring, "CANDIDATES", 3)
+    monkeypatch.setattr(trie, "BUDGET", 1)
     single = score(model, prompt, batch_size=1, thresholds=thresholds)
     for i, answer in enumerate(answers):
         for other in (single[i], shuffled[order.index(i)]):
@@ -157,14 +172,15 @@ def test_batch_size_and_row_order_change_nothing(models, family, multi_label, mo
             assert other.probabilities == pytest.approx(answer.probabilities, abs=1e-5)
 
 
+@both_ways
 @pytest.mark.parametrize("multi_label", [False, True], ids=["single", "multi"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_evaluation_loss_is_the_training_loss(models, family, multi_label):
+def test_evaluation_loss_is_the_training_loss(models, family, multi_label, packs):
     """Negative log-likelihood of the gold answer: of plain transformers, and of the loop's `loss_of`."""
-    model, tokenizer = load(models, family)
+    model, tokenizer = load(models, family, packs)
     prompt = prompt_of(tokenizer, multi_label)
     gold = [(), (0,), (1, 3), (0, 1, 2, 3, 4)] if multi_label else [(0,), (4,), (1,), (2,)]
-    answers = score(model, prompt, TEXTS[:4], batch_size=3, gold=gold)
+    answers = score(model, prompt, TEXTS[:4], batch_size=3, gold=gold, exhaustive=False)
     rows = [AnswerRow(prompt.prompt(t).ids, prompt.answer(g)) for t, g in zip(TEXTS, gold, strict=False)]
     for row, answer in zip(rows, answers, strict=True):
         assert answer.nll == pytest.approx(-slow(model, row.prompt, row.answer), abs=1e-4)
@@ -238,7 +254,7 @@ def test_evaluation_holds_no_tensor_from_batch_to_batch(models, way):
     for family in FAMILIES:
         model, tokenizer = load(models, family)
         prompt = prompt_of(tokenizer)
-        ids = [prompt.prompt(TEXTS[0]).ids] * 10  # batches of one shape
+        ids = [[7 + i, *prompt.prompt(TEXTS[0]).ids] for i in range(10)]  # five batches of one shape
         alive = []
 
         def after_batch(rows, alive=alive):

@@ -1,0 +1,167 @@
+"""Which continuations of a prompt to compute: candidate answers as a tree of tokens, searched best first.
+
+Pure Python. A search yields the nodes whose next-token probabilities it needs, and whoever runs the model fills them in
+(common/scoring.py), for many rows at once.
+"""
+
+import heapq
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+BUDGET = 12  # nodes that a search asks for at a time
+
+
+@dataclass
+class Trie:
+    """Candidates that begin alike: the numbers of those that end here, with the ids that may follow, and the rest.
+
+    candidates: what the whole tree was built from, at its root.
+    """
+
+    ends: list[tuple[int, Sequence[int]]] = field(default_factory=list)
+    children: dict[int, "Trie"] = field(default_factory=dict)
+    candidates: Sequence[tuple[Sequence[int], Sequence[int]]] = ()
+
+    def numbers(self) -> list[int]:
+        """Of all candidates at or below this node."""
+        return [number for number, _ in self.ends] + [n for child in self.children.values() for n in child.numbers()]
+
+
+def build_trie(candidates: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Trie:
+    """candidates: (ids, enders) pairs; a candidate is its ids and then any one of its enders."""
+    root = Trie(candidates=candidates)
+    for number, (ids, enders) in enumerate(candidates):
+        node = root
+        for token in ids:
+            node = node.children.setdefault(token, Trie())
+        node.ends.append((number, enders))
+    return root
+
+
+@dataclass(eq=False)
+class Node:
+    """One token behind a prompt (the root is the prompt's last) with the tokens on the way to it.
+
+    logs: log-probability of each token that may follow, by its id; None until it was computed. likeliest: the likeliest
+    token of the whole vocabulary. slot: place among the row's computed tokens.
+    """
+
+    token: int = -1
+    parent: "Node | None" = None
+    logs: Mapping[int, float] | None = None
+    likeliest: int = -1
+    slot: int = -1
+    asked: bool = False
+    children: dict[int, "Node"] = field(default_factory=dict)
+
+    def walk(self, ids: Sequence[int]) -> "Node":
+        """The node behind `ids`, counted from this one."""
+        node = self
+        for token in ids:
+            node = node.children.setdefault(token, Node(token, node))
+        return node
+
+    def path(self) -> list["Node"]:
+        """The nodes from the first behind the root to this one."""
+        nodes, node = [], self
+        while node.parent:
+            nodes.append(node)
+            node = node.parent
+        return nodes[::-1]
+
+    def log_any(self, ids: Sequence[int]) -> float:
+        """Log-probability that the next token is one of `ids`."""
+        return log_sum([self.logs[token] for token in ids])
+
+
+def log_sum(logs: Sequence[float]) -> float:
+    """log(sum(exp(logs)))."""
+    top = max(logs, default=-math.inf)
+    return top if top == -math.inf else top + math.log(sum(math.exp(value - top) for value in logs))
+
+
+def unknown(nodes: Sequence[Node]) -> list[Node]:
+    """Those that still have to be computed, marked as asked for."""
+    found = [node for node in nodes if not node.asked]
+    for node in found:
+        node.asked = True
+    return found
+
+
+class Search:
+    """Log-probabilities of all candidates of `trie` behind `root`, the most probable branches first.
+
+    A branch is left out once all that are left out hold no more than `tolerance` of the probability of the candidates
+    found: whatever they are, no candidate's normalised probability moves by more. Their candidates share the branch's
+    probability, which is an upper bound. tolerance 0: nothing is left out.
+    """
+
+    def __init__(self, root: Node, trie: Trie) -> None:
+        self.root, self.trie = root, trie
+        self.found: dict[int, float] = {}
+        self.frontier: list[tuple[float, int, Node, Trie]] = [(-0.0, 0, root, trie)]  # (- log-probability, tie, ...)
+        self.ties = 1
+        self.taken: list[tuple[float, Node, Trie]] = []
+
+    def run(self, tolerance: float, also: Sequence[Node] = ()) -> Iterator[list[Node]]:
+        """Yields nodes to be computed, until no more are needed. also: further nodes, computed with the first ones."""
+        wanted = unknown([*self.root.path(), *also])
+        while True:
+            while len(wanted) < BUDGET and not self._settled(tolerance):
+                wanted += unknown(self._take())
+            if wanted:
+                yield wanted
+            elif not self.taken:
+                return
+            for log, node, trie in self.taken:
+                self._read(log, node, trie)
+            wanted, self.taken = [], []
+
+    def scores(self) -> list[float]:
+        """The log-probability of every candidate, by number."""
+        logs = dict(self.found)
+        for negative, _, _, trie in self.frontier:
+            numbers = trie.numbers()
+            logs |= dict.fromkeys(numbers, -negative - math.log(len(numbers)))
+        return [logs[number] for number in range(len(logs))]
+
+    def left_out(self) -> float:
+        """The log-probability of all that was not computed."""
+        return log_sum([-item[0] for item in self.frontier])
+
+    def node(self, number: int) -> Node:
+        """The last node of a candidate."""
+        return self.root.walk(self.trie.candidates[number][0])
+
+    def _settled(self, tolerance: float) -> bool:
+        if not self.frontier or not tolerance:
+            return not self.frontier
+        if self.taken:  # what is next is taken with them unless their outcome may well settle it
+            best = max(*(item[0] for item in self.taken), *self.found.values(), -math.inf)
+            return -self.frontier[0][0] < best + math.log(tolerance)
+        return self.left_out() <= log_sum(list(self.found.values())) + math.log(tolerance)
+
+    def _take(self) -> list[Node]:
+        """The best branch, down to where it divides: those tokens are known, so one pass computes them all."""
+        negative, _, node, trie = heapq.heappop(self.frontier)
+        self.taken.append((-negative, node, trie))
+        nodes = [node]
+        while len(trie.children) == 1:
+            [(token, trie)] = trie.children.items()
+            node = node.walk([token])
+            nodes.append(node)
+        return [node for node in nodes if node.parent]
+
+    def _read(self, log: float, node: Node, trie: Trie) -> None:
+        while True:
+            for number, enders in trie.ends:
+                self.found[number] = log + node.log_any(enders)
+            if len(trie.children) != 1:
+                break
+            [(token, trie)] = trie.children.items()
+            log += node.logs[token]
+            node = node.walk([token])
+        for token, child in trie.children.items():
+            heapq.heappush(self.frontier, (-log - node.logs[token], self.ties, node.walk([token]), child))
+            self.ties += 1
