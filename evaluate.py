@@ -43,7 +43,7 @@ class Config(ModelConfig, DataConfig, ClassificationConfig):
     run: str | None = option(None, "run folder, adapter folder, or base model")
     split: Literal["train", "validation", "test"] = option("test", "split of the run to evaluate on")
     decode: Literal["score", "generate"] = option("score", "score every label, or generate text greedily")
-    per_device_eval_batch_size: int = option(16, "rows in one forward pass", at_least=1)
+    per_device_eval_batch_size: int = option(16, "a pass holds the tokens of so many of the longest rows", at_least=1)
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "unset: as trained; for a base model, bf16")
     num_threads: int | None = option(None, "CPU threads; unset: cores / processes on this machine", at_least=1)
     tf32: bool = option(False, "TF32 products on NVIDIA GPUs for what runs in fp32")

@@ -111,7 +111,7 @@ class LoopConfig:
     num_train_epochs: float = option(2.0, "passes over the training rows", at_least=0)
     max_steps: int | None = option(None, "stop after this many updates, whatever the epochs", at_least=1)
     per_device_train_batch_size: int = option(4, "rows in one forward pass", at_least=1)
-    per_device_eval_batch_size: int = option(16, "rows in one forward pass of evaluation", at_least=1)
+    per_device_eval_batch_size: int = option(16, "a pass holds the tokens of so many of the longest rows", at_least=1)
     gradient_accumulation_steps: int = option(1, "forward passes per update", at_least=1)
     learning_rate: float = option(1e-3, "peak learning rate", at_least=0)
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay", at_least=0)

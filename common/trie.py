@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-BUDGET = 12  # nodes that a search asks for at a time
+BUDGET = 12  # nodes that a search asks for at first; twice as many each time after, as far as they may matter
 
 
 @dataclass
@@ -106,9 +106,9 @@ class Search:
 
     def run(self, tolerance: float, also: Sequence[Node] = ()) -> Iterator[list[Node]]:
         """Yields nodes to be computed, until no more are needed. also: further nodes, computed with the first ones."""
-        wanted = unknown([*self.root.path(), *also])
+        wanted, budget = unknown([*self.root.path(), *also]), BUDGET
         while True:
-            while len(wanted) < BUDGET and not self._settled(tolerance):
+            while len(wanted) < budget and not self._settled(tolerance):
                 wanted += unknown(self._take())
             if wanted:
                 yield wanted
@@ -116,7 +116,7 @@ class Search:
                 return
             for log, node, trie in self.taken:
                 self._read(log, node, trie)
-            wanted, self.taken = [], []
+            wanted, self.taken, budget = [], [], 2 * budget
 
     def scores(self) -> list[float]:
         """The log-probability of every candidate, by number."""
