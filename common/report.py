@@ -200,13 +200,15 @@ def draw_learning_curve(path: Path, metrics_file: Path, metric: str) -> None:
     if not can_draw():
         return
     lines = [json.loads(line) for line in metrics_file.read_text().splitlines()]
+    train = [(line["update"], line["loss"]) for line in lines if "loss" in line]
+    evaluated = [(line["update"], line[metric]) for line in lines if metric in line]
+    if not train and not evaluated:  # fewer updates than --logging_steps
+        return
     plt = _pyplot()
     figure, left = plt.subplots(figsize=(7, 4), layout="constrained")
-    train = [(line["update"], line["loss"]) for line in lines if "loss" in line]
     if train:
         left.plot(*zip(*train, strict=True), color="tab:gray", label="training loss")
     left.set(xlabel="update", ylabel="loss per target")
-    evaluated = [(line["update"], line[metric]) for line in lines if metric in line]
     if evaluated:
         right = left.twinx()
         right.plot(*zip(*evaluated, strict=True), "o-", color="tab:blue", label=f"validation {metric}")
