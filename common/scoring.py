@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
 from torch import nn
-from transformers import Cache, DynamicCache
 
 from common import attention
 from common.collate import HeadRow, collate_head, common_prefix, pad_left, to_device
+from common.continuations import PlainPrompts, Prompts, prefix_states
 from common.data import Example
 from common.prompts import ClassificationPrompt
 from common.runlog import Progress
@@ -90,149 +90,6 @@ def predict(
     return [answer for _, answer in sorted(gathered, key=lambda pair: pair[0])]
 
 
-class PackCache(Cache):
-    """Keys and values of a prefix, and of rows that go on from it, in the layout of shared-prefix packs.
-
-    prefix: (key, value), each [1, heads, length, size], of every layer; empty where there is none.
-    """
-
-    def __init__(self, prefix: Sequence[tuple[torch.Tensor, torch.Tensor]], rows: int) -> None:
-        super().__init__(layers=[])
-        self.prefix, self.rows = prefix, rows
-        self.own: dict[int, list[torch.Tensor]] = {}  # layer -> the rows' keys and values, [heads, rows, own, size]
-
-    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple:
-        """New [1, heads, rows x new, size] -> all [1, heads, prefix + rows x (own + new), size]."""
-        new = [states[0].unflatten(1, (self.rows, -1)) for states in (key, value)]
-        old = self.own.get(layer_idx)
-        own = self.own[layer_idx] = [torch.cat(pair, 2) for pair in zip(old, new, strict=True)] if old else new
-        rest = [states.flatten(1, 2)[None] for states in own]
-        if not self.prefix:
-            return tuple(rest)
-        return tuple(torch.cat(pair, 2) for pair in zip(self.prefix[layer_idx], rest, strict=True))
-
-    def select(self, rows: torch.Tensor) -> None:
-        """Keeps these rows only."""
-        self.rows = len(rows)
-        self.own = {layer: [states[:, rows] for states in own] for layer, own in self.own.items()}
-
-
-class Prompts:
-    """Prompts whose next tokens were computed (`roots`), and after them those of any tokens behind the prompts.
-
-    prefix: a cache's keys and values of what all prompts begin with, `shared` tokens. alphabet: the tokens whose
-    log-probabilities are wanted.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        prompts: Sequence[Sequence[int]],
-        alphabet: Sequence[int],
-        pad_id: int,
-        device: Any,
-        prefix: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),
-    ) -> None:
-        self.model, self.alphabet, self.pad_id, self.device = model, list(alphabet), pad_id, device
-        self.roots = [Node() for _ in prompts]
-        self.rows = list(range(len(prompts)))  # those in the cache
-        self.shared = prefix[0][0].shape[2] if prefix else 0
-        self.lengths = torch.tensor([len(ids) for ids in prompts])
-        self.cache = PackCache(prefix, len(prompts))
-        inputs = pad_left([ids[self.shared :] for ids in prompts], pad_id)
-        self.seen = inputs["attention_mask"].bool()  # [rows, own]: what every later token of a row sees
-        length = self.seen.shape[1]
-        mask = torch.ones(length, length, dtype=torch.bool).tril() & self.seen[:, None]
-        ends = length * torch.arange(1, len(prompts) + 1) - 1
-        self._run(inputs["input_ids"], inputs["position_ids"] + self.shared, mask, ends, self.roots)
-
-    def compute(self, wanted: dict[int, list[Node]]) -> None:
-        """Fills in the nodes of each row. Rows that want none are dropped, and must not want any later."""
-        if len(wanted) < len(self.rows):
-            kept = torch.tensor([i for i, row in enumerate(self.rows) if row in wanted])
-            self.rows = [self.rows[i] for i in kept.tolist()]
-            self.seen, self.lengths = self.seen[kept], self.lengths[kept]
-            self.cache.select(kept.to(self.device))
-        own, new = self.seen.shape[1], max(map(len, wanted.values()))
-        ids = torch.full((len(self.rows), new), self.pad_id)
-        positions = torch.zeros_like(ids)
-        mask = torch.cat([self.seen, torch.zeros_like(ids, dtype=torch.bool)], 1)[:, None].repeat(1, new, 1)
-        nodes, places = [], []
-        for i, row in enumerate(self.rows):
-            for j, node in enumerate(wanted[row]):
-                node.slot = own + j
-            for j, node in enumerate(wanted[row]):
-                path = node.path()
-                ids[i, j], positions[i, j] = node.token, self.lengths[i] + len(path) - 1
-                mask[i, j, [other.slot for other in path]] = True
-                nodes.append(node)
-                places.append(i * new + j)
-        self.seen = torch.cat([self.seen, torch.zeros_like(ids, dtype=torch.bool)], 1)
-        self._run(ids, positions, mask, torch.tensor(places), nodes)
-
-    def _run(
-        self, ids: torch.Tensor, positions: torch.Tensor, own: torch.Tensor, places: torch.Tensor, nodes: list[Node]
-    ) -> None:
-        """One pass over tokens [rows, new] that see the prefix and, by `own` [rows, new, own + new], of their row."""
-        new = ids.shape[1]
-        own[:, :, -new:] |= torch.eye(new, dtype=torch.bool)  # padding would see nothing
-        mask = torch.cat([torch.ones(len(ids), new, self.shared, dtype=torch.bool), own], 2)[:, None]
-        output = self.model(
-            input_ids=ids.view(1, -1).to(self.device),
-            attention_mask=mask.to(self.device),
-            position_ids=positions.view(1, -1).to(self.device),
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=places.to(self.device),
-        )
-        fill(nodes, output.logits[0], self.alphabet)
-
-
-class PlainPrompts:
-    """The same for models that take no packs: every token is computed with all that stands before it."""
-
-    def __init__(
-        self, model: nn.Module, prompts: Sequence[Sequence[int]], alphabet: Sequence[int], pad_id: int, device: Any
-    ) -> None:
-        self.model, self.prompts, self.alphabet = model, prompts, list(alphabet)
-        self.pad_id, self.device = pad_id, device
-        self.roots = [Node() for _ in prompts]
-        self._run([(ids, [root]) for ids, root in zip(prompts, self.roots, strict=True)])
-
-    def compute(self, wanted: dict[int, list[Node]]) -> None:
-        """Fills in the nodes of each row."""
-        sequences = []
-        for row, nodes in wanted.items():
-            parents = {id(node.parent) for node in nodes}
-            for node in nodes:
-                if id(node) not in parents:
-                    path = node.path()
-                    sequences.append(([*self.prompts[row], *(step.token for step in path)], path))
-        for i in range(0, len(sequences), len(self.roots)):  # as many at once as there are prompts
-            self._run(sequences[i : i + len(self.roots)])
-
-    def _run(self, sequences: list[tuple[list[int], list[Node]]]) -> None:
-        """Full sequences, with the nodes at the end of each."""
-        inputs = {k: v.to(self.device) for k, v in pad_left([ids for ids, _ in sequences], self.pad_id).items()}
-        last = max(len(nodes) for _, nodes in sequences)
-        keep = torch.arange(-last, 0, device=self.device) + inputs["input_ids"].shape[1]
-        logits = self.model(**inputs, use_cache=False, logits_to_keep=keep).logits
-        fill(
-            [node for _, nodes in sequences for node in nodes],
-            torch.cat([row[last - len(nodes) :] for row, (_, nodes) in zip(logits, sequences, strict=True)]),
-            self.alphabet,
-        )
-
-
-def fill(nodes: Sequence[Node], logits: torch.Tensor, alphabet: list[int]) -> None:
-    """Gives the nodes their next-token log-probabilities; logits: [nodes, vocabulary]."""
-    for i in range(0, len(nodes), 128):  # fp32 copies of few rows at a time
-        part = logits[i : i + 128].float()
-        logs = (part[:, alphabet] - part.logsumexp(1, keepdim=True)).tolist()
-        for node, values, best in zip(nodes[i : i + 128], logs, part.argmax(1).tolist(), strict=True):
-            node.logs, node.likeliest = dict(zip(alphabet, values, strict=True)), best
-
-
 def batches(lengths: Sequence[int], tokens: int, most: int) -> Iterator[list[int]]:
     """Row numbers in batches of similar length, longest first: up to `most` rows and, padded, `tokens` tokens."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
@@ -267,7 +124,7 @@ def score_labels(
     longest = max(map(len, prompts), default=0)
     packs = attention.takes_packs(model, longest + prompt.answer_tokens)
     shared = common_prefix(prompts) if packs and len(prompts) > 1 else 0
-    prefix = _prefix_states(model, prompts[0][:shared], device) if shared else ()
+    prefix = prefix_states(model, prompts[0][:shared], device) if shared else ()
     pieces = [*prompt.first_ids, *prompt.next_ids, prompt.end_ids]
     options = {"alphabet": sorted({token for ids in pieces for token in ids}), "pad_id": pad_id, "device": device}
     tries = functools.cache(functools.partial(_trie, prompt))
@@ -298,15 +155,6 @@ def score_labels(
                 _note_loss(answers[i], root, prompt.label_ids(gold[i]), prompt.end_ids)
         progress(len(rows))
     return answers
-
-
-def _prefix_states(model: nn.Module, ids: Sequence[int], device: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(key, value), each [1, heads, tokens, size], of every layer."""
-    cache = DynamicCache()
-    tokens = torch.tensor([list(ids)], device=device)
-    positions = torch.arange(len(ids), device=device)[None]
-    model(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return [(layer.keys, layer.values) for layer in cache.layers]
 
 
 def _trie(prompt: ClassificationPrompt, first: int, going_on: bool) -> Trie:

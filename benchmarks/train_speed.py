@@ -1,0 +1,385 @@
+"""Training speed beside other trainers on the same rows: examples per second, memory, and whether the losses agree.
+
+    python benchmarks/train_speed.py --train_file banking77/train.csv --label_column label_name --max_length 640
+    python benchmarks/train_speed.py ... --rows_per_update 32 --load_in_4bit true --trainers plainlora trl_tuned
+    python benchmarks/train_speed.py ... --device cuda --model meta-llama/Llama-3.2-1B
+
+Every measurement is a fresh process, trainers take turns, and the figure is the median of the rounds' ratios. All train
+on the same tokens with the same LoRA, AdamW and constant learning rate; others take one of their own ways through the
+rows for speed, and our order where losses are compared (fp32, a model cut to two layers). Peers: the loop one writes
+first under PEFT, transformers' Trainer, and TRL's SFTTrainer, as it comes and tuned. Needs requirements-dev.txt.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from common.config import ClassificationConfig, DataConfig, cli_errors, option, parse_config  # noqa: E402
+
+TRAINERS = ("plainlora", "plain_loop", "hf_trainer", "trl_default", "trl_tuned")
+CHECKED = (1, 10, 30)  # updates at which losses are compared
+
+
+@dataclass
+class Config(DataConfig, ClassificationConfig):
+    """train_speed"""
+
+    model: str = option("smollm2-135m", "hub id or local folder")
+    trainers: list[str] | None = option(
+        None, f"the first is what others are compared with; unset: {' '.join(TRAINERS)}"
+    )
+    rows_per_update: int = option(8, "rows of an update", at_least=1)
+    micro_batch: int = option(8, "rows of a pass, of all but plainlora, which packs the update's rows", at_least=1)
+    rounds: int = option(3, "measurements of each trainer", at_least=1)
+    warmup: int = option(2, "updates that are not timed", at_least=1)
+    updates: int = option(6, "updates that are timed", at_least=1)
+    lora_r: int = option(8, "rank", at_least=1)
+    lora_alpha: int = option(16, "alpha", at_least=1)
+    learning_rate: float = option(5e-4, "constant", at_least=0)
+    load_in_4bit: bool = option(False, "NF4 base")
+    device: Literal["cpu", "cuda"] = option("cpu", "where to train")
+    check_losses: bool = option(True, "compare losses first")
+    output_dir: str = option("benchmarks/results", "where table and picture go")
+    worker: str | None = option(None, "internal: measure this trainer")
+
+
+@dataclass
+class Work:
+    """What one process trains: token rows in the order of the updates."""
+
+    config: Config
+    path: str
+    rows: list[tuple[list[int], list[int]]]
+    updates: int
+    checking: bool  # fp32, two layers, our order
+
+
+def main() -> None:
+    config = parse_config(Config)
+    config.trainers = config.trainers or list(TRAINERS)
+    config.validation_fraction = config.test_fraction = 0.0
+    if config.worker:
+        print("RESULT " + json.dumps(measure(config)))
+        return
+    table, losses = [], {}
+    if config.check_losses:
+        losses = {name: start(config, name, checking=True)["losses"] for name in config.trainers}
+        print("losses at updates " + ", ".join(map(str, CHECKED)) + f": {losses}", flush=True)
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in config.trainers}
+    base = start(config, "load", checking=False)["memory"]
+    for number in range(config.rounds):
+        for name in config.trainers:
+            rounds[name].append(start(config, name, checking=False))
+            print(f"round {number + 1}, {name}: {rounds[name][-1]}", flush=True)
+    ours = config.trainers[0]
+    for name in config.trainers:
+        speeds = [result["examples_per_second"] for result in rounds[name]]
+        ratios = [a["examples_per_second"] / b for a, b in zip(rounds[ours], speeds, strict=True)]
+        apart = max((abs(a - b) for a, b in zip(losses[ours], losses[name], strict=True)), default=0) if losses else 0
+        table.append(
+            {
+                "trainer": name,
+                "examples_per_second": statistics.median(speeds),
+                "all_rounds": speeds,
+                f"ratio_of_{ours}": statistics.median(ratios) if apart <= 2e-4 else None,
+                "memory_over_the_model_mb": statistics.median(r["memory"] - base for r in rounds[name]) / 2**20,
+                "largest_loss_difference": apart,
+            }
+        )
+    write(config, table)
+
+
+def start(config: Config, name: str, checking: bool) -> dict[str, Any]:
+    """One measurement in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"), "CHECKING": str(checking)}
+    environment |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, __file__, *sys.argv[1:], "--worker", name]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=os.getcwd())
+    results = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if done.returncode or not results:
+        sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
+    return json.loads(results[0].removeprefix("RESULT "))
+
+
+def measure(config: Config) -> dict[str, Any]:
+    """Runs one trainer here: examples per second, peak memory in bytes, losses at the checked updates."""
+    import torch
+
+    from common.loop import peak_memory
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    checking = os.environ["CHECKING"] == "True"
+    with tempfile.TemporaryDirectory() as folder:
+        work = prepare(config, checking, Path(folder))
+        ticks, losses = WORKERS[config.worker](work, Path(folder))
+    seconds = sum(ticks[config.warmup :])
+    return {
+        "examples_per_second": config.rows_per_update * len(ticks[config.warmup :]) / seconds if seconds else None,
+        "memory": peak_memory(torch.device(config.device)),
+        "losses": [losses[i - 1] for i in CHECKED if i <= len(losses)] if checking else [],
+    }
+
+
+def prepare(config: Config, checking: bool, folder: Path) -> Work:
+    """The rendered rows in the order of our updates, and the model's folder (two layers of it for the check)."""
+    import transformers
+
+    from common import modeling
+    from common.data import load_classification
+    from common.demo_model import resolve_model
+    from common.plan import Plan
+    from common.prompts import read_template
+
+    updates = max(CHECKED) if checking else config.warmup + config.updates
+    path = resolve_model(config.model, None)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    read = len(load_classification(config).splits["train"])
+    config.max_train_samples = read // config.rows_per_update * config.rows_per_update  # no short update for others
+    data = load_classification(config)
+    prompt = modeling.classification_prompt(
+        tokenizer, False, labels=data.labels, multi_label=data.multi_label,
+        template=read_template(config.prompt_template, "generative"), max_length=config.max_length,
+    )  # fmt: skip
+    prompt.reserve(data.splits["train"])
+    rows = [(prompt.prompt(e.text).ids, prompt.answer(e.labels)) for e in data.splits["train"]]
+    plan = Plan([len(p) + len(a) for p, a in rows], config.rows_per_update, seed=0)
+    ordered = [rows[i] for update in plan.updates(0, updates) for i in update]
+    if checking:
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, num_hidden_layers=2)
+        model.save_pretrained(folder / "two_layers")
+        tokenizer.save_pretrained(folder / "two_layers")
+        path = str(folder / "two_layers")
+    return Work(config, path, ordered, updates, checking)
+
+
+def plainlora(work: Work, folder: Path) -> tuple[list[float], list[float]]:
+    """train_cls.py itself; its own record of what an update took."""
+    import train_cls
+    from common import checkpoint
+    from common.data import load_classification
+
+    config, ticks, losses = work.config, [], []
+    own = {name: value for name, value in vars(config).items() if hasattr(train_cls.Config, name)}
+    own |= {"model": work.path, "seed": 0, "baselines": False}
+    own |= {"per_device_train_batch_size": config.rows_per_update, "max_steps": work.updates, "eval_strategy": "no"}
+    own |= {"save_strategy": "no", "report_to": ["none"], "output_dir": str(folder / "run"), "warmup_ratio": 0.0}
+    own |= {"lr_scheduler_type": "constant", "weight_decay": 0.0}
+    own |= {"mixed_precision": "no"} if work.checking else {}
+    count = checkpoint.State.count
+
+    def counted(self: Any, loss: float, targets: float, lengths: list[int], seconds: float) -> None:
+        ticks.append(seconds)
+        losses.append(loss)
+        count(self, loss, targets, lengths, seconds)
+
+    checkpoint.State.count = counted
+    settings = train_cls.Config(**own)
+    train_cls.train(settings, load_classification(settings), work.path)
+    return ticks, losses
+
+
+def load(work: Work, folder: Path) -> tuple[list[float], list[float]]:
+    """The model and its adapter alone, for the memory that all share."""
+    adapted(work)
+    return [], []
+
+
+def adapted(work: Work) -> Any:
+    """The base with LoRA as people load it: transformers' attention, fp32 adapter weights."""
+    import peft
+    import torch
+    import transformers
+
+    config = work.config
+    quantised = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )  # fmt: skip
+    transformers.set_seed(0)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        work.path, dtype=torch.float32 if work.checking else torch.bfloat16,
+        quantization_config=quantised if config.load_in_4bit and not work.checking else None,
+        device_map={"": config.device},
+    )  # fmt: skip
+    model.config.use_cache = False
+    lora = peft.LoraConfig(
+        r=config.lora_r, lora_alpha=config.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    transformers.set_seed(0)
+    return peft.get_peft_model(model, lora)
+
+
+def plain_loop(work: Work, folder: Path) -> tuple[list[float], list[float]]:
+    """The loop one writes first: padded batches, labels masked, the model's own loss."""
+    import torch
+
+    config, model, ticks, losses = work.config, adapted(work), [], []
+    optimizer = torch.optim.AdamW(
+        (p for p in model.parameters() if p.requires_grad), lr=config.learning_rate, weight_decay=0.0
+    )
+    model.train()
+    for start in range(0, len(work.rows), config.rows_per_update):
+        began = time.perf_counter()
+        rows = work.rows[start : start + config.rows_per_update]
+        targets, total = sum(len(answer) for _, answer in rows), 0.0
+        for i in range(0, len(rows), config.micro_batch):
+            batch = {
+                name: tensor.to(config.device) for name, tensor in padded(rows[i : i + config.micro_batch]).items()
+            }
+            with torch.autocast(config.device, torch.bfloat16, enabled=not work.checking):
+                loss = model(**batch, num_items_in_batch=targets).loss
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ticks.append(time.perf_counter() - began)
+        losses.append(total)
+    return ticks, losses
+
+
+def padded(rows: list[tuple[list[int], list[int]]]) -> dict[str, Any]:
+    """A batch padded on the right, -100 where nothing is learnt."""
+    import torch
+
+    longest = max(len(prompt) + len(answer) for prompt, answer in rows)
+    ids, labels, mask = [], [], []
+    for prompt, answer in rows:
+        rest = longest - len(prompt) - len(answer)
+        ids.append([*prompt, *answer, *[0] * rest])
+        labels.append([-100] * len(prompt) + [*answer, *[-100] * rest])
+        mask.append([1] * (longest - rest) + [0] * rest)
+    return {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "attention_mask": torch.tensor(mask)}
+
+
+def trainer_options(work: Work, folder: Path) -> dict[str, Any]:
+    """What transformers' and TRL's trainers have in common here."""
+    config = work.config
+    return {
+        "output_dir": str(folder / "out"), "max_steps": work.updates, "learning_rate": config.learning_rate,
+        "lr_scheduler_type": "constant", "weight_decay": 0.0, "max_grad_norm": 1.0, "seed": 0, "logging_steps": 1,
+        "per_device_train_batch_size": min(config.micro_batch, config.rows_per_update),
+        "gradient_accumulation_steps": max(1, config.rows_per_update // config.micro_batch),
+        "bf16": not work.checking, "use_cpu": config.device == "cpu", "save_strategy": "no", "report_to": "none",
+        "disable_tqdm": True, "dataloader_pin_memory": False,
+    }  # fmt: skip
+
+
+def run_trainer(trainer: Any) -> tuple[list[float], list[float]]:
+    """Trains; the time from the end of one update to the end of the next, and the logged losses."""
+    import transformers
+
+    class Clock(transformers.TrainerCallback):
+        ends: list[float] = []
+
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.ends.append(time.perf_counter())
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            self.ends.append(time.perf_counter())
+
+    trainer.add_callback(Clock)
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    return [after - before for before, after in zip(Clock.ends, Clock.ends[1:], strict=False)], losses
+
+
+def dataset(work: Work) -> Any:
+    import datasets
+
+    return datasets.Dataset.from_list(
+        [{"input_ids": [*prompt, *answer], "labels": [-100] * len(prompt) + answer} for prompt, answer in work.rows]
+    )
+
+
+def hf_trainer(work: Work, folder: Path) -> tuple[list[float], list[float]]:
+    """transformers' Trainer with the collator of its examples."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(work.path)
+    options = trainer_options(work, folder)
+    options["train_sampling_strategy"] = "sequential" if work.checking else "group_by_length"
+    collator = transformers.DataCollatorForSeq2Seq(tokenizer, padding=True)
+    arguments = transformers.TrainingArguments(**options)
+    trainer = transformers.Trainer(adapted(work), arguments, collator, dataset(work), processing_class=tokenizer)
+    return run_trainer(trainer)
+
+
+def trl(work: Work, folder: Path, **changes: Any) -> tuple[list[float], list[float]]:
+    """TRL's SFTTrainer on the same tokens."""
+    import transformers
+    from trl import SFTConfig, SFTTrainer
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(work.path)
+    options = {**trainer_options(work, folder), "max_length": work.config.max_length, **changes}
+    if work.checking:
+        options["train_sampling_strategy"] = "sequential"
+    trainer = SFTTrainer(adapted(work), SFTConfig(**options), train_dataset=dataset(work), processing_class=tokenizer)
+    return run_trainer(trainer)
+
+
+def trl_default(work: Work, folder: Path) -> tuple[list[float], list[float]]:
+    """As it comes: gradient checkpointing on, rows in random order."""
+    return trl(work, folder)
+
+
+def trl_tuned(work: Work, folder: Path) -> tuple[list[float], list[float]]:
+    """Without checkpointing, rows of similar length together."""
+    return trl(work, folder, gradient_checkpointing=False, train_sampling_strategy="group_by_length")
+
+
+WORKERS = {"load": load, "plainlora": plainlora, "plain_loop": plain_loop, "hf_trainer": hf_trainer,
+           "trl_default": trl_default, "trl_tuned": trl_tuned}  # fmt: skip
+
+
+def write(config: Config, table: list[dict[str, Any]]) -> None:
+    """Markdown table and bar chart."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    from common.report import table as markdown
+    from common.runlog import describe_environment
+
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    kind = "NF4" if config.load_in_4bit else "bf16"
+    name = f"train_{Path(config.train_file or 'demo').parent.name}_{config.rows_per_update}_{kind.lower()}"
+    rows = []
+    for entry in table:
+        ratio = next(value for key, value in entry.items() if key.startswith("ratio_of_"))
+        rows.append([
+            entry["trainer"], f"{entry['examples_per_second']:.2f}",
+            ", ".join(f"{value:.2f}" for value in entry["all_rounds"]),
+            f"{ratio:.2f}" if ratio else "losses differ", f"{entry['memory_over_the_model_mb']:.0f}",
+            f"{entry['largest_loss_difference']:.1e}",
+        ])  # fmt: skip
+    first = table[0]["trainer"]
+    header = ["trainer", "examples/s", "rounds", f"{first} is faster by", "MB over the model", "loss difference"]
+    text = markdown(header, rows)
+    (folder / f"{name}.md").write_text(text + "\n")
+    (folder / f"{name}.json").write_text(
+        json.dumps({"environment": describe_environment(1), "options": vars(config), "table": table}, indent=2)
+    )
+    figure, axes = pyplot.subplots(figsize=(7, 3))
+    axes.barh([entry["trainer"] for entry in table][::-1], [entry["examples_per_second"] for entry in table][::-1])
+    axes.set_xlabel(f"examples/s, {config.rows_per_update} rows per update, {kind}, {config.device}")
+    figure.tight_layout()
+    figure.savefig(folder / f"{name}.png", dpi=150)
+    print(text)
+
+
+if __name__ == "__main__":
+    with cli_errors():
+        main()
