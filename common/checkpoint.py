@@ -62,7 +62,10 @@ class State:
         return False
 
     def summary(self, flops_per_token: float) -> dict[str, float]:
-        """The figures of the whole training; train_runtime has neither evaluation nor saving in it."""
+        """The figures of the whole training; train_runtime has neither evaluation nor saving in it.
+
+        Tokens and total_flos are those of the rows: a shared prefix counts in each, computed once or not.
+        """
         seconds = max(self.seconds, 1e-9)
         return {
             "train_loss": self.loss_sum / self.target_sum,
