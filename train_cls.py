@@ -47,6 +47,9 @@ class Config(ModelConfig, LoraArguments, LoopConfig, DataConfig, ClassificationC
     metric_for_best_model: Literal["f1_macro", "f1_micro", "accuracy", "eval_loss"] = option(
         "f1_macro", "validation metric that chooses the best weights"
     )
+    shared_prefix: Literal["auto", "on", "off"] = option(
+        "auto", "compute what all rows of a micro-batch begin with once; auto: where it pays, without dropout"
+    )
 
 
 def loss_of(model: Any, batch: dict[str, Any]) -> Any:

@@ -30,7 +30,12 @@ def grouped_attention(
     mask: torch.Tensor | None,  # [rows or 1, 1, queries, keys], True where a query sees a key; None: causal
     scaling: float,
 ) -> torch.Tensor:  # [rows, queries, heads, size]
-    """softmax(query @ key^T * scaling + mask) @ value, in the tensors' own dtype."""
+    """softmax(query @ key^T * scaling + mask) @ value, in the tensors' own dtype.
+
+    Keys are centred first: a shift of all keys shifts all scores of a query alike, which the softmax does not see, and
+    scores that a bias of the keys has made large would lose their digits in bf16.
+    """
+    key = key - key.mean(2, keepdim=True)
     rows, heads, queries, size = query.shape
     shared, keys = key.shape[1], key.shape[2]
     if mask is None:
@@ -58,7 +63,10 @@ def _attend(
     """Attention of rows that stand alone, the faster way."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     plain = not dropout and not any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "cache"))
-    masked = attention_mask.dtype == torch.bool if attention_mask is not None else causal
+    if attention_mask is not None:
+        masked = attention_mask.dtype == torch.bool
+    else:
+        masked = causal and query.shape[2] in (1, key.shape[2])  # a static cache has empty places behind the queries
     scores = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
     if query.dtype == torch.bfloat16 and query.device.type == "cpu" and plain and masked and scores <= MAX_SCORES:
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -101,36 +109,54 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def use(model: nn.Module) -> None:
-    """Attention of our own where transformers chose torch's and the model lets others in."""
-    if model.config._attn_implementation == "sdpa" and model._supports_attention_backend:
+    """Attention of our own where transformers chose torch's and the model lets others in.
+
+    Not where layers attend in ways of their own (an index, a state), which they do under the names they know only.
+    """
+    usual = _layer_types(model.config) <= {"full_attention", "sliding_attention"}
+    if usual and model.config._attn_implementation == "sdpa" and model._supports_attention_backend:
         model.set_attn_implementation(NAME)
 
 
 def resolve_shared_prefix(model: nn.Module, config: Any, encoder: bool) -> str:
-    """--shared_prefix, with `auto` made `off` where packs are not exact or, by LoRA dropout, not the same training.
+    """--shared_prefix, with `auto` made `off` where packs are not exact or, by dropout, not the same training.
 
     Raises InputError for `on` where the model cannot take them.
     """
     reason = _why_no_packs(model.config, encoder, model._is_stateful, config.max_length)
     if reason and config.shared_prefix == "on":
         raise InputError(f"--shared_prefix on: {config.model} cannot take packs, because {reason}.")
-    dropout = config.shared_prefix == "auto" and config.lora_dropout > 0 and not config.full_finetuning
-    return "off" if reason or dropout else config.shared_prefix
+    dropout = config.lora_dropout > 0 and not config.full_finetuning
+    dropout |= any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+    return "off" if reason or dropout and config.shared_prefix == "auto" else config.shared_prefix
 
 
 def takes_packs(model: nn.Module, length: int) -> bool:
-    """Whether sequences up to `length` may be computed as packs by a causal language model."""
-    return _why_no_packs(model.config, False, model._is_stateful, length) is None
+    """Whether sequences up to `length` may be computed as packs, in several passes, by a causal language model.
+
+    Some rotary embeddings change with the largest position of a pass, and passes must agree.
+    """
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    known = rope.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", length)
+    changing = rope.get("rope_type") in ("longrope", "dynamic") and length > known
+    return not changing and _why_no_packs(model.config, False, model._is_stateful, length) is None
+
+
+def _layer_types(config: Any) -> set[str]:
+    return set(getattr(config.get_text_config(), "layer_types", None) or ())
 
 
 def _why_no_packs(config: Any, encoder: bool, stateful: bool, max_length: int) -> str | None:
+    name, config = config._attn_implementation, config.get_text_config()  # of a model for pictures, its text part
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    layers = set(getattr(config, "layer_types", None) or ())
     if encoder or not getattr(config, "is_causal", True):
         return "it attends in both directions"
-    if config._attn_implementation != NAME:
-        return f"its attention ({config._attn_implementation}) knows none"
-    if stateful or layers - {"full_attention", "sliding_attention"}:
+    if name != NAME:
+        return f"its attention ({name}) knows none"
+    if getattr(config, "output_router_logits", False):
+        return "its router's loss reads the mask"
+    if stateful or _layer_types(config) - {"full_attention", "sliding_attention"}:
         return "not all of its layers attend in full"
     if window is not None and window < max_length:
         return f"its sliding window of {window} tokens is shorter than --max_length {max_length}"

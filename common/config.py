@@ -180,9 +180,6 @@ class ClassificationConfig:
     class_weights: str = option("none", "none, balanced, or a JSON file {label: weight}")
     few_shot: int = option(0, "so many solved examples before every row", at_least=0)
     prompt_template: str | None = option(None, "file with {text}, and {labels} and {label} for --approach generative")
-    shared_prefix: Literal["auto", "on", "off"] = option(
-        "auto", "compute what all rows of a micro-batch begin with once; auto: where it pays, without LoRA dropout"
-    )
 
 
 def parse_config(cls: type[T], argv: Sequence[str] | None = None) -> T:

@@ -227,7 +227,10 @@ def add_lora(model: nn.Module, config: Any, missing: list[str], head: bool) -> n
 
 
 def _leave_casts_to_autocast(model: nn.Module) -> nn.Module:
-    """PEFT casts a layer's input to the adapter's fp32, and autocast casts it back: two copies for nothing."""
+    """PEFT casts a layer's input to the adapter's fp32, and autocast casts it back: two copies for nothing.
+
+    So a model in bf16 or fp16 works under `accelerator.autocast()` only.
+    """
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module.cast_input_dtype_enabled = False

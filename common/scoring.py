@@ -118,11 +118,12 @@ def score_labels(
     One label a row: probabilities are those of the label strings, their end included, normalised over the set; the
     answer is the likeliest. Several: `_chain`. Probabilities are right to TOLERANCE; exhaustive: to the model's own
     precision. gold: the right labels, for the loss. batch_size: a batch holds as many tokens as so many of the longest
-    prompts, and up to eight times as many rows.
+    prompts, its labels' tokens included, and up to eight times as many rows.
     """
     model.eval()
     longest = max(map(len, prompts), default=0)
-    packs = attention.takes_packs(model, longest + prompt.answer_tokens)
+    answer = len(prompt.answer(range(len(prompt.labels)))) if prompt.multi_label else prompt.answer_tokens
+    packs = attention.takes_packs(model, longest + answer)
     shared = common_prefix(prompts) if packs and len(prompts) > 1 else 0
     prefix = prefix_states(model, prompts[0][:shared], device) if shared else ()
     pieces = [*prompt.first_ids, *prompt.next_ids, prompt.end_ids]
@@ -130,7 +131,8 @@ def score_labels(
     tries = functools.cache(functools.partial(_trie, prompt))
     tolerance = 0.0 if exhaustive else TOLERANCE
     answers: list[Answer | None] = [None] * len(prompts)
-    for rows in batches([len(ids) - shared for ids in prompts], batch_size * longest, 8 * batch_size):
+    most = sum(len(ids) for ids in pieces)  # tokens that may be computed behind a prompt
+    for rows in batches([len(ids) - shared + most for ids in prompts], batch_size * longest, 8 * batch_size):
         some = [prompts[i] for i in rows]
         batch = Prompts(model, some, prefix=prefix, **options) if packs else PlainPrompts(model, some, **options)
         talks = {}
@@ -153,6 +155,7 @@ def score_labels(
         if gold is not None:
             for i, root in zip(rows, batch.roots, strict=True):
                 _note_loss(answers[i], root, prompt.label_ids(gold[i]), prompt.end_ids)
+        del batch, talks, root  # with the keys and values, before the next ones are made
         progress(len(rows))
     return answers
 
@@ -199,7 +202,7 @@ def _chain(
             left, found = math.exp(search.left_out() - top), []
             while len(found) < len(q) - 1 and not (found and found[-1] >= thresholds[first + len(found) - 1]):
                 least = sum(q[len(found) :])
-                found.append(q[len(found)] / least)
+                found.append(q[len(found)] / least if least else 0.0)
             limit *= least / sum(q) / 2
         probabilities += found
         last = len(probabilities) - 1

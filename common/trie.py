@@ -1,7 +1,7 @@
 """Which continuations of a prompt to compute: candidate answers as a tree of tokens, searched best first.
 
 Pure Python. A search yields the nodes whose next-token probabilities it needs, and whoever runs the model fills them in
-(common/scoring.py), for many rows at once.
+(common/continuations.py), for many rows at once.
 """
 
 import heapq

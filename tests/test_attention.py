@@ -49,6 +49,27 @@ def test_equals_torch_in_output_and_gradients(shared, queries, keys, masked):
         torch.testing.assert_close(mine.grad, other.grad)
 
 
+def test_a_bias_of_the_keys_costs_no_digits():
+    """Qwen2's keys have one; in bf16, scores of several hundred would differ by whole units."""
+    q, k, v = (tensor.detach() for tensor in tensors(40, 40, 2, torch.float32))
+    k = k + 100 * torch.randn(1, 2, 1, SIZE)
+    exact = attention.grouped_attention(q, k, v, None, SIZE**-0.5)
+    assert (q @ k.repeat_interleave(3, 1).transpose(2, 3)).abs().max() > 500
+    rounded = attention.grouped_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), None, SIZE**-0.5)
+    torch_own = F.scaled_dot_product_attention(
+        q.bfloat16(), k.bfloat16(), v.bfloat16(), is_causal=True, enable_gqa=True
+    ).transpose(1, 2)
+    assert (rounded - exact).norm() < 1.5 * (torch_own - exact).norm()
+
+
+def test_empty_places_of_a_static_cache_stay_with_torch(monkeypatch):
+    """There the queries are the first of the keys, not the last."""
+    calls = []
+    monkeypatch.setattr(attention, "sdpa_attention_forward", lambda *a, **k: (calls.append(k), None))
+    attention._forward(SimpleNamespace(is_causal=True), *tensors(5, 9, 2, torch.bfloat16), None)
+    assert calls
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_answers_as_with_torchs_kernel(family, models):
     ids = torch.arange(3, 51).view(4, 12)

@@ -184,10 +184,38 @@ def test_packs_are_off_where_they_would_not_be_the_same_training(models, tmp_pat
 
 
 def test_a_recurrent_model_takes_no_packs():
-    config = SimpleNamespace(_attn_implementation=attention.NAME)
+    config = transformers.LlamaConfig(attn_implementation=attention.NAME)
+    assert attention._why_no_packs(config, False, False, LENGTH) is None
     assert attention._why_no_packs(config, False, True, LENGTH) == "not all of its layers attend in full"
-    config.layer_types = ["linear_attention", "full_attention"]
+    config = transformers.Qwen3_5TextConfig(num_hidden_layers=4, attn_implementation=attention.NAME)
     assert attention._why_no_packs(config, False, False, LENGTH) == "not all of its layers attend in full"
+
+
+def test_windows_of_a_model_for_pictures_are_seen():
+    """Gemma 3 keeps its text settings one level down."""
+    config = transformers.Gemma3Config(attn_implementation=attention.NAME)
+    config.text_config.sliding_window = 100
+    assert "sliding window of 100 tokens" in attention._why_no_packs(config, False, False, LENGTH)
+    assert attention._why_no_packs(config, False, False, 100) is None
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_no_cached_prefix_where_positions_change_with_the_length(kind):
+    config = transformers.LlamaConfig(attn_implementation=attention.NAME, max_position_embeddings=100)
+    config.rope_parameters = {"rope_type": kind, "original_max_position_embeddings": 64}
+    model = SimpleNamespace(config=config, _is_stateful=False)
+    assert attention.takes_packs(model, 64) and not attention.takes_packs(model, 65)
+    config.rope_parameters = {"rope_type": "default"}
+    assert attention.takes_packs(model, 65)
+
+
+def test_a_model_with_dropout_of_its_own_is_not_packed_unasked(models):
+    config = Options()
+    model, _ = modeling.load_base(str(models["llama"]), config, device="cpu")
+    model.add_module("dropout", torch.nn.Dropout(0.1))
+    assert attention.resolve_shared_prefix(model, config, False) == "off"
+    config.shared_prefix = "on"
+    assert attention.resolve_shared_prefix(model, config, False) == "on"
 
 
 def test_a_run_is_the_same_with_and_without(models, tmp_path):

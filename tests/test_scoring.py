@@ -276,7 +276,7 @@ def test_evaluation_holds_no_tensor_from_batch_to_batch(models, way):
             head = modeling.HeadClassifier(base, False)
             answers = scoring.score_head(head, rows, encoder=False, thresholds=[], pad_id=2, **options)
         gc.unfreeze()
-        assert len(alive) == 5 and max(alive) == alive[0], alive
+        assert len(alive) >= 5 and max(alive) == alive[0], alive
         assert not any(isinstance(value, torch.Tensor) for answer in answers for value in vars(answer).values())
 
 
