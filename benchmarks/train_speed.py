@@ -205,7 +205,6 @@ def adapted(work: Work) -> Any:
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )  # fmt: skip
-    transformers.set_seed(0)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         work.path, dtype=torch.float32 if work.checking else torch.bfloat16,
         quantization_config=quantised if config.load_in_4bit and not work.checking else None,
@@ -356,16 +355,15 @@ def write(config: Config, table: list[dict[str, Any]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     kind = "NF4" if config.load_in_4bit else "bf16"
     name = f"train_{Path(config.train_file or 'demo').parent.name}_{config.rows_per_update}_{kind.lower()}"
-    rows = []
+    rows, first = [], table[0]["trainer"]
     for entry in table:
-        ratio = next(value for key, value in entry.items() if key.startswith("ratio_of_"))
+        ratio = entry[f"ratio_of_{first}"]
         rows.append([
             entry["trainer"], f"{entry['examples_per_second']:.2f}",
             ", ".join(f"{value:.2f}" for value in entry["all_rounds"]),
             f"{ratio:.2f}" if ratio else "losses differ", f"{entry['memory_over_the_model_mb']:.0f}",
             f"{entry['largest_loss_difference']:.1e}",
         ])  # fmt: skip
-    first = table[0]["trainer"]
     header = ["trainer", "examples/s", "rounds", f"{first} is faster by", "MB over the model", "loss difference"]
     text = markdown(header, rows)
     (folder / f"{name}.md").write_text(text + "\n")

@@ -81,7 +81,8 @@ class Prompts:
         own, new = self.seen.shape[1], max(map(len, wanted.values()))
         ids = torch.full((len(self.rows), new), self.pad_id)
         positions = torch.zeros_like(ids)
-        mask = torch.cat([self.seen, torch.zeros_like(ids, dtype=torch.bool)], 1)[:, None].repeat(1, new, 1)
+        self.seen = torch.cat([self.seen, torch.zeros_like(ids, dtype=torch.bool)], 1)
+        mask = self.seen[:, None].repeat(1, new, 1)
         nodes, places = [], []
         for i, row in enumerate(self.rows):
             for j, node in enumerate(wanted[row]):
@@ -92,7 +93,6 @@ class Prompts:
                 mask[i, j, [other.slot for other in path]] = True
                 nodes.append(node)
                 places.append(i * new + j)
-        self.seen = torch.cat([self.seen, torch.zeros_like(ids, dtype=torch.bool)], 1)
         self._run(ids, positions, mask, torch.tensor(places), nodes)
 
     def _run(

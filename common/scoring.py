@@ -90,13 +90,17 @@ def predict(
     return [answer for _, answer in sorted(gathered, key=lambda pair: pair[0])]
 
 
-def batches(lengths: Sequence[int], tokens: int, most: int) -> Iterator[list[int]]:
-    """Row numbers in batches of similar length, longest first: up to `most` rows and, padded, `tokens` tokens."""
+def batches(lengths: Sequence[int], size: int, longest: int | None = None) -> Iterator[list[int]]:
+    """Row numbers in batches of similar length, longest first.
+
+    A batch has up to 8 x size rows and, padded, the tokens of `size` rows of length `longest` (unset: the greatest).
+    """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while order:
-        size = max(1, min(most, tokens // max(1, lengths[order[0]])))
-        yield order[:size]
-        order = order[size:]
+        longest = longest or lengths[order[0]]
+        rows = max(1, min(8 * size, size * longest // max(1, lengths[order[0]])))
+        yield order[:rows]
+        order = order[rows:]
 
 
 @torch.inference_mode()
@@ -132,7 +136,7 @@ def score_labels(
     tolerance = 0.0 if exhaustive else TOLERANCE
     answers: list[Answer | None] = [None] * len(prompts)
     most = sum(len(ids) for ids in pieces)  # tokens that may be computed behind a prompt
-    for rows in batches([len(ids) - shared + most for ids in prompts], batch_size * longest, 8 * batch_size):
+    for rows in batches([len(ids) - shared + most for ids in prompts], batch_size, longest):
         some = [prompts[i] for i in rows]
         batch = Prompts(model, some, prefix=prefix, **options) if packs else PlainPrompts(model, some, **options)
         talks = {}
@@ -239,8 +243,7 @@ def score_head(
     """The answers of a classification head to rows with their targets, in their order."""
     model.eval()
     answers: list[Answer | None] = [None] * len(rows)
-    lengths = [row.length for row, _ in rows]
-    for numbers in batches(lengths, batch_size * max(lengths, default=0), 8 * batch_size):
+    for numbers in batches([row.length for row, _ in rows], batch_size):
         batch = to_device(collate_head([rows[i] for i in numbers], pad_id, encoder=encoder), device)
         logits, targets = model(**batch["inputs"]).double(), batch["targets"]
         multi_label = targets.is_floating_point()
@@ -277,8 +280,7 @@ def generate_answers(
     """Greedy answers as free text; one that is not in the label set has `labels` None and is kept."""
     model.eval()
     answers: list[Answer | None] = [None] * len(prompts)
-    lengths = [len(ids) for ids in prompts]
-    for rows in batches(lengths, batch_size * max(lengths, default=0), 8 * batch_size):
+    for rows in batches([len(ids) for ids in prompts], batch_size):
         inputs = pad_left([prompts[i] for i in rows], tokenizer.pad_token_id)
         output = model.generate(
             input_ids=inputs["input_ids"].to(device),

@@ -102,7 +102,7 @@ class Search:
         self.found: dict[int, float] = {}
         self.frontier: list[tuple[float, int, Node, Trie]] = [(-0.0, 0, root, trie)]  # (- log-probability, tie, ...)
         self.ties = 1
-        self.taken: list[tuple[float, Node, Trie]] = []
+        self.taken: list[tuple[float, list[tuple[Node, Trie]]]] = []
 
     def run(self, tolerance: float, also: Sequence[Node] = ()) -> Iterator[list[Node]]:
         """Yields nodes to be computed, until no more are needed. also: further nodes, computed with the first ones."""
@@ -114,8 +114,8 @@ class Search:
                 yield wanted
             elif not self.taken:
                 return
-            for log, node, trie in self.taken:
-                self._read(log, node, trie)
+            for log, branch in self.taken:
+                self._read(log, branch)
             wanted, self.taken, budget = [], [], 2 * budget
 
     def scores(self) -> list[float]:
@@ -145,23 +145,20 @@ class Search:
     def _take(self) -> list[Node]:
         """The best branch, down to where it divides: those tokens are known, so one pass computes them all."""
         negative, _, node, trie = heapq.heappop(self.frontier)
-        self.taken.append((-negative, node, trie))
-        nodes = [node]
+        branch = [(node, trie)]
         while len(trie.children) == 1:
             [(token, trie)] = trie.children.items()
             node = node.walk([token])
-            nodes.append(node)
-        return [node for node in nodes if node.parent]
+            branch.append((node, trie))
+        self.taken.append((-negative, branch))
+        return [node for node, _ in branch if node.parent]
 
-    def _read(self, log: float, node: Node, trie: Trie) -> None:
-        while True:
+    def _read(self, log: float, branch: list[tuple[Node, Trie]]) -> None:
+        for i, (node, trie) in enumerate(branch):
+            if i:
+                log += node.parent.logs[node.token]
             for number, enders in trie.ends:
                 self.found[number] = log + node.log_any(enders)
-            if len(trie.children) != 1:
-                break
-            [(token, trie)] = trie.children.items()
-            log += node.logs[token]
-            node = node.walk([token])
         for token, child in trie.children.items():
             heapq.heappush(self.frontier, (-log - node.logs[token], self.ties, node.walk([token]), child))
             self.ties += 1
