@@ -4,23 +4,27 @@
     python evaluate.py --run RUN --test_file other.csv                        # on other rows with the same columns
     python evaluate.py --run RUN --decode generate                            # free text instead of label scoring
     python evaluate.py --run meta-llama/Llama-3.2-1B --test_file t.csv --text_fields text --labels good bad
+    python evaluate.py --run meta-llama/Llama-3.2-1B --task causal_lm --test_file t.txt --stride 64
 
 Without --run: the newest run under outputs/, else the embedded model on the demo data. Results go to RUN/eval/test.
-So far for classification; a head cannot generate.
+A classification head cannot generate.
 """
 
 import json
 import time
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from common import rundir
 from common.config import (
+    CausalConfig,
     ClassificationConfig,
     DataConfig,
     InputError,
     ModelConfig,
+    check_causal,
     check_classification,
     cli_errors,
     from_texts,
@@ -28,21 +32,31 @@ from common.config import (
     parse_given,
     read_yaml,
 )
+from common.corpus import load_corpus, open_sources
 from common.data import ClassificationData, draw_few_shot, load_classification
 from common.demo_model import EMBEDDED, resolve_model
 from common.prompts import check_prompt, read_template
-from common.runlog import say
+from common.runlog import Progress, say
 
 # torch and what stands on it is imported inside the functions: options and data are checked before, in a moment.
 
 
+TASKS = {  # what a run was trained for -> the options that belong to it
+    "classification": ClassificationConfig,
+    "causal_lm": CausalConfig,
+}
+
+
 @dataclass
-class Config(ModelConfig, DataConfig, ClassificationConfig):
+class Config(ModelConfig, DataConfig, ClassificationConfig, CausalConfig):
     """evaluate"""
 
     run: str | None = option(None, "run folder, adapter folder, or base model")
+    task: Literal["classification", "causal_lm"] | None = option(None, "for a base model; unset: classification")
     split: Literal["train", "validation", "test"] = option("test", "split of the run to evaluate on")
-    decode: Literal["score", "generate"] = option("score", "score every label, or generate text greedily")
+    decode: Literal["score", "generate"] | None = option(
+        None, "labels: score every one (unset), or generate text greedily"
+    )
     per_device_eval_batch_size: int = option(16, "a pass holds the tokens of so many of the longest rows", at_least=1)
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "unset: as trained; for a base model, bf16")
     num_threads: int | None = option(None, "CPU threads; unset: cores / processes on this machine", at_least=1)
@@ -52,7 +66,7 @@ class Config(ModelConfig, DataConfig, ClassificationConfig):
 
 # What a run was trained with, and a base model by --run: given here too, they must be the same.
 SETTLED = {item.name for item in fields(ModelConfig)} | {
-    "approach", "labels", "class_weights", "few_shot", "prompt_template", "max_length",
+    "approach", "labels", "class_weights", "few_shot", "prompt_template", "max_length", "document_masking", "task",
 }  # fmt: skip
 
 
@@ -69,13 +83,18 @@ def read_options() -> tuple[Config, Path | None, bool]:
             raise InputError(f"--model {given['model']}: evaluate.py takes the model by --run.")
         if given.get("approach") == "head":
             raise InputError(f"--approach head: {name} is a base model, whose head would be random. Drop the option.")
-        return from_texts(Config, {**given, "model": name}), None, True
+        config = from_texts(Config, {"task": "classification", **given, "model": name})
+        check_options(given, config.task, name)
+        return config, None, True
     folder = rundir.weights_folder(run)
+    task = json.loads((folder / "task.json").read_text(encoding="utf-8"))
     run = folder.parent if folder.name in ("adapter", "model") else folder
     saved = read_yaml(run / "config.yaml") if (run / "config.yaml").is_file() else {}
     saved = {name: value for name, value in saved.items() if name not in ("output_dir", "mixed_precision")}
-    if "label_columns" not in {**saved, **given}:
-        saved["labels"] = json.loads((folder / "task.json").read_text(encoding="utf-8"))["labels"]
+    saved["task"] = task["task"]
+    if "labels" in task and "label_columns" not in {**saved, **given}:
+        saved["labels"] = task["labels"]
+    check_options(given, task["task"], run)
     for name in sorted(SETTLED & given.keys()):
         if given[name] != saved.get(name):
             raise InputError(f"--{name} was settled when {run} was trained: drop it.")
@@ -85,6 +104,14 @@ def read_options() -> tuple[Config, Path | None, bool]:
         if given.get("split", "test") != "test":
             raise InputError("--test_file is the test split: drop --split.")
     return from_texts(Config, {**saved, **given, "run": str(run)}), folder, "test_file" in given
+
+
+def check_options(given: dict[str, Any], task: str, run: Any) -> None:
+    """Refuses options of another task, which nothing would honour."""
+    own = {item.name for item in fields(TASKS[task])} | ({"decode"} if task == "classification" else set())
+    for name in given:
+        if name not in own and (name == "decode" or any(name in kind.__dataclass_fields__ for kind in TASKS.values())):
+            raise InputError(f"--{name} does not belong to {task}, which {run} is evaluated for: drop it.")
 
 
 def check_same_task(task: dict[str, Any], data: ClassificationData) -> None:
@@ -97,14 +124,15 @@ def check_same_task(task: dict[str, Any], data: ClassificationData) -> None:
         )
 
 
-def check_unchanged(run: Path, data: ClassificationData, split: str) -> None:
+def check_unchanged(config: Config, sources: dict[str, dict[str, str]]) -> None:
     """Refuses to evaluate a run on a file that is no longer the one it was split from."""
-    saved = json.loads((run / "splits.json").read_text(encoding="utf-8"))
-    for name, source in data.sources.items():
+    file = Path(config.run) / "splits.json"
+    saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"sources": sources}
+    for name, source in sources.items():
         if saved["sources"].get(name, {}).get("sha256") != source["sha256"]:
             raise InputError(
-                f"{source['name']} has changed since the run was trained, so its {split} split is no longer the same "
-                "rows. Restore the file, or name the rows to evaluate with --test_file."
+                f"{source['name']} has changed since the run was trained, so its {config.split} split is no longer the "
+                "same rows. Restore the file, or name the rows to evaluate with --test_file."
             )
 
 
@@ -129,9 +157,16 @@ def untrained(config: Config, data: ClassificationData, path: str, accelerator: 
     return Classifier(model.eval(), prompt, tokenizer, False, False, [0.5] * len(data.labels))
 
 
-def main() -> None:
-    config, folder, other_rows = read_options()
+def results_folder(config: Config, folder: Path | None, name: str) -> tuple[Path, Path]:
+    """The run (or what stands for a base model's), and where results of this name go."""
+    run = Path(config.run) if folder else rundir.OUTPUTS / Path(config.model).name
+    return run, Path(config.output_dir) if config.output_dir else run / "eval" / name
+
+
+def evaluate_classifier(config: Config, folder: Path | None, other_rows: bool) -> None:
+    """Accuracy, F1 and predictions of a classifier, or of a base model that is asked with the prompt."""
     check_classification(config)
+    config.decode = config.decode or "score"
     data = load_classification(config, training=False)
     examples = data.splits[config.split]
     if not examples:
@@ -139,17 +174,16 @@ def main() -> None:
     if folder is None:
         path = resolve_model(config.model, config.revision)
         check_prompt(config, data, path)
-        config.full_finetuning = False
     else:
         task = json.loads((folder / "task.json").read_text(encoding="utf-8"))
         check_same_task(task, data)
         config.mixed_precision = config.mixed_precision or task["mixed_precision"]
-        if not other_rows and (Path(config.run) / "splits.json").is_file():
-            check_unchanged(Path(config.run), data, config.split)
+        if not other_rows:
+            check_unchanged(config, data.sources)
         if task["approach"] == "head" and config.decode == "generate":
             raise InputError("--decode generate: this run has a classification head and writes no text.")
 
-    from common import loop, modeling, report
+    from common import loop, modeling, report, storage
     from common.metrics import summarise
     from common.scoring import predict
 
@@ -157,7 +191,7 @@ def main() -> None:
         modeling.resolve_options(config, modeling.is_encoder(path, config))
     accelerator = loop.start_accelerator(config, [])
     if folder:
-        classifier = modeling.load_trained(folder, accelerator.device, config.mixed_precision)
+        classifier = storage.load_classifier(folder, accelerator.device, config.mixed_precision)
     else:
         classifier = untrained(config, data, path, accelerator)
 
@@ -169,17 +203,84 @@ def main() -> None:
     if accelerator.is_main_process:
         results = {"this run" if folder else "untrained base, as asked": metrics}
         name = config.split if config.decode == "score" else f"{config.split}-generate"
-        parent = Path(config.run) if folder else rundir.OUTPUTS / Path(config.model).name
-        target = Path(config.output_dir) if config.output_dir else parent / "eval" / name
+        run, target = results_folder(config, folder, name)
         if not other_rows:
-            results |= rundir.read_json(parent / "eval" / config.split / "baselines.json")
-            metrics = {**rundir.train_figures(parent), **metrics}
-            metrics.pop("update", None)  # of the line in metrics.jsonl
+            results |= rundir.read_json(run / "eval" / config.split / "baselines.json")
+            metrics = {**rundir.train_figures(run), **metrics}
         report.write_evaluation(target, classifier, examples, answers, metrics, results, config.split)
         say(accelerator, report.results_table(results, config.split))
         outside = f"{metrics['outside_label_set']} of {metrics['rows']} answers outside the label set"
         say(accelerator, f"\n{outside}; {metrics['examples_per_second']:.1f} examples/s\nWritten to {target}")
     loop.finish(accelerator)
+
+
+def evaluate_text(config: Config, folder: Path | None, other_rows: bool) -> None:
+    """Perplexity of a model on running text."""
+    check_causal(config)
+    sources = open_sources(config)
+    path = str(folder) if folder else resolve_model(config.model, config.revision)
+
+    from common import attention, collate, loop, modeling, report, storage
+    from common.metrics import perplexity_metrics
+    from common.perplexity import UNTRAINED, block_losses, continue_text
+    from common.token_losses import TokenLosses
+
+    task = storage.load_task(folder) if folder else {}
+    config.mixed_precision = config.mixed_precision or task.get("mixed_precision")
+    modeling.resolve_options(config, encoder=folder is None and modeling.is_encoder(path, config))
+    accelerator = loop.start_accelerator(config, [])
+    tokenizer = modeling.load_tokenizer(path, config)
+    start = task.get("start", modeling.start_ids(tokenizer))
+    with accelerator.local_main_process_first():
+        progress = Progress(accelerator, "tokens", sum(source.characters for source in sources.values()), "character")
+        data = load_corpus(sources, config, tokenizer, progress)
+        progress.close()
+    if folder and not other_rows:
+        check_unchanged(config, data.sources)
+    blocks = data.splits[config.split]
+    if not len(blocks):
+        raise InputError(f"There is no {config.split} text: name one with --test_file.")
+    if folder:
+        model, _ = storage.load_language_model(folder, accelerator.device, config.mixed_precision)
+    else:
+        modeling.check_length(path, config, config.block_size + len(start), "--block_size")
+        model = modeling.load_base(path, config, device=accelerator.device)[0].eval()
+    if config.document_masking:
+        attention.check_document_masking(model, config)
+
+    started = time.perf_counter()
+    collator = partial(collate.collate_numbered_blocks, blocks, start=start, end_id=tokenizer.eos_token_id,
+                       pad_id=tokenizer.pad_token_id, document_masking=config.document_masking)  # fmt: skip
+    batch_size = config.per_device_eval_batch_size
+    losses = block_losses(TokenLosses(model), blocks, accelerator, batch_size, collator, config.split)
+    metrics = perplexity_metrics(losses, data.per_token[config.split])
+    metrics |= loop.evaluation_cost(len(blocks), started, accelerator.device)
+    sample = continue_text(model, tokenizer, config.sample_prompt, accelerator, seed=42)
+    if accelerator.is_main_process:
+        results = {"this run" if folder else UNTRAINED: metrics}
+        run, target = results_folder(config, folder, config.split)
+        if folder and not other_rows and same_windows(config, run):
+            results |= rundir.read_json(run / "eval" / config.split / "baselines.json")
+            metrics = {**rundir.train_figures(run), **metrics}
+        report.write_perplexity(target, losses, metrics, results, config.split, sample)
+        before = f"behind {tokenizer.decode(start)}" if start else "without a BOS token in front"
+        windows = f"windows of {config.block_size} tokens, {config.stride or config.block_size} apart, {before}"
+        say(accelerator, report.results_table(results, config.split, report.PERPLEXITY))
+        say(accelerator, f"\n{windows}: {metrics['predicted_tokens']:,} tokens predicted\nA sample: {sample}")
+        say(accelerator, f"\nWritten to {target}")
+    loop.finish(accelerator)
+
+
+def same_windows(config: Config, run: Path) -> bool:
+    """Whether the text is read as it was after training, so that the baseline's figures compare."""
+    saved = read_yaml(run / "config.yaml")
+    return all(str(getattr(config, name)) == saved.get(name, "None") for name in ("block_size", "stride"))
+
+
+def main() -> None:
+    config, folder, other_rows = read_options()
+    config.full_finetuning = False  # a base model is loaded as it is, not to be trained whole
+    {"classification": evaluate_classifier, "causal_lm": evaluate_text}[config.task](config, folder, other_rows)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,9 @@ LoRA on a 4-bit NF4 base by default; `--help` lists the options. Not supported: 
 """
 
 import math
-import sys
 import time
-import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +34,8 @@ from common.data import ClassificationData, Example, class_weights, draw_few_sho
 from common.demo_model import resolve_model
 from common.prompts import check_prompt, read_template
 from common.runlog import RunLog, chosen_trackers, say
+from common.seeds import finish as finish_seeds
+from common.seeds import keep_others, runs_of
 
 # torch and what stands on it is imported inside the functions: options and data are checked before, in a moment.
 
@@ -79,7 +79,7 @@ def train(config: Config, data: ClassificationData, path: str, another: bool = F
     import torch
     from accelerate.utils import broadcast_object_list, set_seed
 
-    from common import attention, baselines, collate, loop, modeling, report
+    from common import attention, baselines, collate, loop, modeling, report, storage
     from common.checkpoint import State, load_checkpoint, register_hooks, save_best, save_checkpoint
     from common.plan import Plan
     from common.scoring import Classifier
@@ -87,7 +87,7 @@ def train(config: Config, data: ClassificationData, path: str, another: bool = F
     given = rundir.options_hash(config)
     resume = rundir.find_resume(config) if config.resume_from_checkpoint else None
     encoder, head = modeling.is_encoder(path, config), config.approach == "head"
-    modeling.resolve_options(config, encoder)
+    modeling.resolve_options(config, encoder, head)
     accelerator = loop.start_accelerator(config, chosen_trackers(config.report_to))
     report.say_what_is_missing(accelerator, config.report_to)
 
@@ -166,7 +166,9 @@ def train(config: Config, data: ClassificationData, path: str, another: bool = F
     if accelerator.is_main_process:
         rundir.recover(best)
         if not (resume and resume[1]):
-            rundir.write_start(run_dir, config, given, data, shots, data_report, accelerator.num_processes, census)
+            ids = {split: [example.id for example in rows] for split, rows in data.splits.items()}
+            splits = {"ids": ids, "few_shot": [text for text, _ in shots]}
+            rundir.write_start(run_dir, config, given, data, splits, data_report, accelerator.num_processes, census)
     accelerator.wait_for_everyone()
     evaluate_rows = partial(evaluate, accelerator=accelerator, batch_size=config.per_device_eval_batch_size)
     results = {}
@@ -183,7 +185,7 @@ def train(config: Config, data: ClassificationData, path: str, another: bool = F
         return evaluate_rows(classifier, validation, what="validation")[1]
 
     def keep_best() -> None:
-        save_best(accelerator, best, partial(modeling.save_trained, classifier=classifier, config=config))
+        save_best(accelerator, best, partial(storage.save_classifier, classifier=classifier, config=config))
 
     # --- loop
     for numbers in plan.updates(state.update, total):  # the row numbers of one update, the same on every rank
@@ -220,7 +222,7 @@ def train(config: Config, data: ClassificationData, path: str, another: bool = F
     log.close()
     if state.best_update is None:
         keep_best()
-    modeling.load_weights(classifier.model, best)  # what was saved is what is measured
+    storage.load_weights(classifier.model, best)  # what was saved is what is measured
     figures = {"epochs": state.update / plan.updates_per_epoch, **state.summary(flops)}
     log.write(state.update, figures)
     answers, metrics = evaluate_rows(classifier, test, what="test") if test else ([], {})
@@ -241,40 +243,18 @@ def main() -> None:
     config = parse_config(Config)
     check_loop(config)
     check_classification(config)
-    runs = [
-        replace(config, seed=seed, seeds=None, output_dir=config.output_dir and f"{config.output_dir}/seed_{seed}")
-        for seed in config.seeds or []
-    ]
-    for run in [] if config.resume_from_checkpoint else runs or [config]:
-        rundir.check_output_dir(run)
+    runs = runs_of(config)
     chosen_trackers(config.report_to)
     data = load_classification(config)
     if config.eval_strategy != "no" and not data.splits["validation"]:
         raise InputError("--eval_strategy needs validation rows: set --validation_fraction, or --eval_strategy no.")
     path = resolve_model(config.model, config.revision)
     check_prompt(config, data, path)
-    if not runs:
-        train(config, data, path)
-        return
-    from accelerate import PartialState
-    from accelerate.utils import release_memory
-
-    from common.report import write_seed_table
-
     results: dict[int, Any] = {}
     for run in runs:
-        try:
+        with keep_others(results, run, config):
             results[run.seed] = train(run, data, path, another=run is not runs[-1])
-        except Exception as error:  # a failed seed keeps the others; Ctrl-C still ends all
-            if PartialState().num_processes > 1 and not isinstance(error, InputError | FloatingPointError):
-                raise  # the other processes may not have failed
-            traceback.print_exc()
-            results[run.seed] = f"failed: {type(error).__name__}: {error}"
-        release_memory()
-    if PartialState().is_main_process and not config.dry_run:
-        write_seed_table(Path(config.output_dir or rundir.runs_folder(config)) / "seeds.md", results)
-    if any(isinstance(result, str) for result in results.values()):
-        sys.exit(1)
+    finish_seeds(results, config)
 
 
 if __name__ == "__main__":

@@ -143,6 +143,13 @@ def takes_packs(model: nn.Module, length: int) -> bool:
     return not changing and _why_no_packs(model.config, False, model._is_stateful, length) is None
 
 
+def check_document_masking(model: nn.Module, config: Any) -> None:
+    """Raises InputError where a mask of our own does not keep the documents of a block apart."""
+    reason = _why_no_packs(model.config, False, model._is_stateful, config.block_size)
+    if reason:
+        raise InputError(f"--document_masking true: not with {config.model}, because {reason}.")
+
+
 def _layer_types(config: Any) -> set[str]:
     return set(getattr(config.get_text_config(), "layer_types", None) or ())
 
@@ -159,5 +166,5 @@ def _why_no_packs(config: Any, encoder: bool, stateful: bool, max_length: int) -
     if stateful or _layer_types(config) - {"full_attention", "sliding_attention"}:
         return "not all of its layers attend in full"
     if window is not None and window < max_length:
-        return f"its sliding window of {window} tokens is shorter than --max_length {max_length}"
+        return f"its sliding window of {window} tokens is shorter than a row's {max_length}"
     return None

@@ -14,6 +14,7 @@ from common.config import InputError
 from common.data import ClassificationData, Example
 from common.metrics import classification_metrics, indicator
 from common.prompts import GENERATIVE_TEMPLATE
+from common.rundir import write_json
 from common.scoring import Classifier
 
 TFIDF = "TF-IDF + logistic regression"
@@ -68,8 +69,7 @@ def measure(
             with modeling.without_adapter(model):
                 results[UNTRAINED] = evaluate(base, test, what=UNTRAINED)[1]
     if accelerator.is_main_process:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(results, indent=2))
+        write_json(file, results)
     accelerator.wait_for_everyone()
     return results
 

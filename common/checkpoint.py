@@ -13,8 +13,8 @@ from typing import Any
 from accelerate import Accelerator
 
 from common.config import InputError
-from common.modeling import load_weights, save_weights
 from common.rundir import list_checkpoints, replace_folder
+from common.storage import load_weights, save_weights
 
 FULL_DISK = 2**20  # bytes: with less left, a failed save is put down to the disk
 
@@ -53,8 +53,8 @@ class State:
         return mean
 
     def improves(self, name: str, metrics: dict[str, Any]) -> bool:
-        """Whether metric `name` is the best so far, which is noted; a loss is better when lower."""
-        score = -metrics[name] if name.endswith("loss") else metrics[name]
+        """Whether metric `name` is the best so far, which is noted; a loss and a perplexity are better when lower."""
+        score = -metrics[name] if name in ("eval_loss", "perplexity") else metrics[name]
         if not math.isnan(score) and (self.best_score is None or score > self.best_score):
             self.best_score, self.best_update, self.stale_evaluations = score, self.update, 0
             return True

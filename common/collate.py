@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from common.corpus import Block, document_starts
 from common.data import Example
 from common.prompts import ClassificationPrompt
 
@@ -174,6 +175,48 @@ def collate_rows(
     if isinstance(chosen[0][0], AnswerRow):
         return collate_answers(chosen, pad_id, shared_prefix)
     return collate_head(chosen, pad_id, shared_prefix, encoder, pos_weight)
+
+
+def collate_blocks(
+    rows: Sequence[tuple[Block, bool]], start: Sequence[int], end_id: int, pad_id: int, document_masking: bool = False
+) -> Batch:
+    """Blocks of text for common/token_losses.py: `keep` and `targets` [predicted tokens]; beside them, their `weights`
+    and which of the `rows` they belong to.
+
+    start: ids in front of every block (a BOS), never predicted. A block's first token is, if something is in front.
+    document_masking: positions start anew behind every end token, and no token sees another document or is predicted
+    by one. Without it a block is a window of text in which documents follow each other (wrapped packing).
+    """
+    inputs = pad_left([[*start, *block.tokens] for block, _ in rows], pad_id)
+    count, length = inputs["input_ids"].shape
+    keep, targets, weights, numbers = [], [], [], []
+    for i, (block, counts) in enumerate(rows):
+        begins = set(document_starts(block.tokens, end_id)[1:]) if document_masking else ()
+        offset = (i + 1) * length - len(block.tokens)
+        for t in range(max(block.seen, 0 if start else 1), len(block.tokens)):
+            if t not in begins:
+                keep.append(offset + t - 1)
+                targets.append(block.tokens[t])
+                weights.append(float(counts))
+                numbers.append(i)
+    if document_masking:
+        document = torch.zeros(count, length, dtype=torch.long)
+        for i, (block, _) in enumerate(rows):
+            for begin in document_starts(block.tokens, end_id)[1:]:
+                column = length - len(block.tokens) + begin
+                document[i, column:] += 1
+                inputs["position_ids"][i, column:] = torch.arange(length - column)
+        same = document[:, :, None] == document[:, None]
+        real = inputs["attention_mask"][:, None].bool()
+        seen = same & real & torch.ones(length, length, dtype=torch.bool).tril()
+        inputs["attention_mask"] = (seen | torch.eye(length, dtype=torch.bool))[:, None]  # padding sees itself: no NaN
+    inputs |= {"keep": torch.tensor(keep), "targets": torch.tensor(targets)}
+    return {"inputs": inputs, "weights": torch.tensor(weights), "rows": torch.tensor(numbers)}
+
+
+def collate_numbered_blocks(blocks: Sequence[Block], numbers: Sequence[tuple[int, bool]], **options: Any) -> Batch:
+    """`collate_blocks` of the blocks with these (number, counts) pairs."""
+    return collate_blocks([(blocks[i], counts) for i, counts in numbers], **options)
 
 
 def classification_rows(

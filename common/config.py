@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -141,7 +141,9 @@ class LoopConfig:
     run_name: str | None = option(None, "name of the run in trackers")
     num_threads: int | None = option(None, "CPU threads; unset: cores / processes on this machine", at_least=1)
     tf32: bool = option(False, "TF32 products on NVIDIA GPUs for what runs in fp32")
-    baselines: bool = option(True, "also measure majority, TF-IDF + logistic regression and the untrained base")
+    baselines: bool = option(
+        True, "also measure the untrained base; for labels also majority and TF-IDF + logistic regression"
+    )
     resume_from_checkpoint: str | None = option(None, "`latest`, a run folder or a checkpoint folder")
     dry_run: bool = option(False, "check and report data and model, then stop")
 
@@ -160,14 +162,28 @@ class DataConfig:
     validation_fraction: float = option(0.1, "share cut for validation where no file is given", at_least=0)
     test_fraction: float = option(0.1, "share cut for test where no file is given", at_least=0)
     split_seed: int = option(42, "of the cut, apart from --seed", at_least=0)
+
+
+@dataclass
+class RowConfig:
+    """rows"""
+
     id_column: str | None = option(None, "column that names the rows; unset: their number, from 0")
-    text_fields: list[str] | None = option(None, "columns joined into the text; unset: text, or title and abstract")
     max_length: int = option(256, "tokens of a row, instruction and answer included", at_least=1)
 
 
 @dataclass
-class ClassificationConfig:
+class TextConfig:
+    """text"""
+
+    text_fields: list[str] | None = option(None, "columns that make up the text; unset: text, or title and abstract")
+
+
+@dataclass
+class ClassificationConfig(TextConfig, RowConfig):
     """classification"""
+
+    demo: ClassVar[str] = "arxiv_demo"
 
     approach: Literal["generative", "head"] = option("generative", "answer with the label, or a classification head")
     problem_type: Literal["single_label_classification", "multi_label_classification"] | None = option(
@@ -180,6 +196,17 @@ class ClassificationConfig:
     class_weights: str = option("none", "none, balanced, or a JSON file {label: weight}")
     few_shot: int = option(0, "so many solved examples before every row", at_least=0)
     prompt_template: str | None = option(None, "file with {text}, and {labels} and {label} for --approach generative")
+
+
+@dataclass
+class CausalConfig(TextConfig):
+    """causal language modelling"""
+
+    demo: ClassVar[str] = "pydoc_topics"
+    block_size: int = option(128, "tokens of a block", at_least=2)
+    stride: int | None = option(None, "evaluate in overlapping windows, so many tokens apart", at_least=1)
+    document_masking: bool = option(False, "no token sees another document of its block")
+    sample_prompt: str = option("In a shocking discovery,", "continued after training, to be looked at")
 
 
 def parse_config(cls: type[T], argv: Sequence[str] | None = None) -> T:
@@ -308,6 +335,29 @@ def check_classification(config: Any) -> None:
         (
             config.validation_fraction + config.test_fraction >= 1,
             "--validation_fraction and --test_fraction leave no training rows: their sum must be below 1",
+        ),
+    )
+
+
+def check_causal(config: Any) -> None:
+    """Refuses options of causal language modelling that contradict each other or that nothing would honour."""
+    _refuse(
+        (
+            config.dataset_name and (config.train_file or config.validation_file or config.test_file),
+            "--dataset_name and --train_file / --validation_file / --test_file exclude each other",
+        ),
+        (
+            config.dataset_config and not config.dataset_name,
+            "--dataset_config needs the --dataset_name that it belongs to",
+        ),
+        (
+            config.validation_fraction + config.test_fraction >= 1,
+            "--validation_fraction and --test_fraction leave no training text: their sum must be below 1",
+        ),
+        ((config.stride or 0) > config.block_size, "--stride above --block_size would leave text out"),
+        (
+            config.stride and config.document_masking,
+            "--stride gives tokens more of their document to see, --document_masking less of others: choose one",
         ),
     )
 

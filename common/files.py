@@ -3,10 +3,11 @@
 Imports neither torch nor transformers: whatever is wrong with a file is reported before a model is loaded.
 """
 
+import contextlib
 import csv
 import hashlib
-import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,32 +20,55 @@ SPLITS = ("train", "validation", "test")
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a CSV, TSV, JSON, JSONL or Parquet file; cells of CSV and TSV stay text as written."""
-    path = Path(path)
-    readers = {
-        ".csv": _read_csv,
-        ".tsv": _read_csv,
-        ".json": _read_json,
-        ".jsonl": _read_json,
-        ".parquet": _read_parquet,
-    }
-    if path.suffix.lower() not in readers:
-        raise InputError(f"{path}: unknown file type {path.suffix!r}; use one of {', '.join(readers)}.")
-    try:
-        open(path, "rb").close()
-        rows = readers[path.suffix.lower()](path)
-    except OSError as error:
-        raise InputError(f"{path}: {why_unreadable(error)}.") from None
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise InputError(
-            f"{path}, line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8. "
-            f"Save the file as UTF-8, for example with `iconv -f latin1 -t utf-8 {path.name}`."
-        ) from None
+    rows = list(iterate_rows(path))
     if not rows:
         raise InputError(
             f"{path}: the file has no rows. It needs at least one row, in CSV and TSV under a header line."
         )
     return rows
+
+
+def iterate_rows(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The rows of `read_rows` one by one: memory does not grow with the file, unless it is .json, a single value."""
+    path = Path(path)
+    readers = {
+        ".csv": _read_csv,
+        ".tsv": _read_csv,
+        ".json": _read_json,
+        ".jsonl": _read_jsonl,
+        ".parquet": _read_parquet,
+    }
+    if path.suffix.lower() not in readers:
+        raise InputError(f"{path}: unknown file type {path.suffix!r}; use one of {', '.join(readers)}.")
+    with reading(path):
+        yield from readers[path.suffix.lower()](path)
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns what hinders reading a file into an InputError that names file and line."""
+    try:
+        open(path, "rb").close()
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: {why_unreadable(error)}.") from None
+    except UnicodeDecodeError:
+        line, byte = _first_not_utf8(path)
+        raise InputError(
+            f"{path}, line {line}: byte 0x{byte:02x} is not UTF-8. "
+            f"Save the file as UTF-8, for example with `iconv -f latin1 -t utf-8 {path.name}`."
+        ) from None
+
+
+def _first_not_utf8(path: Path) -> tuple[int, int]:
+    """Line and byte; a decoder that reads ahead does not know the line."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return number, line[error.start]
+    raise AssertionError(f"{path} is UTF-8")
 
 
 def file_hash(path: str | Path) -> str:
@@ -53,67 +77,81 @@ def file_hash(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_csv(path: Path) -> list[dict[str, Any]]:
+def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(2**31 - 1)
-    text = path.read_bytes().decode("utf-8-sig")
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    # strict: a quote that is never closed would else swallow the rest of the file as one cell.
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows, line = [], 1
-    try:
-        if len(set(header := reader.fieldnames or [])) != len(header):
-            raise InputError(f"{path}, line 1: two columns have the same name. Rename one: {', '.join(header)}.")
-        line = 2
-        for row in reader:
-            line = reader.line_num + 1
-            if None in row or None in row.values():
-                raise InputError(
-                    f"{path}, line {reader.line_num}: the row has "
-                    f"{'more' if None in row else 'fewer'} fields than the header's {len(reader.fieldnames)}. "
-                    "Put quotes around fields that contain a separator."
-                )
-            rows.append(row)
-    except csv.Error as error:
-        raise InputError(
-            f"{path}, line {line}: not readable as CSV: {error}. A field in quotes must end with a quote, and quotes "
-            "inside it are written twice."
-        ) from None
-    return rows
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        # strict: a quote that is never closed would else swallow the rest of the file as one cell.
+        reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+        line = 1
+        try:
+            if len(set(header := reader.fieldnames or [])) != len(header):
+                raise InputError(f"{path}, line 1: two columns have the same name. Rename one: {', '.join(header)}.")
+            line = 2
+            for row in reader:
+                line = reader.line_num + 1
+                if None in row or None in row.values():
+                    raise InputError(
+                        f"{path}, line {reader.line_num}: the row has "
+                        f"{'more' if None in row else 'fewer'} fields than the header's {len(reader.fieldnames)}. "
+                        "Put quotes around fields that contain a separator."
+                    )
+                yield row
+        except csv.Error as error:
+            raise InputError(
+                f"{path}, line {line}: not readable as CSV: {error}. A field in quotes must end with a quote, and "
+                "quotes inside it are written twice."
+            ) from None
 
 
 def _read_json(path: Path) -> list[dict[str, Any]]:
     text = path.read_bytes().decode("utf-8-sig")
     try:
-        if path.suffix.lower() == ".json":
-            rows = json.loads(text) if text.strip() else []
-        else:
-            rows = []
-            for number, line in enumerate(text.split("\n"), 1):  # noqa: B007 (named in the error below)
-                if line.strip():
-                    rows.append(json.loads(line))
+        rows = json.loads(text) if text.strip() else []
     except json.JSONDecodeError as error:
-        line = error.lineno if path.suffix.lower() == ".json" else number
-        remedy = " A file with one object a line is named .jsonl." if error.msg == "Extra data" else ""
-        raise InputError(f"{path}, line {line}: not valid JSON: {error.msg}.{remedy or ' Correct it there.'}") from None
+        raise _not_json(path, error.lineno, error) from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise InputError(f'{path}: expected a list of objects, one a row, such as [{{"text": ..., "label": ...}}].')
+        raise _not_rows(path)
     return rows
 
 
-def _read_parquet(path: Path) -> list[dict[str, Any]]:
+def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    with open(path, encoding="utf-8-sig", newline="\n") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line) if line.strip() else {}
+            except json.JSONDecodeError as error:
+                raise _not_json(path, number, error) from None
+            if not isinstance(row, dict):
+                raise _not_rows(path)
+            if line.strip():
+                yield row
+
+
+def _not_json(path: Path, line: int, error: json.JSONDecodeError) -> InputError:
+    remedy = "A file with one object a line is named .jsonl." if error.msg == "Extra data" else "Correct it there."
+    return InputError(f"{path}, line {line}: not valid JSON: {error.msg}. {remedy}")
+
+
+def _not_rows(path: Path) -> InputError:
+    return InputError(f'{path}: expected a list of objects, one a row, such as [{{"text": ..., "label": ...}}].')
+
+
+def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.read_table(path).to_pylist()
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
     except pyarrow.ArrowInvalid as error:
         raise InputError(
             f"{path}: not a whole Parquet file ({' '.join(str(error).split())}). Copy or save it again."
         ) from None
 
 
-def read_hub(config: DataConfig) -> tuple[dict, dict]:
-    """split -> rows and split -> {name, sha256}, of a hub data set or a local folder of one."""
+def load_hub(config: DataConfig) -> dict[str, Any]:
+    """split -> datasets.Dataset, of a hub data set or a local folder of one; rows stay on disk until they are asked."""
     if not Path(config.dataset_name).exists():
         hub_answers()
     import datasets
@@ -126,17 +164,29 @@ def read_hub(config: DataConfig) -> tuple[dict, dict]:
             f"--dataset_name {config.dataset_name}: could not be loaded ({type(error).__name__}: "
             f"{' '.join(str(error).split())}). Check the name, --dataset_config and the network, or give --train_file."
         ) from None
+    aliases = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+    return {
+        split: next(loaded[name] for name in aliases[split] if name in loaded)
+        for split in SPLITS
+        if any(name in loaded for name in aliases[split])
+    }
+
+
+def read_hub(config: DataConfig) -> tuple[dict, dict]:
+    """split -> rows and split -> {name, sha256}, of a hub data set or a local folder of one."""
+    parts = load_hub(config)
+    import datasets
+
     tables, sources = {}, {}
-    for split, aliases in zip(SPLITS, (("train",), ("validation", "valid", "val", "dev"), ("test",)), strict=True):
-        for part in (loaded[name] for name in aliases[::-1] if name in loaded):
-            rows = part.to_list()
-            for key, kind in part.features.items():
-                classes = getattr(kind, "feature", kind)  # of a list of classes, too
-                if isinstance(classes, datasets.ClassLabel):
-                    for row in rows:
-                        row[key] = _class_names(row[key], classes.names)
-            digest = hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
-            tables[split], sources[split] = rows, {"name": f"{config.dataset_name} [{split}]", "sha256": digest}
+    for split, part in parts.items():
+        rows = part.to_list()
+        for key, kind in part.features.items():
+            classes = getattr(kind, "feature", kind)  # of a list of classes, too
+            if isinstance(classes, datasets.ClassLabel):
+                for row in rows:
+                    row[key] = _class_names(row[key], classes.names)
+        digest = hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
+        tables[split], sources[split] = rows, {"name": f"{config.dataset_name} [{split}]", "sha256": digest}
     return tables, sources
 
 

@@ -82,6 +82,37 @@ def summarise(answers: Sequence[Any], gold: Sequence[Sequence[int]], labels: Seq
     return metrics
 
 
+def perplexity_metrics(
+    blocks: Sequence[tuple[float, int]], per_token: dict[str, float], seed: int = 0
+) -> dict[str, Any]:
+    """Perplexity and its kin from (nats, predicted tokens) of every block: sums over all, no means of means.
+
+    eval_loss: nats a token; perplexity: e to that. bits_per_byte and word_perplexity put it on the split's UTF-8 bytes
+    and white-space words, so that models with different tokenizers compare. per_token: {bytes, words} of a token.
+    95 % intervals: percentiles of RESAMPLES bootstrap resamples of the blocks.
+    """
+    nats, tokens = np.array(blocks, dtype=float).T
+
+    def headline(loss: np.ndarray) -> dict[str, np.ndarray]:
+        return {
+            "eval_loss": loss,
+            "perplexity": np.exp(np.minimum(loss, 700)),  # a float ends at e^709
+            "bits_per_byte": loss / per_token["bytes"] / math.log(2),
+            "word_perplexity": np.exp(np.minimum(loss / per_token["words"], 700))
+            if per_token["words"]
+            else np.nan * loss,
+        }
+
+    rng = np.random.default_rng(seed)
+    resampled = np.empty(RESAMPLES)
+    for i in range(RESAMPLES):
+        rows = rng.integers(len(nats), size=len(nats))
+        resampled[i] = nats[rows].sum() / tokens[rows].sum()
+    intervals = {name: np.percentile(value, [2.5, 97.5]).tolist() for name, value in headline(resampled).items()}
+    values = {name: float(value) for name, value in headline(nats.sum() / tokens.sum()).items()}
+    return {**values, "intervals_95": intervals, "rows": len(nats), "predicted_tokens": int(tokens.sum())}
+
+
 def confusion_matrix(
     gold: Sequence[Sequence[int]], predicted: Sequence[Sequence[int] | None], labels: int, multi_label: bool
 ) -> np.ndarray:

@@ -1,14 +1,11 @@
-"""Base models (bf16, fp16, fp32, NF4), tokenizers, LoRA, reloading a trained run, and the census of its weights."""
+"""Base models (bf16, fp16, fp32, NF4), tokenizers, LoRA, and the census of a model's weights."""
 
 import contextlib
-import json
 import logging
 import os
 import warnings
 from collections import Counter
-from dataclasses import dataclass, fields
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 # bitsandbytes reports at import that an optional kernel package is missing, which changes nothing for a user.
@@ -24,11 +21,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from common import attention  # noqa: E402
 from common.config import InputError, ModelConfig  # noqa: E402
-from common.demo_model import resolve_model  # noqa: E402
 from common.prompts import ClassificationPrompt  # noqa: E402
-from common.scoring import Classifier  # noqa: E402
+from common.token_losses import TokenLosses  # noqa: E402
 
-TASK_FILE = "task.json"
 LORA_INITS = {"true": True, "false": False, **{name: name for name in ("gaussian", "orthogonal", "pissa", "olora")}}
 BASE_CHANGING_INITS = ("pissa", "olora")  # these move a part of the base weights into the adapter
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -36,14 +31,6 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
-
-
-@dataclass
-class TrainedOptions(ModelConfig):
-    """How a trained model is loaded again."""
-
-    mixed_precision: str = "no"
-    full_finetuning: bool = False
 
 
 class HeadClassifier(nn.Module):
@@ -73,14 +60,16 @@ class HeadClassifier(nn.Module):
         return base.score(hidden.flatten(0, 1)[pool]).float()
 
 
-def resolve_options(config: Any, encoder: bool) -> None:
+def resolve_options(config: Any, encoder: bool, head: bool = False) -> None:
     """Fills in what is unset of --load_in_4bit, --mixed_precision and --bnb_4bit_compute_dtype.
 
     4-bit for decoders with LoRA. bf16 where the device multiplies it fast (a CPU: AMX or AVX512-BF16), else fp16 on a
     GPU, else fp32. Raises InputError for a 4-bit encoder, and for an encoder that should generate.
     """
-    if encoder and config.approach == "generative":
-        raise InputError(f"--model {config.model} is an encoder and cannot answer in text: use --approach head.")
+    if encoder and not head:
+        raise InputError(
+            f"--model {config.model} is an encoder and cannot write text: use train_cls.py with --approach head."
+        )
     if encoder and (config.load_in_4bit or config.load_in_8bit):
         raise InputError(
             f"--model {config.model} is an encoder, and those are trained unquantised: drop --load_in_*bit."
@@ -115,18 +104,33 @@ def load_tokenizer(path: str, config: ModelConfig) -> Any:
     return tokenizer
 
 
+def start_ids(tokenizer: Any) -> list[int]:
+    """What the tokenizer itself puts in front of a text: a BOS, or nothing."""
+    return [i for i in tokenizer("")["input_ids"] if i == tokenizer.bos_token_id]
+
+
+def check_length(path: str, config: Any, tokens: int, option: str) -> None:
+    """Refuses rows of so many `tokens` (by --`option`) if the model has fewer positions."""
+    loaded = transformers.AutoConfig.from_pretrained(
+        path, revision=config.revision, trust_remote_code=config.trust_remote_code
+    )
+    most = getattr(loaded.get_text_config(), "max_position_embeddings", None) or tokens
+    if tokens > most:
+        raise InputError(f"{option}: rows of {tokens} tokens are longer than the {most} positions of {config.model}.")
+
+
 def classification_prompt(tokenizer: Any, encoder: bool, **fields: Any) -> ClassificationPrompt:
     """A prompt renderer with the tokenizer's own special ids: BOS in front, the end token behind an answer.
 
     Encoders get their own pair ([CLS] ... [SEP]); a decoder with a head reads the end token that closes the text.
     """
-    special = tokenizer("")["input_ids"]
     if encoder:
+        special = tokenizer("")["input_ids"]
         start, end = special[:1], special[-1:]
     else:
         if tokenizer.eos_token_id is None:
             raise InputError("The tokenizer has no end token (eos), so an answer could not end.")
-        start, end = [i for i in special if i == tokenizer.bos_token_id], [tokenizer.eos_token_id]
+        start, end = start_ids(tokenizer), [tokenizer.eos_token_id]
 
     def encode(text: str, plain: bool = False) -> list[int]:
         return tokenizer(text, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
@@ -223,10 +227,10 @@ def add_lora(model: nn.Module, config: Any, missing: list[str], head: bool) -> n
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    return _leave_casts_to_autocast(model)
+    return leave_casts_to_autocast(model)
 
 
-def _leave_casts_to_autocast(model: nn.Module) -> nn.Module:
+def leave_casts_to_autocast(model: nn.Module) -> nn.Module:
     """PEFT casts a layer's input to the adapter's fp32, and autocast casts it back: two copies for nothing.
 
     So a model in bf16 or fp16 works under `accelerator.autocast()` only.
@@ -237,129 +241,9 @@ def _leave_casts_to_autocast(model: nn.Module) -> nn.Module:
     return model
 
 
-def save_weights(model: nn.Module, folder: Path) -> None:
-    """The adapter (with the modules trained whole), or the full model, as safetensors in the library's own format."""
-    model = model.model if isinstance(model, HeadClassifier) else model
-    if isinstance(model, peft.PeftModel):
-        model.save_pretrained(folder, save_embedding_layers=False)
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-    else:
-        model.save_pretrained(folder)
-
-
-def load_weights(model: nn.Module, folder: Path) -> None:
-    """Puts weights that `save_weights` wrote back into the same model."""
-    model = model.model if isinstance(model, HeadClassifier) else model
-    if isinstance(model, peft.PeftModel):
-        _check_complete(model, folder)
-        weights = peft.load_peft_weights(str(folder), device="cpu")
-        peft.set_peft_model_state_dict(model, weights)
-    else:
-        from safetensors.torch import load_file
-
-        weights = {}
-        for file in sorted(folder.glob("*.safetensors")):
-            weights |= load_file(file)
-        _, unexpected = model.load_state_dict(weights, strict=False)  # tied weights are stored once
-        if unexpected:
-            raise InputError(f"{folder}: these weights belong to another model: {', '.join(unexpected[:3])} ...")
-
-
-def _check_complete(model: peft.PeftModel, folder: Path) -> None:
-    """Refuses an adapter that lacks a weight it should carry: a head that stays random gives random answers."""
-    from safetensors import safe_open
-
-    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        present = set(file.keys())
-    lacking = sorted(peft.get_peft_model_state_dict(model, save_embedding_layers=False).keys() - present)
-    if lacking:
-        raise InputError(
-            f"{folder}: the adapter lacks trained weights ({', '.join(lacking[:3])}), so its answers would be random."
-        )
-
-
-def save_trained(folder: Path, classifier: Classifier, config: Any) -> None:
-    """Weights, tokenizer and task.json: with the base model, all that is needed to use the classifier."""
-    folder.mkdir(parents=True)
-    prompt = classifier.prompt
-    save_weights(classifier.model, folder)
-    classifier.tokenizer.save_pretrained(folder)
-    task = {
-        "task": "classification",
-        "approach": "head" if classifier.head else "generative",
-        "encoder": classifier.encoder,
-        "labels": prompt.labels,
-        "multi_label": prompt.multi_label,
-        "thresholds": classifier.thresholds,
-        "template": prompt.template,
-        "few_shot": prompt.few_shot,
-        "max_length": prompt.max_length,
-        "answer_tokens": prompt.answer_tokens,
-        "prompt_hash": prompt.hash,
-        "full_finetuning": config.full_finetuning,
-        "mixed_precision": config.mixed_precision,
-        "model_options": {item.name: getattr(config, item.name) for item in fields(ModelConfig)},
-    }
-    (folder / TASK_FILE).write_text(json.dumps(task, indent=2, ensure_ascii=False), encoding="utf-8")
-    (folder / "README.md").write_text(_model_card(task, config), encoding="utf-8")
-
-
-def _model_card(task: dict[str, Any], config: Any) -> str:
-    """What the weights are and how to use them; figures stand in the run's eval folder, where they were measured."""
-    answer = "any number of labels" if task["multi_label"] else "one label"
-    way = "with a classification head" if task["approach"] == "head" else "by writing its labels after the prompt below"
-    quantised = "8-bit " if config.load_in_8bit else f"4-bit {config.bnb_4bit_quant_type} " * config.load_in_4bit
-    trained = (
-        "All its weights were trained."
-        if config.full_finetuning
-        else f"Trained with LoRA (r {config.lora_r}, alpha {config.lora_alpha:g}) on its {quantised}weights; this "
-        "folder holds the adapter alone."
-    )
-    labels = "\n".join(f"- {label}" for label in task["labels"])
-    prompt = "\n".join(f"    {line}" for line in task["template"].splitlines())
-    return (
-        f"---\nbase_model: {json.dumps(config.model)}\ntags: [text-classification, plainlora]\n---\n"
-        f"# Text classifier from {config.model}\n\nAnswers a text with {answer}, {way}. {trained} Learning rate "
-        f"{config.learning_rate:g}, seed {config.seed}; all options are in `config.yaml` of the run folder, the "
-        f"measured quality in `eval/`.\n\nLabels:\n\n{labels}\n\nPrompt:\n\n{prompt}\n\n"
-        "Evaluate it on a file with the same columns:\n\n    python evaluate.py --run THIS_FOLDER --test_file FILE\n"
-    )
-
-
-def load_trained(folder: Path, device: Any = None, mixed_precision: str | None = None) -> Classifier:
-    """A trained classifier for inference; mixed_precision: unset, as trained.
-
-    Raises InputError where trained weights are missing, or labels or prompt were changed after training.
-    """
-    task = json.loads((folder / TASK_FILE).read_text(encoding="utf-8"))
-    config = TrainedOptions(
-        **task["model_options"],
-        mixed_precision=mixed_precision or task["mixed_precision"],
-        full_finetuning=task["full_finetuning"],
-    )
-    head, encoder = task["approach"] == "head", task["encoder"]
-    tokenizer = load_tokenizer(str(folder), config)
-    names = ("labels", "multi_label", "template", "few_shot", "max_length", "answer_tokens")
-    prompt = classification_prompt(tokenizer, encoder, **{name: task[name] for name in names})
-    if prompt.hash != task["prompt_hash"]:
-        raise InputError(
-            f"{folder / TASK_FILE} was changed after training: labels or prompt no longer fit the weights."
-        )
-    path = str(folder) if config.full_finetuning else resolve_model(config.model, config.revision)
-    labels = task["labels"] if head else None
-    model, missing = load_base(path, config, labels=labels, multi_label=task["multi_label"], device=device)
-    if config.full_finetuning:
-        if missing:
-            raise InputError(f"{folder}: the trained weights of {', '.join(missing)} are missing.")
-    else:
-        lora = peft.PeftConfig.from_pretrained(str(folder))
-        lora.base_model_name_or_path = None  # where the base was when it was trained
-        model = peft.get_peft_model(model, lora)
-        load_weights(model, folder)
-        model = _leave_casts_to_autocast(model)
-    if head:
-        model = HeadClassifier(model, encoder)
-    return Classifier(model.eval(), prompt, tokenizer, head, encoder, task["thresholds"])
+def stored_model(model: nn.Module) -> nn.Module:
+    """The library's model, which is what is saved, inside a forward module of ours."""
+    return model.model if isinstance(model, HeadClassifier | TokenLosses) else model
 
 
 @contextlib.contextmanager

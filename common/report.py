@@ -16,7 +16,11 @@ from common.metrics import confusion_matrix
 from common.runlog import say
 from common.scoring import Answer, Classifier
 
-HEADLINES = ("accuracy", "f1_micro", "f1_macro")
+CLASSIFICATION = {"accuracy": "accuracy", "f1_micro": "micro-F1", "f1_macro": "macro-F1"}
+PERPLEXITY = {
+    "perplexity": "perplexity", "eval_loss": "nats a token", "bits_per_byte": "bits a byte",
+    "word_perplexity": "perplexity a word",
+}  # fmt: skip
 SEED_COLUMNS = {
     "epochs": "epochs", "train_loss": "train loss", "eval_loss": "eval loss", "accuracy": "accuracy",
     "f1_micro": "micro-F1", "f1_macro": "macro-F1", "train_runtime": "train s", "eval_runtime": "eval s",
@@ -53,16 +57,18 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(header), f"| {' | '.join(rule)} |", *map(line, rows)])
 
 
-def results_table(results: dict[str, dict[str, Any] | str], split: str = "test") -> str:
-    """One row a method: accuracy, micro- and macro-F1 with their 95 % intervals; a text stands for missing figures."""
+def results_table(
+    results: dict[str, dict[str, Any] | str], split: str = "test", headlines: dict[str, str] = CLASSIFICATION
+) -> str:
+    """One row a method: its headline figures with their 95 % intervals; a text stands for missing figures."""
     rows = []
     for name, metrics in results.items():
         if isinstance(metrics, str):
-            rows.append([name, *[metrics] * len(HEADLINES)])
+            rows.append([name, *[metrics] * len(headlines)])
         else:
             bounds = metrics["intervals_95"]
-            rows.append([name, *(f"{metrics[k]:.3f} [{bounds[k][0]:.3f}, {bounds[k][1]:.3f}]" for k in HEADLINES)])
-    return table([f"{split} split", "accuracy", "micro-F1", "macro-F1"], rows)
+            rows.append([name, *(f"{metrics[k]:.3f} [{bounds[k][0]:.3f}, {bounds[k][1]:.3f}]" for k in headlines)])
+    return table([f"{split} split", *headlines.values()], rows)
 
 
 def data_report(report: dict[str, Any], example: str) -> str:
@@ -83,6 +89,65 @@ def data_report(report: dict[str, Any], example: str) -> str:
     counts = [[label, *(str(report["rows"][s]["label_counts"][label]) for s in splits)] for label in report["labels"]]
     lines += [table(["label", *splits], counts), "", "One training row; what is trained on stands in [[ ]]:", ""]
     return "\n".join([*lines, *(f"    {line}" for line in example.splitlines()), ""])
+
+
+def corpus_report(report: dict[str, Any], start: str, wrapped: bool, block: str) -> str:
+    """The data report of a corpus as Markdown: text and blocks of each split, what the blocks are, and one of them.
+
+    start: the text of the ids in front of every block. wrapped: whether tokens see earlier documents of their block.
+    """
+    lines = ["# Data report", ""]
+    for split, source in report["files"].items():
+        lines.append(f"- {split}: {source['name']} (sha256 {source['sha256'][:12]})")
+    for split in report["splits"].keys() - report["files"].keys():
+        lines.append(f"- {split}: cut from the training text; the numbers of its pieces are in splits.json")
+    columns = ("documents", "bytes", "words", "tokens", "blocks", "used")
+    rows = [[split, *(f"{entry[name]:,}" for name in columns)] for split, entry in report["splits"].items()]
+    lines += ["", table(["split", *columns], rows), ""]
+    lines.append(f"Every block begins with {start}." if start else "Blocks begin without a BOS token.")
+    lines.append(
+        "Blocks are windows of the text: a token sees the end of the document before its own (wrapped packing)."
+        if wrapped
+        else "No token sees another document of its block (document masking)."
+    )
+    return "\n".join([*lines, "", "One training block:", "", *(f"    {line}" for line in block.splitlines()), ""])
+
+
+def write_perplexity(
+    folder: Path,
+    blocks: Sequence[tuple[float, int]],
+    metrics: dict[str, Any],
+    results: dict[str, Any],
+    split: str,
+    sample: str,
+) -> None:
+    """metrics.json, blocks.jsonl (nats and predicted tokens of each), perplexity.png and report.md."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
+    with open(folder / "blocks.jsonl", "w", encoding="utf-8") as file:
+        for number, (nats, tokens) in enumerate(blocks):
+            file.write(json.dumps({"block": number, "nats": nats, "predicted_tokens": tokens}) + "\n")
+    text = ["# Evaluation", results_table(results, split, PERPLEXITY), "95 % intervals: bootstrap over the blocks."]
+    if can_draw():
+        draw_bars(folder / "perplexity.png", results, "perplexity")
+        text.append("![perplexity](perplexity.png)")
+    if sample:
+        text += ["A sample, the prompt included:", "\n".join(f"> {line}" for line in sample.splitlines())]
+    (folder / "report.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
+
+
+def draw_bars(path: Path, results: dict[str, dict[str, Any]], metric: str) -> None:
+    """One bar a method, with its 95 % interval."""
+    plt = _pyplot()
+    values = [entry[metric] for entry in results.values()]
+    bounds = [entry["intervals_95"][metric] for entry in results.values()]
+    errors = np.array([[v - low, high - v] for v, (low, high) in zip(values, bounds, strict=True)]).T.clip(min=0)
+    figure, axes = plt.subplots(figsize=(6, 1 + 0.5 * len(values)), layout="constrained")
+    axes.barh(list(results), values, xerr=errors, color="tab:blue", capsize=3)
+    axes.invert_yaxis()
+    axes.set(xlabel=metric)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def census_table(census: dict[str, Any], config: Any) -> str:

@@ -19,7 +19,7 @@ OUTPUTS = Path("outputs")
 FREE_OPTIONS = {
     "resume_from_checkpoint", "output_dir", "run_name", "report_to", "num_threads", "logging_steps", "save_strategy",
     "save_steps", "save_total_limit", "dry_run", "baselines", "seeds", "per_device_eval_batch_size",
-    "per_device_train_batch_size", "gradient_accumulation_steps",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "sample_prompt",
 }  # fmt: skip
 
 
@@ -37,7 +37,7 @@ def runs_folder(config: Any) -> Path:
     """outputs/<model>/<dataset>, where the runs of this model and data set are."""
     model = Path(config.model).stem if config.model.endswith(".gguf") else Path(config.model).name
     data = config.dataset_name or config.train_file
-    name = "arxiv_demo" if not data else Path(data).parent.name if Path(data).stem == "train" else Path(data).stem
+    name = config.demo if not data else Path(data).parent.name if Path(data).stem == "train" else Path(data).stem
     return OUTPUTS / _slug(model) / (_slug(name) or "data")
 
 
@@ -109,20 +109,19 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def write_start(
-    run_dir: Path, config: Any, given: str, data: Any, shots: list, data_report: str, processes: int, census: dict
+    run_dir: Path, config: Any, given: str, data: Any, splits: dict, data_report: str, processes: int, census: dict
 ) -> None:
     """What a run leaves before its first update: options, environment, splits and the data report.
 
-    given: `options_hash` of the options before they were resolved; it identifies the run for `latest`.
+    given: `options_hash` of the options before they were resolved; it identifies the run for `latest`. splits: what
+    tells which rows are in which split.
     """
     header = f"# the options as resolved; `--config` reads them back\n# given: {given}\n"
     environment = {**describe_environment(processes), "data": data.sources, "census": census}
-    ids = {split: [example.id for example in examples] for split, examples in data.splits.items()}
-    splits = {"sources": data.sources, "ids": ids, "few_shot": [text for text, _ in shots]}
     (run_dir / "eval" / "test" / "baselines.json").unlink(missing_ok=True)  # of a run killed before any checkpoint
     files = {
         "environment.json": json.dumps(environment, indent=2),
-        "splits.json": json.dumps(splits, ensure_ascii=False),
+        "splits.json": json.dumps({"sources": data.sources, **splits}, ensure_ascii=False),
         "data_report.md": data_report,
         "data_report.json": json.dumps(data.report, indent=2, ensure_ascii=False),
         "config.yaml": header + dump_config(config),
@@ -135,7 +134,13 @@ def mark_finished(run_dir: Path) -> None:
     """Notes in environment.json that the run got to its end."""
     path = run_dir / "environment.json"
     content = {**json.loads(path.read_text()), "finished": datetime.now(UTC).isoformat(timespec="seconds")}
-    scratch = path.with_name(".environment.json.tmp")
+    write_json(path, content)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.tmp")
     scratch.write_text(json.dumps(content, indent=2))
     os.replace(scratch, path)
 
@@ -149,7 +154,8 @@ def train_figures(run_dir: Path) -> dict[str, Any]:
     """train_loss, train_runtime and the like, from the last line about training in metrics.jsonl."""
     path = run_dir / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    return next((line for line in reversed(lines) if "train_runtime" in line), {})
+    figures = next((line for line in reversed(lines) if "train_runtime" in line), {})
+    return {name: value for name, value in figures.items() if name != "update"}
 
 
 def newest_run() -> Path | None:

@@ -79,16 +79,28 @@ class RunLog:
 class Progress:
     """A bar for a pass over rows, on the first process; call it with the number of rows done."""
 
-    def __init__(self, accelerator: Any, what: str, total: int) -> None:
+    def __init__(self, accelerator: Any, what: str, total: int, unit: str = "row") -> None:
         from tqdm import tqdm
 
         shown = accelerator.is_main_process
-        self.bar = tqdm(total=total, desc=what, unit="row", leave=False, disable=not shown, dynamic_ncols=True)
+        self.bar = tqdm(
+            total=total,
+            desc=what,
+            unit=unit,
+            unit_scale=unit != "row",
+            leave=False,
+            disable=not shown,
+            dynamic_ncols=True,
+        )
 
     def __call__(self, rows: int) -> None:
         self.bar.update(rows)
         if self.bar.n >= self.bar.total:
-            self.bar.close()
+            self.close()
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        self.bar.close()
 
 
 def describe_environment(processes: int) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from runs import (  # noqa: F401
 )
 
 import train_cls
-from common import checkpoint, loop, modeling, rundir
+from common import checkpoint, loop, rundir, storage
 from common.checkpoint import State
 from common.config import InputError, cli_errors, parse_config
 from common.data import load_classification
@@ -41,7 +41,7 @@ import gc, importlib, json, os, signal, sys
 sys.path[:0] = [sys.argv[1]]
 import torch
 import train_cls
-from common import baselines, checkpoint, collate, loop, modeling, report, scoring
+from common import baselines, checkpoint, collate, loop, modeling, report, scoring, storage
 from common.config import cli_errors
 
 def signal_at(number, owner, name, call, text=""):
@@ -302,7 +302,7 @@ def test_the_adapter_is_the_best_by_the_named_metric(options, tmp_path, monkeypa
     config = parse_config(train_cls.Config, [*PLAIN, *map(str, given), "--test_file", str(data)])
     from accelerate import Accelerator
 
-    classifier = modeling.load_trained(tmp_path / "adapter")
+    classifier = storage.load_classifier(tmp_path / "adapter")
     rows = load_classification(config).splits["test"]
     _, metrics = train_cls.evaluate(classifier, rows, accelerator=Accelerator(cpu=True), batch_size=16, what="test")
     assert metrics["eval_loss"] == final["eval_loss"] and metrics["f1_macro"] == final["f1_macro"]
@@ -318,7 +318,7 @@ def test_early_stopping_survives_a_resume(options, tmp_path, monkeypatch, family
     resumed = [*run, "--resume_from_checkpoint", "latest"]
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         assert len(scripted(patch, "f1_macro", [0.45, 0.9])) == 0
-        stop_at(patch, modeling, "load_weights", 1)  # after the loop: killed before the final evaluation
+        stop_at(patch, storage, "load_weights", 1)  # after the loop: killed before the final evaluation
         train(*resumed)
     assert [line["update"] for line in log_lines(tmp_path, "f1_macro")] == [6, 12, 18]
     train(*resumed)

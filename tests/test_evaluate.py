@@ -13,7 +13,7 @@ from runs import fresh_accelerator, timeless  # noqa: F401
 from trained import COMBINATIONS, QUANTISED, RUNS, multi_rows, name_of, run_evaluate, task_options, train, trained  # noqa: F401
 
 import evaluate
-from common import modeling
+from common import storage
 from common.config import InputError
 
 
@@ -135,14 +135,14 @@ def test_changed_file_is_refused(models, family, tmp_path, monkeypatch):
     train(*task, "--max_steps", 1, "--output_dir", tmp_path / "run")
     with open(tmp_path / "data" / "test.csv", "a", encoding="utf-8") as file:
         file.write("one more match,sport\n")
-    monkeypatch.setattr(modeling, "load_trained", None)
+    monkeypatch.setattr(storage, "load_classifier", None)
     with pytest.raises(InputError, match=r"test\.csv has changed since the run was trained.*--test_file"):
         run_evaluate("--run", tmp_path / "run")
 
 
 def test_what_does_not_fit_the_run_is_refused(trained, tmp_path, monkeypatch):  # noqa: F811
     """Options settled by training, labels in another order, a head that should write: said before a model is loaded."""
-    monkeypatch.setattr(modeling, "load_trained", None)
+    monkeypatch.setattr(storage, "load_classifier", None)
     multi = write_csv(tmp_path / "multi.csv", multi_rows(4))
     single = write_csv(tmp_path / "single.csv", toy_rows(2))
     for family in FAMILIES:

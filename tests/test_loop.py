@@ -211,7 +211,7 @@ def test_dtypes_and_reloaded_answers(wide_models, toy_files, tmp_path, family, a
     import torch
     from accelerate import Accelerator
 
-    from common import modeling
+    from common import storage
     from common.config import parse_config
     from common.data import load_classification
     from common.scoring import predict
@@ -229,7 +229,7 @@ def test_dtypes_and_reloaded_answers(wide_models, toy_files, tmp_path, family, a
     )
     test = load_classification(config).splits["test"]
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-    answers = predict(modeling.load_trained(tmp_path / "adapter"), test, accelerator, 16, "test")
+    answers = predict(storage.load_classifier(tmp_path / "adapter"), test, accelerator, 16, "test")
     lines = [json.loads(line) for line in (tmp_path / "eval/test/predictions.jsonl").read_text().splitlines()]
     for answer, line in zip(answers, lines, strict=True):
         assert answer.probabilities == pytest.approx(list(line["probabilities"].values()), abs=1e-3)

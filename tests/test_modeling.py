@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import train_cls
-from common import modeling
+from common import modeling, storage
 from common.collate import AnswerRow, HeadRow, collate_answers, collate_head
 from common.config import InputError
 from common.loop import make_optimizer
@@ -92,11 +92,11 @@ sys.path[:0] = sys.argv[1:3]
 import torch
 import test_modeling as t
 from pathlib import Path
-from common import modeling
+from common import modeling, storage
 
 torch.manual_seed(12345)
 torch.set_num_threads(int(sys.argv[4]))
-found = {p.name: t.probabilities(modeling.load_trained(p, "cpu")) for p in sorted(Path(sys.argv[3]).iterdir())}
+found = {p.name: t.probabilities(storage.load_classifier(p, "cpu")) for p in sorted(Path(sys.argv[3]).iterdir())}
 print("FOUND" + json.dumps(found))
 """
 
@@ -114,7 +114,7 @@ def test_fresh_process_gives_the_same_answers(models, encoders, tmp_path):
         classifier, config = make(path, approach, **options)
         before = probabilities(classifier)
         step(classifier, config)
-        modeling.save_trained(tmp_path / "saved" / name, classifier, config)
+        storage.save_classifier(tmp_path / "saved" / name, classifier, config)
         expected[name] = probabilities(classifier)
         assert (torch.tensor(before) - torch.tensor(expected[name])).abs().max() > 1e-3
     script = tmp_path / "fresh.py"
@@ -132,27 +132,27 @@ def test_fresh_process_gives_the_same_answers(models, encoders, tmp_path):
 def test_adapter_without_its_head_is_refused(models, encoders, family, tmp_path):
     """CORRECTNESS 15: by reloading, and by resuming; the same where a single weight of it is missing."""
     classifier, config = make({**models, **encoders}[family])
-    modeling.save_trained(tmp_path / "whole", classifier, config)
+    storage.save_classifier(tmp_path / "whole", classifier, config)
     weights = load_file(tmp_path / "whole" / "adapter_model.safetensors")
     for key in [name for name in weights if "lora_" not in name] + [next(name for name in weights if "lora_B" in name)]:
         folder = tmp_path / "part"
         shutil.copytree(tmp_path / "whole", folder, dirs_exist_ok=True)
         save_file({k: v for k, v in weights.items() if k != key}, folder / "adapter_model.safetensors")
         with pytest.raises(InputError, match=key):
-            modeling.load_trained(folder)
+            storage.load_classifier(folder)
         with pytest.raises(InputError, match=key):
-            modeling.load_weights(classifier.model, folder)
-    modeling.load_weights(classifier.model, tmp_path / "whole")
+            storage.load_weights(classifier.model, folder)
+    storage.load_weights(classifier.model, tmp_path / "whole")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_labels_prompt_and_thresholds_are_saved_beside_the_weights(models, family, tmp_path):
     """CORRECTNESS 15, 18: and a task.json whose labels were reordered no longer loads."""
     classifier, config = make(models[family])
-    modeling.save_trained(tmp_path / "adapter", classifier, config)
+    storage.save_classifier(tmp_path / "adapter", classifier, config)
     task = json.loads((tmp_path / "adapter" / "task.json").read_text())
     assert (task["labels"], task["multi_label"], task["thresholds"]) == (LABELS, False, [0.5, 0.25, 0.75])
-    again = modeling.load_trained(tmp_path / "adapter")
+    again = storage.load_classifier(tmp_path / "adapter")
     assert again.prompt.labels == LABELS and again.thresholds == [0.5, 0.25, 0.75] and not again.model.training
     assert again.model.model.config.id2label == dict(enumerate(LABELS))
     assert again.model.model.config.problem_type == "single_label_classification"
@@ -160,7 +160,7 @@ def test_labels_prompt_and_thresholds_are_saved_beside_the_weights(models, famil
     assert all(part in card for part in (str(models[family]), *LABELS, "evaluate.py --run"))
     (tmp_path / "adapter" / "task.json").write_text(json.dumps({**task, "labels": LABELS[::-1]}))
     with pytest.raises(InputError, match="changed after training"):
-        modeling.load_trained(tmp_path / "adapter")
+        storage.load_classifier(tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
@@ -233,11 +233,11 @@ def test_every_module_that_the_base_lacks_is_trained_and_saved(models, encoders,
     assert modules == expected.get(family, {"score"})
     for name, parameter in named(classifier.model, "modules_to_save").items():
         assert not torch.equal(parameter, before[name]), name
-    modeling.save_trained(tmp_path / "adapter", classifier, config)
+    storage.save_classifier(tmp_path / "adapter", classifier, config)
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     for name, parameter in named(classifier.model, "modules_to_save").items():
         assert torch.equal(saved[name.removeprefix("model.").replace("modules_to_save.default.", "")], parameter)
-    assert probabilities(modeling.load_trained(tmp_path / "adapter")) == probabilities(classifier)
+    assert probabilities(storage.load_classifier(tmp_path / "adapter")) == probabilities(classifier)
 
 
 @pytest.mark.parametrize("family", ENCODERS)
@@ -263,8 +263,8 @@ def test_full_finetuning_trains_and_reloads_every_weight(models, family, approac
     before = {name: p.detach().clone() for name, p in classifier.model.named_parameters()}
     step(classifier, config)
     assert all(not torch.equal(p, before[name]) for name, p in classifier.model.named_parameters())
-    modeling.save_trained(tmp_path / "model", classifier, config)
-    again = modeling.load_trained(tmp_path / "model")
+    storage.save_classifier(tmp_path / "model", classifier, config)
+    again = storage.load_classifier(tmp_path / "model")
     assert probabilities(again) == probabilities(classifier)
     kind = "SequenceClassification" if approach == "head" else "CausalLM"
     plain = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(tmp_path / "model")
@@ -275,7 +275,7 @@ def test_full_finetuning_trains_and_reloads_every_weight(models, family, approac
         tied = ours.lm_head.weight.data_ptr() == ours.model.embed_tokens.weight.data_ptr()
         assert tied == (family in ("gemma", "qwen"))
     other, _ = make(models[family], approach, full_finetuning=True, load_in_4bit=None)
-    modeling.load_weights(other.model, tmp_path / "model")
+    storage.load_weights(other.model, tmp_path / "model")
     assert probabilities(other) == probabilities(classifier)
 
 
@@ -315,8 +315,8 @@ def test_options_take_a_step_and_reload(models, option, tmp_path):
             layers = 4 if option.get("target_modules") == ["q_proj", "v_proj"] else 14
             assert sum("lora_B" in name for name in moved) == layers
             folder = tmp_path / f"{family}-{approach}"
-            modeling.save_trained(folder, classifier, config)
-            again = modeling.load_trained(folder)
+            storage.save_classifier(folder, classifier, config)
+            again = storage.load_classifier(folder)
             with torch.autocast("cpu", torch.bfloat16, enabled=config.mixed_precision == "bf16"):
                 for row, same in zip(probabilities(classifier), probabilities(again), strict=True):
                     assert same == pytest.approx(row, abs=1e-6)
@@ -353,8 +353,8 @@ def test_task_file_keeps_every_model_option(models, tmp_path):
         classifier, config = make(
             models[family], load_in_4bit=True, bnb_4bit_quant_type="fp4", attn_implementation="eager"
         )
-        modeling.save_trained(tmp_path / family, classifier, config)
+        storage.save_classifier(tmp_path / family, classifier, config)
         options = json.loads((tmp_path / family / "task.json").read_text())["model_options"]
         assert options == {item.name: getattr(config, item.name) for item in fields(modeling.ModelConfig)}
-        again = modeling.load_trained(tmp_path / family).model.model.get_base_model()
+        again = storage.load_classifier(tmp_path / family).model.model.get_base_model()
         assert again.model.layers[0].mlp.up_proj.base_layer.weight.quant_type == "fp4"

@@ -19,9 +19,10 @@ from accelerate.state import AcceleratorState, GradientState
 from conftest import FAMILIES, ROOT, toy_options
 
 import evaluate
+import train_clm
 import train_cls
 from common import prepare
-from common.config import check_classification, check_loop, parse_config
+from common.config import check_causal, check_classification, check_loop, parse_config
 from common.data import load_classification
 from common.prompts import GENERATIVE_TEMPLATE, ClassificationPrompt
 
@@ -68,7 +69,7 @@ def test_first_screen_has_the_two_commands():
     assert "requirements-dev.txt && pytest" in (ROOT / ".ci" / "run").read_text()
     torch_version = re.search(r"^torch==(\S+)", (ROOT / "requirements.txt").read_text(), re.M)[1]
     assert f"torch {torch_version}" in " ".join(screen.split())
-    assert len(README.splitlines()) < 300
+    assert len(README.splitlines()) < 400
 
 
 @pytest.mark.parametrize("line", script_options("train_cls.py"), ids=lambda line: " ".join(line) or "none")
@@ -123,9 +124,17 @@ def test_other_commands_are_accepted():
     assert re.findall(r"`(\w+)`", builders) == list(prepare.BUILDERS)
 
 
+@pytest.mark.parametrize("line", script_options("train_clm.py"), ids=lambda line: " ".join(line) or "none")
+def test_commands_on_running_text_are_accepted(line):
+    """Every `train_clm.py` command names options that exist and fit each other."""
+    config = parse_config(train_clm.Config, line)
+    check_loop(config)
+    check_causal(config)
+
+
 def test_every_option_exists():
     """An option that the README mentions anywhere is one of a script, a builder or a launcher."""
-    known = {field.name for cls in (train_cls.Config, evaluate.Config) for field in fields(cls)}
+    known = {field.name for cls in (train_cls.Config, train_clm.Config, evaluate.Config) for field in fields(cls)}
     known |= set(prepare.OPTIONS) | LAUNCHERS | INSTALLERS | {"config", "help"}
     mentioned = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", README))
     assert mentioned - known == set()

@@ -12,7 +12,7 @@ from conftest import FAMILIES, toy_options, toy_rows, write_csv
 from runs import fresh_accelerator  # noqa: F401
 from trained import QUANTISED, RUNS, name_of, task_options, train, trained  # noqa: F401
 
-from common import modeling, report, scoring
+from common import modeling, report, scoring, storage
 from common.files import read_rows
 from common.prompts import GENERATIVE_TEMPLATE
 
@@ -93,7 +93,7 @@ def test_generative_model_learns_its_rows_and_to_stop(models, family, tmp_path, 
     figures = train("--model", models[family], *toy_options(files), *options, *rates, "--lora_r", 16)
     assert figures["accuracy"] >= 0.95 and figures["mean_token_accuracy"] >= 0.95
 
-    classifier = modeling.load_trained(tmp_path / "run" / "adapter")
+    classifier = storage.load_classifier(tmp_path / "run" / "adapter")
     prompt, outputs = classifier.prompt, []
     assert classifier.tokenizer.pad_token_id == classifier.tokenizer.eos_token_id == 2
     prompt.answer_tokens = 12  # room to run on
@@ -117,7 +117,7 @@ def test_encoders_run_as_a_control(encoders, family, tmp_path):
     baselines = json.loads((tmp_path / "run" / "eval" / "test" / "baselines.json").read_text())
     assert baselines["untrained base, zero-shot"] == "n/a"
     assert figures["accuracy"] > baselines["majority class"]["accuracy"] + 0.2
-    again = modeling.load_trained(tmp_path / "run" / "adapter")
+    again = storage.load_classifier(tmp_path / "run" / "adapter")
     assert again.encoder and again.head
 
 
@@ -132,7 +132,7 @@ def test_baselines_are_measured_on_the_untrained_base(models, family, approach, 
     found = json.loads((tmp_path / "run" / "eval" / "test" / "baselines.json").read_text())
     assert found["TF-IDF + logistic regression"]["accuracy"] > 0.9 and found["majority class"]["accuracy"] == 1 / 3
 
-    config = modeling.TrainedOptions(model=str(models[family]), load_in_4bit=False)
+    config = storage.TrainedOptions(model=str(models[family]), load_in_4bit=False)
     base = modeling.load_base(config.model, config)[0].eval()
     tokenizer = modeling.load_tokenizer(config.model, config)
     prompt = modeling.classification_prompt(

@@ -1,0 +1,59 @@
+"""The losses of a text's blocks, block by block, however they are batched or shared among processes."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import nn
+
+from common.collate import Batch, to_device
+from common.runlog import Progress
+
+UNTRAINED = "untrained base"
+SAMPLE_TOKENS = 60
+
+
+@torch.inference_mode()
+def block_losses(
+    model: nn.Module,
+    rows: Sequence[Any],
+    accelerator: Any,
+    batch_size: int,
+    collate: Callable[[list[tuple[int, bool]]], Batch],
+    what: str,
+) -> list[tuple[float, int]]:
+    """(nats, predicted tokens) of every row, in their order, on every process.
+
+    model: a TokenLosses. collate: (row number, True) pairs -> batch, whose `rows` say which row a target belongs to.
+    """
+    model = accelerator.unwrap_model(model).eval()
+    share = range(accelerator.process_index, len(rows), accelerator.num_processes)
+    progress = Progress(accelerator, what, len(share))
+    results = []
+    for start in range(0, len(share), batch_size):
+        numbers = share[start : start + batch_size]
+        batch = to_device(collate([(number, True) for number in numbers]), accelerator.device)
+        with accelerator.autocast():
+            losses = model(**batch["inputs"]).double()
+        row = batch["rows"]
+        nats = torch.zeros(len(numbers), dtype=torch.double, device=row.device).index_add(0, row, losses)
+        counts = torch.bincount(row, minlength=len(numbers))
+        results += zip(numbers, nats.tolist(), counts.tolist(), strict=True)
+        progress(len(numbers))
+    gathered = sorted(gather_object(results))
+    return [(nats, count) for _, nats, count in gathered]
+
+
+@torch.inference_mode()
+def continue_text(model: nn.Module, tokenizer: Any, prompt: str, accelerator: Any, seed: int) -> str:
+    """The prompt and up to SAMPLE_TOKENS tokens behind it, drawn (temperature 0.8, top_p 0.95) by `seed`."""
+    model.eval()
+    ids = tokenizer(prompt, return_tensors="pt").to(accelerator.device)
+    torch.manual_seed(seed)
+    with accelerator.autocast():
+        output = model.generate(
+            **ids, max_new_tokens=SAMPLE_TOKENS, do_sample=True, temperature=0.8, top_p=0.95, top_k=0,
+            pad_token_id=tokenizer.pad_token_id, use_cache=True,
+        )  # fmt: skip
+    return tokenizer.decode(output[0], skip_special_tokens=True)

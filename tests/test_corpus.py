@@ -1,0 +1,229 @@
+"""Text -> tokens on disk -> blocks: nothing lost, nothing twice, and memory that does not grow with the text."""
+
+import json
+import random
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import transformers
+from conftest import ROOT, SHARED
+
+from common import corpus
+from common.config import CausalConfig, DataConfig, InputError
+from common.corpus import Blocks, load_corpus, open_sources, tokenise
+
+
+@dataclass
+class Config(DataConfig, CausalConfig):
+    pass
+
+
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wizards", "bake"]
+
+
+def prose(lines: int, seed: int = 0) -> str:
+    """Paragraphs with headings, blank lines and indented ones."""
+    rng = random.Random(seed)
+    text = []
+    for _i in range(lines):
+        line = " ".join(rng.choices(WORDS, k=rng.randint(3, 15))) + rng.choice([".", " .", ""])
+        text.append(rng.choice(["", " ", " = "]) + line + rng.choice(["\n", "\n\n", " \n \n"]))
+    return "".join(text)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PLAINLORA_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(models):
+    return transformers.AutoTokenizer.from_pretrained(models["llama"])
+
+
+def write(path: Path, content: str) -> str:
+    path.write_text(content, encoding="utf-8", newline="")
+    return str(path)
+
+
+def load(tokenizer, **options) -> corpus.CorpusData:
+    config = Config(**options)
+    return load_corpus(open_sources(config), config, tokenizer)
+
+
+def plain(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def joined(blocks: Blocks) -> list[int]:
+    return [token for block in blocks for token in block.tokens]
+
+
+def test_pieces_give_the_tokens_of_the_whole_text(tokenizer, tmp_path):
+    text = prose(3000)
+    data = load(tokenizer, train_file=write(tmp_path / "t.txt", text), validation_fraction=0, test_fraction=0)
+    _, pieces = tokenise(open_sources(Config(train_file=str(tmp_path / "t.txt")))["train"], tokenizer, print)
+    assert len(pieces) > 20
+    assert joined(data.splits["train"]) == [*plain(tokenizer, text), tokenizer.eos_token_id]
+    entry = data.report["splits"]["train"]
+    assert (entry["bytes"], entry["words"], entry["documents"]) == (len(text.encode()), len(text.split()), 1)
+
+
+def test_rows_are_documents_and_lines_are_not(tokenizer, tmp_path):
+    """A row that ends with a line break goes on in the next, as in hub data sets made of a text's lines."""
+    rows = [" = A = \n", "", " first line \n", "second", "a document </s> of its own", None, "third"]
+    file = write(tmp_path / "t.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in rows))
+    data = load(tokenizer, train_file=file, validation_fraction=0, test_fraction=0)
+    end = [tokenizer.eos_token_id]
+    expected = plain(tokenizer, " = A = \n first line \nsecond") + end
+    expected += plain(tokenizer, "a document </s> of its own") + end + plain(tokenizer, "third") + end
+    assert joined(data.splits["train"]) == expected
+    assert expected.count(tokenizer.eos_token_id) == 3  # the name of the end token in a text is text
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl", "hub"])
+def test_formats_give_the_same_tokens(tokenizer, tmp_path, kind):
+    import datasets
+
+    rows = [{"title": f"title {i}", "abstract": prose(2, i)[:-1].rstrip()} for i in range(12)]
+    table = datasets.Dataset.from_list(rows)
+    options = {"validation_fraction": 0, "test_fraction": 0}
+    if kind == "hub":
+        (tmp_path / "hub").mkdir()
+        table.to_json(tmp_path / "hub" / "train.jsonl")
+        data = load(tokenizer, dataset_name=str(tmp_path / "hub"), **options)
+    else:
+        file = tmp_path / f"t.{kind}"
+        getattr(table, {"csv": "to_csv", "parquet": "to_parquet", "jsonl": "to_json"}[kind])(file)
+        data = load(tokenizer, train_file=str(file), **options)
+    expected = [t for r in rows for t in [*plain(tokenizer, f"{r['title']}\n{r['abstract']}"), tokenizer.eos_token_id]]
+    assert joined(data.splits["train"]) == expected
+
+
+@pytest.mark.parametrize("total", [2, 7, 8, 9, 16, 17, 18, 41])
+@pytest.mark.parametrize("stride", [None, 1, 3, 8])
+def test_every_token_counts_once(total, stride):
+    tokens = np.arange(100, 100 + total, dtype=np.uint32)
+    spans = np.array([[0, 1], [1, min(4, total)], [min(4, total), total]])
+    blocks = Blocks(tokens, spans, 8, stride)
+    counted = [t for block in blocks for t in block.tokens[block.seen :]]
+    lost = stride in (None, 8) and total % 8 == 1  # a last block of one token has nothing to predict
+    assert counted == tokens.tolist()[: total - lost]
+    assert [len(block.tokens) for block in blocks] == blocks.lengths.tolist()
+    assert all(block.tokens == list(range(block.tokens[0], block.tokens[0] + block.length)) for block in blocks)
+
+
+def test_splits_are_whole_documents_drawn_by_their_own_seed(tokenizer, tmp_path):
+    rows = [f"document {i} " + " ".join(WORDS[i % 7 :]) for i in range(40)]
+    file = write(tmp_path / "t.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in rows))
+    data = load(tokenizer, train_file=file)
+    texts = {split: tokenizer.decode(joined(blocks)).split("</s>")[:-1] for split, blocks in data.splits.items()}
+    assert {split: len(found) for split, found in texts.items()} == {"train": 32, "validation": 4, "test": 4}
+    assert sorted(sum(texts.values(), [])) == sorted(rows)
+    again = load(tokenizer, train_file=file)
+    other = load(tokenizer, train_file=file, split_seed=7)
+    assert joined(again.splits["test"]) == joined(data.splits["test"]) != joined(other.splits["test"])
+
+
+def test_one_document_is_cut_at_its_end(tokenizer, tmp_path):
+    text = prose(4000)
+    data = load(tokenizer, train_file=write(tmp_path / "t.txt", text))
+    parts = [joined(data.splits[split]) for split in ("train", "validation", "test")]
+    assert sum(parts, []) == [*plain(tokenizer, text), tokenizer.eos_token_id]
+    share = [len(part) / sum(map(len, parts)) for part in parts]
+    assert share == pytest.approx([0.8, 0.1, 0.1], abs=0.03)
+
+
+def test_blocks_are_drawn_by_the_split_seed(tokenizer, tmp_path):
+    file = write(tmp_path / "t.txt", prose(2000))
+    drawn = load(tokenizer, train_file=file, max_train_samples=9, max_eval_samples=3)
+    assert [len(drawn.splits[split]) for split in ("train", "validation")] == [9, 3]
+    assert drawn.report["splits"]["train"]["used"] == 9
+    every = {block.id: block.tokens for block in load(tokenizer, train_file=file).splits["train"]}
+    assert all(every[block.id] == block.tokens for block in drawn.splits["train"])
+
+
+def test_tokens_are_made_once(tokenizer, tmp_path, monkeypatch):
+    file = write(tmp_path / "t.txt", prose(500))
+    first = load(tokenizer, train_file=file)
+    monkeypatch.setattr(corpus, "_write_tokens", None)
+    assert joined(load(tokenizer, train_file=file).splits["train"]) == joined(first.splits["train"])
+    assert not list((tmp_path / "cache" / "tokens").glob(".tmp*"))
+    other = transformers.AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    other.add_tokens(["wizards"])
+    with pytest.raises(TypeError):  # another tokenizer, other tokens
+        load(other, train_file=file)
+    write(tmp_path / "t.txt", prose(501))
+    with pytest.raises(TypeError):
+        load(tokenizer, train_file=file)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options", "message"),
+    [
+        ("t.txt", b"", {}, "there is no text in it"),
+        ("t.txt", b" \n \n", {}, "there is no text in it"),
+        ("t.txt", b"good\nbad \xff line\n", {}, "line 2: byte 0xff is not UTF-8"),
+        ("t.txt", b"word " * 20, {"text_fields": ["text"]}, "a text file has no columns"),
+        ("t.jsonl", b'{"body": "a"}\n', {}, "no text column 'text'; it has body"),
+        ("t.jsonl", b'{"text": "a"}\n', {"text_fields": ["body"]}, "no text column 'body'; it has text"),
+        ("t.jsonl", b'{"text": ""}\n', {}, "there is no text in it"),
+        ("t.jsonl", b'{"text": "a"}\n{"text": \n', {}, "line 2: not valid JSON"),
+        ("t.doc", b"word", {}, "unknown file type '.doc'"),
+        ("t.txt", b"word", {}, "too short to cut"),
+        ("t.txt", b"o", {"validation_fraction": 0, "test_fraction": 0, "block_size": 2}, None),
+    ],
+)
+def test_bad_texts(tokenizer, tmp_path, name, content, options, message):
+    (tmp_path / name).write_bytes(content)
+    if message is None:
+        assert len(load(tokenizer, train_file=str(tmp_path / name), **options).splits["train"]) == 1
+        return
+    with pytest.raises(InputError, match=message):
+        load(tokenizer, train_file=str(tmp_path / name), **options)
+
+
+MEMORY = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+import transformers
+from test_corpus import Config, corpus, load
+corpus.AT_ONCE = 2**18
+tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[2])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+data = load(tokenizer, train_file=sys.argv[3])
+print(len(data.splits["train"]), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+def test_memory_does_not_grow_with_the_text(models, tmp_path):
+    """CORRECTNESS 20 for a corpus: 12 times the text in about the same memory."""
+    used = {}
+    for size in (1, 12):
+        write(tmp_path / f"{size}.txt", prose(3000) * (size * 4))
+        command = [
+            sys.executable,
+            "-c",
+            MEMORY,
+            str(ROOT / "tests"),
+            str(models["llama"]),
+            str(tmp_path / f"{size}.txt"),
+        ]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stderr[-2000:]
+        used[size] = list(map(int, done.stdout.split()))
+    assert used[12][0] > 10 * used[1][0]
+    assert used[12][1] < 1.2 * used[1][1] + 20, used
+
+
+def test_wikitext_is_one_document(tokenizer):
+    file = SHARED / "wikitext2" / "test.txt"
+    if not file.exists():
+        pytest.skip(f"needs {file}")
+    data = load(tokenizer, train_file=str(file), validation_fraction=0, test_fraction=0)
+    text = file.read_text(encoding="utf-8")
+    assert joined(data.splits["train"]) == [*plain(tokenizer, text), tokenizer.eos_token_id]
