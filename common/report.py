@@ -1,5 +1,6 @@
-"""Tables, pictures and files that people look at."""
+"""Tables, pictures and files that people look at; `python -m common.report table outputs/...` compares runs."""
 
+import argparse
 import csv
 import importlib.util
 import json
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from common.config import cli_errors
 from common.data import SEPARATOR, Example
 from common.metrics import confusion_matrix
 from common.runlog import say
@@ -138,7 +140,7 @@ def write_perplexity(
 
 def draw_bars(path: Path, results: dict[str, dict[str, Any]], metric: str) -> None:
     """One bar a method, with its 95 % interval."""
-    plt = _pyplot()
+    plt = pyplot()
     values = [entry[metric] for entry in results.values()]
     bounds = [entry["intervals_95"][metric] for entry in results.values()]
     errors = np.array([[v - low, high - v] for v, (low, high) in zip(values, bounds, strict=True)]).T.clip(min=0)
@@ -232,7 +234,7 @@ def _write_predictions(
 
 def draw_confusion(path: Path, matrix: np.ndarray, labels: Sequence[str], multi_label: bool) -> None:
     """Gold by prediction, shares of each gold row; for several labels, each label's right and wrong decisions."""
-    plt = _pyplot()
+    plt = pyplot()
     labels = [label.replace("$", r"\$") for label in labels]  # no formulas
     if multi_label:
         shown = matrix.reshape(len(labels), 4).astype(float)
@@ -269,7 +271,7 @@ def draw_learning_curve(path: Path, metrics_file: Path, metric: str) -> None:
     evaluated = [(line["update"], line[metric]) for line in lines if metric in line]
     if not train and not evaluated:  # fewer updates than --logging_steps
         return
-    plt = _pyplot()
+    plt = pyplot()
     figure, left = plt.subplots(figsize=(7, 4), layout="constrained")
     if train:
         left.plot(*zip(*train, strict=True), color="tab:gray", label="training loss")
@@ -302,10 +304,29 @@ def write_seed_table(file: Path, runs: dict[int, dict[str, Any] | str]) -> None:
     print(f"\n{text}\n\nWritten to {file}")
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib's, for files alone."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     return pyplot
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`python -m common.report table RUN...`: runs, or folders of runs, side by side."""
+    from common.run_table import write_table
+
+    parser = argparse.ArgumentParser(prog="python -m common.report", allow_abbrev=False)
+    parser.add_argument("what", choices=["table"], help="table: runs of one task side by side, as Markdown, CSV, PNG")
+    parser.add_argument("folders", nargs="+", type=Path, metavar="RUN", help="run folder, or a folder of runs")
+    parser.add_argument("--output_dir", type=Path, help="unset: the first folder given")
+    options = parser.parse_args(argv)
+    target = options.output_dir or options.folders[0]
+    print(f"{write_table(options.folders, target)}\n\nWritten to {target}")
+
+
+if __name__ == "__main__":
+    with cli_errors():
+        main()

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shlex
+import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -12,13 +13,15 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from conftest import ROOT
 
+import train_clm
 from common import prepare
-from common.config import InputError, check_classification, check_loop, parse_config
+from common.config import InputError, check_causal, check_classification, check_loop, parse_config
 from common.data import load_classification
 from common.files import SPLITS
 from train_cls import Config
 
-RUNS = sorted((ROOT / "configs").glob("*.yaml"))
+RUNS = sorted((ROOT / "configs").glob("*_llama.yaml"))
+TEXT_RUNS = sorted((ROOT / "configs").glob("wikitext_*.yaml"))
 PROFILES = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
 AMAZON = ["books", "music", "electronics", "toys & games", "movies & tv"]
 
@@ -100,6 +103,37 @@ def test_configurations_are_listed():
     """The parametrised tests see the files."""
     assert [path.stem for path in RUNS] == ["amazon_llama", "arxiv_llama"]
     assert [path.stem for path in PROFILES] == ["cpu", "multi_gpu", "one_gpu"]
+
+
+@pytest.mark.parametrize("path", TEXT_RUNS, ids=lambda path: path.stem)
+def test_set_ups_on_running_text_are_accepted(path):
+    """Each file of options fits train_clm.py, and its comment shows the command."""
+    config = parse_config(train_clm.Config, ["--config", str(path)])
+    check_loop(config)
+    check_causal(config)
+    assert (config.block_size, config.learning_rate) == (128, 2e-4)
+    assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (4, 8)
+    assert str(path.relative_to(ROOT)) in path.read_text()
+
+
+def test_ranks_are_swept(tmp_path):
+    """configs/lora_ranks.sh: one run a way and rank, with the options given, then the table; old runs stay."""
+    calls = tmp_path / "calls"
+    for name in ("accelerate", "python"):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@" >> {calls}\n')
+        (tmp_path / name).chmod(0o755)
+    out = tmp_path / "out"
+    (out / "lora_r16_a32").mkdir(parents=True)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "OUT": str(out), "RANKS": "8:16 16:32"}
+    command = ["bash", str(ROOT / "configs" / "lora_ranks.sh"), "--config", "configs/wikitext_small.yaml"]
+    subprocess.run(command, env=environment, check=True, timeout=60)
+    *runs, last = calls.read_text().splitlines()
+    assert last == f"python -m common.report table {out}"
+    assert [Path(run.split()[-1]).name for run in runs] == ["full", "lora_r8_a16", "nf4_r8_a16", "nf4_r16_a32"]
+    for run in runs:
+        words = run.split()
+        assert words[:3] == ["accelerate", "launch", "train_clm.py"]
+        check_loop(parse_config(train_clm.Config, words[3:]))
 
 
 @pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)

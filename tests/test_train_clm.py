@@ -1,5 +1,6 @@
 """train_clm.py: perplexity that anyone can compute again, and a run that is the same however it is cut."""
 
+import csv
 import gc
 import json
 import math
@@ -20,6 +21,7 @@ from common import report
 from common.collate import collate_blocks
 from common.config import InputError, check_causal, check_loop, parse_config
 from common.corpus import Block, open_sources
+from common.run_table import write_table
 from common.token_losses import TokenLosses
 
 OWN = [*PLAIN, "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1", "--block_size", "32"]
@@ -244,3 +246,27 @@ def test_other_tasks_options_are_refused_in_evaluation(models, texts, tmp_path):
     Path(texts["test"]).touch()
     run_evaluate("--run", tmp_path, "--stride", 16, "--output_dir", tmp_path / "windows")
     assert "untrained" not in (tmp_path / "windows" / "report.md").read_text()
+
+
+def test_runs_side_by_side(models, texts, tmp_path):
+    """`python -m common.report table`: the figures of each run's own files, as Markdown, CSV and pictures."""
+    runs = {"lora": (), "nf4": ("--load_in_4bit", "true"), "full": ("--full_finetuning", "true")}
+    figures = {}
+    for name, options in runs.items():
+        options = ["--model", models["llama"], *text_options(texts), "--max_steps", 2, *options]
+        figures[name] = train(*options, "--baselines", "true", "--output_dir", tmp_path / "runs" / name)
+    report.main(["table", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "out")])
+    rows = list(csv.DictReader((tmp_path / "out" / "table.csv").open()))
+    assert {row["run"]: row["training"] for row in rows} == {"lora": "LoRA", "nf4": "4-bit LoRA", "full": "full"}
+    for row in rows:
+        values = figures[row["run"]]
+        assert float(row["perplexity"]) == values["perplexity"]
+        assert [float(row["low_95"]), float(row["high_95"])] == values["intervals_95"]["perplexity"]
+        assert float(row["tokens/s"]) == values["train_tokens_per_second"]
+        assert float(row["s an epoch"]) == pytest.approx(values["train_runtime"] / values["epochs"])
+        assert int(row["memory_bytes"]) == values["peak_memory_bytes"] and int(row["weights_bytes"]) > 1000
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert text.count("\n") == 2 + 3 + 1 and "untrained base" in text
+    assert (tmp_path / "out" / "quality.png").stat().st_size > 1000 < (tmp_path / "out" / "speed.png").stat().st_size
+    with pytest.raises(InputError, match="no run there"):
+        write_table([tmp_path / "out"], tmp_path)

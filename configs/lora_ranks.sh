@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Ranks of LoRA against full fine-tuning on running text, each base in 16 and in 4 bits, and their table.
+#
+#   configs/lora_ranks.sh --train_file train.txt --validation_file valid.txt --test_file test.txt
+#   RANKS="4:16 8:16" WAYS="lora" OUT=outputs/ranks configs/lora_ranks.sh --config configs/wikitext_mistral.yaml
+#
+# RANKS are r:alpha pairs; WAYS any of full, lora, nf4; options behind the name go to every run.
+set -euo pipefail
+out=${OUT:-outputs/lora_ranks}
+
+run() {
+    name=$1
+    shift
+    [ -d "$out/$name" ] || accelerate launch train_clm.py "$@" --output_dir "$out/$name"
+}
+
+for way in ${WAYS:-full lora nf4}; do
+    if [ "$way" = full ]; then
+        run full "$@" --full_finetuning true --learning_rate "${FULL_RATE:-2e-5}"
+        continue
+    fi
+    for pair in ${RANKS:-8:16 16:32 128:256}; do
+        r=${pair%:*} alpha=${pair#*:}
+        four=$([ "$way" = nf4 ] && echo true || echo false)
+        run "${way}_r${r}_a${alpha}" "$@" --lora_r "$r" --lora_alpha "$alpha" --load_in_4bit "$four"
+    done
+done
+python -m common.report table "$out"
