@@ -18,6 +18,7 @@ rows both answered, our accuracy is more than a point below this scorer's, or pe
 For one label a row, answered in text. The options of data and model are those of evaluate.py.
 """
 
+import contextlib
 import json
 import os
 import statistics
@@ -116,6 +117,7 @@ def fastest_size(config: Config, name: str) -> int:
 
 def measure(config: Config, folder: Path | None) -> dict[str, Any]:
     """Runs one scorer here: examples per second, memory in bytes, {row: (answer, gold)}; for size 0, speed by size."""
+    import peft
     import torch
 
     from common.loop import peak_memory
@@ -128,13 +130,16 @@ def measure(config: Config, folder: Path | None) -> dict[str, Any]:
         few = stratified_sample([examples[i] for i in rows], min(config.slow_rows, len(rows)), config.split_seed)
         rows = [rows[i] for i in few]
     examples = [examples[i] for i in rows]
-    if config.worker != "plainlora":
-        classifier.model = as_others(classifier.model)
+    peer, quantised = config.worker != "plainlora", getattr(classifier.model.config, "quantization_config", None)
+    if peer and isinstance(classifier.model, peft.PeftModel) and not quantised:
+        classifier.model = classifier.model.merge_and_unload()
+    classifier.model.config.use_cache = peer
 
     def timed(some: Sequence[Example], size: int) -> tuple[float, list[int | None]]:
-        started = time.perf_counter()
-        answers = SCORERS[config.worker](classifier, some, accelerator, size)
-        return len(some) / (time.perf_counter() - started), answers
+        with turns.as_others(classifier.model) if peer else contextlib.nullcontext():
+            started = time.perf_counter()
+            answers = SCORERS[config.worker](classifier, some, accelerator, size)
+            return len(some) / (time.perf_counter() - started), answers
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -178,25 +183,6 @@ def load(config: Config, folder: Path | None) -> tuple[Any, Any, list[Example]]:
     if folder is None:
         return accelerator, evaluate.untrained(config, data, path, accelerator), examples
     return accelerator, modeling.load_trained(folder, accelerator.device, config.mixed_precision), examples
-
-
-def as_others(model: Any) -> Any:
-    """The model as others run it: transformers' attention, the adapter merged, or with PEFT's casts if quantised."""
-    import peft
-    from peft.tuners.lora import LoraLayer
-
-    from common import attention
-
-    if isinstance(model, peft.PeftModel) and getattr(model.config, "quantization_config", None) is None:
-        model = model.merge_and_unload()
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            module.cast_input_dtype_enabled = True
-    base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
-    if base.config._attn_implementation == attention.NAME:
-        base.set_attn_implementation("sdpa")
-    base.config.use_cache = True
-    return model
 
 
 def plainlora(classifier: Any, examples: Sequence[Example], accelerator: Any, size: int) -> list[int | None]:

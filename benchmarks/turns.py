@@ -1,10 +1,11 @@
 """What benchmarks beside others share: measurements in fresh processes, taken in turns; a table and a picture."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,26 @@ def in_turns(environments: dict[str, dict[str, Any]], rounds: int) -> dict[str, 
             shown = {key: value for key, value in results[name][-1].items() if not isinstance(value, list | dict)}
             print(f"round {number + 1}, {name}: {shown}", flush=True)
     return results
+
+
+@contextlib.contextmanager
+def as_others(model: Any) -> Iterator[None]:
+    """Inside the block the model computes as it does for others: transformers' attention, PEFT's casts."""
+    from peft.tuners.lora import LoraLayer
+
+    from common import attention
+
+    adapted, own = [m for m in model.modules() if isinstance(m, LoraLayer)], model.config._attn_implementation
+
+    def switch(casts: bool, name: str) -> None:
+        for module in adapted:
+            module.cast_input_dtype_enabled = casts
+        if own == attention.NAME:
+            model.set_attn_implementation(name)
+
+    switch(True, "sdpa")
+    yield
+    switch(False, own)
 
 
 def pyplot() -> Any:

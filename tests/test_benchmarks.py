@@ -8,7 +8,7 @@ import pytest
 from conftest import run_script, toy_options, toy_rows, write_csv
 from trained import quick, train
 
-from benchmarks import score_speed, turns
+from benchmarks import cost_growth, score_speed, turns
 
 
 def test_other_trainers_reach_the_same_losses(models, tmp_path):
@@ -75,3 +75,20 @@ def test_scorers_agree_and_every_column_is_filled(models, tmp_path, monkeypatch)
     table = json.loads(file.read_text())["table"]
     assert [entry["ratio_of_plainlora"] for entry in table] == [None, None]
     assert "accuracy lost" in (out / f"{file.stem}.md").read_text()
+
+
+def test_growth_of_cost(models, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    few = ["--labels", "2", "5", "--text_tokens", "4", "12", "--rows", "1", "3", "--micro_batch", "2", "--repeats", "1"]
+    task = ["--model", str(models["llama"]), "--mixed_precision", "no", "--output_dir", str(out)]
+    monkeypatch.setattr(sys, "argv", ["cost_growth.py", *task, *few])
+    cost_growth.main()
+    table = json.loads((out / "cost_growth.json").read_text())["table"]
+    assert [(entry["grows"], entry["labels"], entry["text_tokens"], entry["rows"]) for entry in table] == [
+        ("labels", 2, 12, 3), ("labels", 5, 12, 3), ("text_tokens", 5, 4, 3), ("text_tokens", 5, 12, 3),
+        ("rows", 5, 12, 1), ("rows", 5, 12, 3),
+    ]  # fmt: skip
+    for entry in table:  # the ways do the same work
+        assert max(entry["losses"].values()) - min(entry["losses"].values()) < 1e-4 and entry["losses"]["pack"] > 1
+    assert all(entry[way] > 0 and len(entry["speeds"][way]) == 1 for entry in table for way in cost_growth.WAYS)
+    assert len((out / "cost_growth.md").read_text().splitlines()) == 8 and (out / "cost_growth.png").is_file()
