@@ -85,23 +85,21 @@ def main() -> None:
         entry |= {"batch_size": sizes[name]["BATCH_SIZE"], "rows": len(pairs)}
         entry["accuracy"] = statistics.mean(answer == gold for answer, gold in pairs)
         entry["outside_label_set"] = sum(answer is None for answer, _ in pairs)
-        same = [a == b for a, b in answered_by_both(last[name], last.get("per_label", {"answers": {}}))]
+        same = [a == b for a, b, _ in answered_by_both(last[name], last.get("per_label", {"answers": {}}))]
         entry["agreement_with_per_label"] = statistics.mean(same) if same else None
         table.append(entry)
-    write(config, table)
+    write(config, table, last[ours]["precision"])
 
 
-def answered_by_both(one: dict[str, Any], other: dict[str, Any]) -> list[tuple[int | None, int | None]]:
-    """The answers of two scorers to the rows that both answered."""
+def answered_by_both(one: dict[str, Any], other: dict[str, Any]) -> list[tuple[int | None, int | None, int]]:
+    """(one's answer, the other's, the right one) of the rows that both answered."""
     one, other = one["answers"], other["answers"]
-    return [(one[row][0], other[row][0]) for row in one if row in other]
+    return [(one[row][0], *other[row]) for row in one if row in other]
 
 
 def lost_accuracy(ours: dict[str, Any], other: dict[str, Any]) -> float:
     """How much better than ours the other's answers are, on the rows that both answered."""
-    gold = [right for row, (_, right) in ours["answers"].items() if row in other["answers"]]
-    pairs = zip(answered_by_both(ours, other), gold, strict=True)
-    return statistics.mean((b == right) - (a == right) for (a, b), right in pairs)
+    return statistics.mean((b == gold) - (a == gold) for a, b, gold in answered_by_both(ours, other))
 
 
 def fastest_size(config: Config, name: str) -> int:
@@ -156,7 +154,13 @@ def measure(config: Config, folder: Path | None) -> dict[str, Any]:
         return {"sizes": speeds}
     speed, answers = timed(examples, size)
     pairs = {row: (answer, example.labels[0]) for row, answer, example in zip(rows, answers, examples, strict=True)}
-    return {"examples_per_second": speed, "memory": peak_memory(device) - loaded, "answers": pairs}
+    precision = "NF4" if config.load_in_4bit else config.mixed_precision
+    return {
+        "examples_per_second": speed,
+        "memory": peak_memory(device) - loaded,
+        "answers": pairs,
+        "precision": precision,
+    }
 
 
 def load(config: Config, folder: Path | None) -> tuple[Any, Any, list[Example]]:
@@ -175,6 +179,7 @@ def load(config: Config, folder: Path | None) -> tuple[Any, Any, list[Example]]:
         task = json.loads((folder / "task.json").read_text(encoding="utf-8"))
         evaluate.check_same_task(task, data)
         config.mixed_precision = config.mixed_precision or task["mixed_precision"]
+        config.load_in_4bit = task["model_options"]["load_in_4bit"]
     if data.multi_label or config.approach == "head" or not examples:
         raise InputError(
             f"This benchmark needs {config.split} rows of one label each, and a model that answers in text."
@@ -247,8 +252,9 @@ def per_label(classifier: Any, examples: Sequence[Example], accelerator: Any, si
 SCORERS = {"plainlora": plainlora, "pipeline": pipeline, "generate": generate, "per_label": per_label}
 
 
-def write(config: Config, table: list[dict[str, Any]]) -> None:
+def write(config: Config, table: list[dict[str, Any]], precision: str) -> None:
     """Markdown table and bar chart."""
+    name = f"score_{Path(config.test_file or config.run).parent.name}_{precision.lower()}"
     rows, first = [], table[0]["scorer"]
     for entry in table:
         ratio, agreement = entry[f"ratio_of_{first}"], entry["agreement_with_per_label"]
@@ -261,9 +267,9 @@ def write(config: Config, table: list[dict[str, Any]]) -> None:
         ])  # fmt: skip
     header = ["scorer", "examples/s", "rounds", f"{first} is faster by", "MB over the model", "batch", "rows"]
     header += ["accuracy", "outside the set", "agrees with per_label"]
-    speeds, label = [entry["examples_per_second"] for entry in table], f"examples/s, {config.model}, {config.device}"
+    speeds, label = [entry["examples_per_second"] for entry in table], f"examples/s, {precision}, {config.device}"
     figure = turns.bars([entry["scorer"] for entry in table], speeds, label)
-    turns.write(config, f"score_{Path(config.test_file or config.run).parent.name}", header, rows, table, figure)
+    turns.write(config, name, header, rows, table, figure)
 
 
 if __name__ == "__main__":
