@@ -13,9 +13,9 @@ All get the same prompts. Peers run under transformers' own attention, with the 
 quantised; those in batches, and ours, take the fastest of --batch_sizes, tried on as many rows as the largest holds.
 
 Every measurement is a fresh process and the scorers take turns. Times are from texts to answers: without loading, after
-a warm-up. Memory is what came on top of loading. The ratio is that of the median speeds; it is withheld where, on the
-rows both answered, our accuracy is more than a point below this scorer's, or per_label's or generate's.
-For one label a row, answered in text. The options of data and model are those of evaluate.py.
+a warm-up; CPU seconds tell more on a shared machine. Memory is what came on top of loading. The ratio is that of the
+median speeds; it is withheld where, on the rows both answered, our accuracy is more than a point below this scorer's,
+or per_label's or generate's. For one label a row, answered in text. Options of data and model are those of evaluate.py.
 """
 
 import contextlib
@@ -80,6 +80,7 @@ def main() -> None:
         lost = max(lost_accuracy(last[ours], last[other]) for other in {name, *REFERENCES} & set(rounds))
         faster = table[0]["examples_per_second"] / entry["examples_per_second"] if table else 1.0
         entry[f"ratio_of_{ours}"] = faster if lost <= GATE else None
+        entry["cpu_seconds"] = statistics.median(result["cpu_seconds_per_example"] for result in results)
         entry["memory_over_the_model_mb"] = statistics.median(result["memory"] for result in results) / 2**20
         pairs = list(last[name]["answers"].values())
         entry |= {"batch_size": sizes[name]["BATCH_SIZE"], "rows": len(pairs)}
@@ -152,15 +153,13 @@ def measure(config: Config, folder: Path | None) -> dict[str, Any]:
             except torch.OutOfMemoryError:
                 speeds[size] = 0.0
         return {"sizes": speeds}
+    began = time.process_time()
     speed, answers = timed(examples, size)
+    cpu = (time.process_time() - began) / len(examples)
     pairs = {row: (answer, example.labels[0]) for row, answer, example in zip(rows, answers, examples, strict=True)}
     precision = "NF4" if config.load_in_4bit else config.mixed_precision
-    return {
-        "examples_per_second": speed,
-        "memory": peak_memory(device) - loaded,
-        "answers": pairs,
-        "precision": precision,
-    }
+    return {"examples_per_second": speed, "cpu_seconds_per_example": cpu, "memory": peak_memory(device) - loaded,
+            "answers": pairs, "precision": precision}  # fmt: skip
 
 
 def load(config: Config, folder: Path | None) -> tuple[Any, Any, list[Example]]:
@@ -261,12 +260,13 @@ def write(config: Config, table: list[dict[str, Any]], precision: str) -> None:
         rows.append([
             entry["scorer"], f"{entry['examples_per_second']:.3g}",
             ", ".join(f"{value:.3g}" for value in entry["all_rounds"]),
-            f"{ratio:.2f}" if ratio else "accuracy lost", f"{entry['memory_over_the_model_mb']:.0f}",
-            str(entry["batch_size"]), str(entry["rows"]), f"{entry['accuracy']:.3f}", str(entry["outside_label_set"]),
+            f"{ratio:.2f}" if ratio else "accuracy lost", f"{entry['cpu_seconds']:.3g}",
+            f"{entry['memory_over_the_model_mb']:.0f}", str(entry["batch_size"]), str(entry["rows"]),
+            f"{entry['accuracy']:.3f}", str(entry["outside_label_set"]),
             "" if agreement is None else f"{agreement:.3f}",
         ])  # fmt: skip
-    header = ["scorer", "examples/s", "rounds", f"{first} is faster by", "MB over the model", "batch", "rows"]
-    header += ["accuracy", "outside the set", "agrees with per_label"]
+    header = ["scorer", "examples/s", "rounds", f"{first} is faster by", "CPU s an example"]
+    header += ["MB over the model", "batch", "rows", "accuracy", "outside the set", "agrees with per_label"]
     speeds, label = [entry["examples_per_second"] for entry in table], f"examples/s, {precision}, {config.device}"
     figure = turns.bars([entry["scorer"] for entry in table], speeds, label)
     turns.write(config, name, header, rows, table, figure)
