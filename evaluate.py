@@ -70,12 +70,13 @@ SETTLED = {item.name for item in fields(ModelConfig)} | {
 }  # fmt: skip
 
 
-def read_options() -> tuple[Config, Path | None, bool]:
+def read_options(cls: type[Config] = Config, given: dict[str, Any] | None = None) -> tuple[Config, Path | None, bool]:
     """The options, the folder of trained weights (None: a base model), and whether the rows are not the run's own.
 
     Data and labels are those of the run unless the command line names others; --test_file replaces all of its files.
+    given: the options as texts; unset, those of the command line.
     """
-    given = parse_given(Config)
+    given = parse_given(cls) if given is None else given
     run = Path(given["run"]) if "run" in given else rundir.newest_run()
     if run is None or not run.is_dir() or (run / "config.json").is_file() and not (run / "task.json").is_file():
         name = given.get("run", EMBEDDED)
@@ -83,7 +84,7 @@ def read_options() -> tuple[Config, Path | None, bool]:
             raise InputError(f"--model {given['model']}: evaluate.py takes the model by --run.")
         if given.get("approach") == "head":
             raise InputError(f"--approach head: {name} is a base model, whose head would be random. Drop the option.")
-        config = from_texts(Config, {"task": "classification", **given, "model": name})
+        config = from_texts(cls, {"task": "classification", **given, "model": name})
         check_options(given, config.task, name)
         return config, None, True
     folder = rundir.weights_folder(run)
@@ -103,7 +104,7 @@ def read_options() -> tuple[Config, Path | None, bool]:
             saved.pop(name, None)
         if given.get("split", "test") != "test":
             raise InputError("--test_file is the test split: drop --split.")
-    return from_texts(Config, {**saved, **given, "run": str(run)}), folder, "test_file" in given
+    return from_texts(cls, {**saved, **given, "run": str(run)}), folder, "test_file" in given
 
 
 def check_options(given: dict[str, Any], task: str, run: Any) -> None:

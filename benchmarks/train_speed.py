@@ -6,14 +6,16 @@
 
 Every measurement is a fresh process, trainers take turns, and the figure is the median of the rounds' ratios. All train
 on the same tokens with the same LoRA, AdamW and constant learning rate; others take one of their own ways through the
-rows for speed, and our order where losses are compared (fp32, a model cut to two layers). Peers: the loop one writes
-first under PEFT, transformers' Trainer, and TRL's SFTTrainer, as it comes and tuned. Needs requirements-dev.txt.
+rows for speed, and our order where losses are compared. Peers: the loop one writes first under PEFT, transformers'
+Trainer, and TRL's SFTTrainer, as it comes and tuned. Needs requirements-dev.txt.
+
+Losses are compared over 30 updates of the same rows in fp32, in a model cut to two layers, and on short rows: the
+prompt leaves out the list of labels, and texts are cut to --check_max_length. Others compute the vocabulary's logits at
+every token of a prompt, which is four fifths of a two-layer model's time, and nothing that the check is about.
 """
 
-import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +26,7 @@ from typing import Any, Literal
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import turns  # noqa: E402
 from common.config import ClassificationConfig, DataConfig, cli_errors, option, parse_config  # noqa: E402
 
 TRAINERS = ("plainlora", "plain_loop", "hf_trainer", "trl_default", "trl_tuned")
@@ -49,6 +52,7 @@ class Config(DataConfig, ClassificationConfig):
     load_in_4bit: bool = option(False, "NF4 base")
     device: Literal["cpu", "cuda"] = option("cpu", "where to train")
     check_losses: bool = option(True, "compare losses first")
+    check_max_length: int = option(128, "tokens of a row there, where the list of labels is left out", at_least=1)
     output_dir: str = option("benchmarks/results", "where table and picture go")
     worker: str | None = option(None, "internal: measure this trainer")
 
@@ -69,18 +73,14 @@ def main() -> None:
     config.trainers = config.trainers or list(TRAINERS)
     config.validation_fraction = config.test_fraction = 0.0
     if config.worker:
-        print("RESULT " + json.dumps(measure(config)))
+        turns.hand_over(measure(config))
         return
     table, losses = [], {}
     if config.check_losses:
-        losses = {name: start(config, name, checking=True)["losses"] for name in config.trainers}
+        losses = {name: turns.start(name, CHECKING=True)["losses"] for name in config.trainers}
         print("losses at updates " + ", ".join(map(str, CHECKED)) + f": {losses}", flush=True)
-    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in config.trainers}
-    base = start(config, "load", checking=False)["memory"]
-    for number in range(config.rounds):
-        for name in config.trainers:
-            rounds[name].append(start(config, name, checking=False))
-            print(f"round {number + 1}, {name}: {rounds[name][-1]}", flush=True)
+    base = turns.start("load", CHECKING=False)["memory"]
+    rounds = turns.in_turns({name: {"CHECKING": False} for name in config.trainers}, config.rounds)
     ours = config.trainers[0]
     for name in config.trainers:
         speeds = [result["examples_per_second"] for result in rounds[name]]
@@ -97,18 +97,6 @@ def main() -> None:
             }
         )
     write(config, table)
-
-
-def start(config: Config, name: str, checking: bool) -> dict[str, Any]:
-    """One measurement in a process of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"), "CHECKING": str(checking)}
-    environment |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, __file__, *sys.argv[1:], "--worker", name]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=os.getcwd())
-    results = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if done.returncode or not results:
-        sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
-    return json.loads(results[0].removeprefix("RESULT "))
 
 
 def measure(config: Config) -> dict[str, Any]:
@@ -141,6 +129,11 @@ def prepare(config: Config, checking: bool, folder: Path) -> Work:
     from common.prompts import read_template
 
     updates = max(CHECKED) if checking else config.warmup + config.updates
+    if checking:
+        short = read_template(config.prompt_template, "generative").replace("{labels}", "one of the labels")
+        (folder / "short.txt").write_text(short, encoding="utf-8")
+        config.prompt_template = str(folder / "short.txt")
+        config.max_length = min(config.max_length, config.check_max_length)
     path = resolve_model(config.model, None)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     read = len(load_classification(config).splits["train"])
@@ -174,7 +167,7 @@ def plainlora(work: Work, folder: Path) -> tuple[list[float], list[float]]:
     own |= {"per_device_train_batch_size": config.rows_per_update, "max_steps": work.updates, "eval_strategy": "no"}
     own |= {"save_strategy": "no", "report_to": ["none"], "output_dir": str(folder / "run"), "warmup_ratio": 0.0}
     own |= {"lr_scheduler_type": "constant", "weight_decay": 0.0}
-    own |= {"mixed_precision": "no"} if work.checking else {}
+    own |= {"mixed_precision": "no", "load_in_4bit": False} if work.checking else {}
     count = checkpoint.State.count
 
     def counted(self: Any, loss: float, targets: float, lengths: list[int], seconds: float) -> None:
@@ -343,16 +336,6 @@ WORKERS = {"load": load, "plainlora": plainlora, "plain_loop": plain_loop, "hf_t
 
 def write(config: Config, table: list[dict[str, Any]]) -> None:
     """Markdown table and bar chart."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    from common.report import table as markdown
-    from common.runlog import describe_environment
-
-    folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     kind = "NF4" if config.load_in_4bit else "bf16"
     name = f"train_{Path(config.train_file or 'demo').parent.name}_{config.rows_per_update}_{kind.lower()}"
     rows, first = [], table[0]["trainer"]
@@ -365,17 +348,9 @@ def write(config: Config, table: list[dict[str, Any]]) -> None:
             f"{entry['largest_loss_difference']:.1e}",
         ])  # fmt: skip
     header = ["trainer", "examples/s", "rounds", f"{first} is faster by", "MB over the model", "loss difference"]
-    text = markdown(header, rows)
-    (folder / f"{name}.md").write_text(text + "\n")
-    (folder / f"{name}.json").write_text(
-        json.dumps({"environment": describe_environment(1), "options": vars(config), "table": table}, indent=2)
-    )
-    figure, axes = pyplot.subplots(figsize=(7, 3))
-    axes.barh([entry["trainer"] for entry in table][::-1], [entry["examples_per_second"] for entry in table][::-1])
-    axes.set_xlabel(f"examples/s, {config.rows_per_update} rows per update, {kind}, {config.device}")
-    figure.tight_layout()
-    figure.savefig(folder / f"{name}.png", dpi=150)
-    print(text)
+    label = f"examples/s, {config.rows_per_update} rows per update, {kind}, {config.device}"
+    figure = turns.bars(config.trainers, [entry["examples_per_second"] for entry in table], label)
+    turns.write(config, name, header, rows, table, figure)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,14 @@
 """The benchmarks run, and other trainers reach the losses of ours on the same rows: the strictest check of the loop."""
 
 import json
+import sys
+from unittest import mock
 
 import pytest
-from conftest import run_script, toy_rows, write_csv
+from conftest import run_script, toy_options, toy_rows, write_csv
+from trained import quick, train
+
+from benchmarks import cost_growth, score_speed, turns
 
 
 def test_other_trainers_reach_the_same_losses(models, tmp_path):
@@ -24,3 +29,66 @@ def test_other_trainers_reach_the_same_losses(models, tmp_path):
 def test_profile_of_a_step(models):
     shown = run_script("benchmarks/step_profile.py", "--model", str(models["qwen"]), "--rounds", "1").stdout
     assert len([line for line in shown.splitlines() if line.startswith("| + ")]) == 3
+
+
+def test_scorers_agree_and_every_column_is_filled(models, tmp_path, monkeypatch):
+    rows = {"train": toy_rows(30), "test": toy_rows(4, start=30)}
+    files = {name: str(write_csv(tmp_path / f"{name}.csv", content)) for name, content in rows.items()}
+    run, out = tmp_path / "run", tmp_path / "out"
+    learn = ["--model", str(models["llama"]), "--learning_rate", "1e-2", "--max_steps", "150"]
+    learn += ["--validation_fraction", "0", "--eval_strategy", "no"]
+    train(*learn, *toy_options(files), "--output_dir", str(run))
+
+    def start(name, **environment):  # what turns.start does, but in this process
+        results = []
+        for key, value in environment.items():
+            monkeypatch.setenv(key, str(value))
+        called = mock.patch.object(sys, "argv", [*sys.argv, "--worker", name])
+        with called, mock.patch.object(turns, "hand_over", results.append), quick():
+            score_speed.main()
+        return json.loads(json.dumps(results[0]))
+
+    few = ["--rows", "9", "--slow_rows", "6", "--rounds", "1", "--batch_sizes", "4", "8", "--output_dir", str(out)]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(turns, "start", start)
+    monkeypatch.setattr(sys, "argv", ["score_speed.py", "--run", str(run), *few])
+    score_speed.main()
+
+    [file] = out.glob("score_*.json")
+    table = {entry["scorer"]: entry for entry in json.loads(file.read_text())["table"]}
+    counts = {name: entry["rows"] for name, entry in table.items()}
+    assert counts == {"plainlora": 9, "pipeline": 6, "generate": 9, "per_label": 6}
+    for entry in table.values():
+        assert entry["agreement_with_per_label"] == 1 and entry["outside_label_set"] == 0 and entry["accuracy"] > 0.6
+        assert entry["ratio_of_plainlora"] > 0 and entry["examples_per_second"] > 0
+    lines = (out / f"{file.stem}.md").read_text().splitlines()
+    assert len(lines) == 6 and all(cell.strip() for cell in lines[-1].split("|")[1:-1])
+    assert (out / f"{file.stem}.png").is_file()
+
+    # no ratio where accuracy is lost
+    few = {"answers": {0: (1, 1), 1: (1, 1)}}
+    ours = {"answers": {0: (1, 1), 1: (2, 1), 2: (0, 1)}}
+    assert score_speed.lost_accuracy(ours, few) == 0.5 and score_speed.lost_accuracy(few, ours) == -0.5
+    monkeypatch.setattr(score_speed, "GATE", -0.01)
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--scorers", "plainlora", "generate"])
+    score_speed.main()
+    table = json.loads(file.read_text())["table"]
+    assert [entry["ratio_of_plainlora"] for entry in table] == [None, None]
+    assert "accuracy lost" in (out / f"{file.stem}.md").read_text()
+
+
+def test_growth_of_cost(models, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    few = ["--labels", "2", "5", "--text_tokens", "4", "12", "--rows", "1", "3", "--micro_batch", "2", "--repeats", "1"]
+    task = ["--model", str(models["llama"]), "--mixed_precision", "no", "--output_dir", str(out)]
+    monkeypatch.setattr(sys, "argv", ["cost_growth.py", *task, *few])
+    cost_growth.main()
+    table = json.loads((out / "cost_growth.json").read_text())["table"]
+    assert [(entry["grows"], entry["labels"], entry["text_tokens"], entry["rows"]) for entry in table] == [
+        ("labels", 2, 12, 3), ("labels", 5, 12, 3), ("text_tokens", 5, 4, 3), ("text_tokens", 5, 12, 3),
+        ("rows", 5, 12, 1), ("rows", 5, 12, 3),
+    ]  # fmt: skip
+    for entry in table:  # the ways do the same work
+        assert max(entry["losses"].values()) - min(entry["losses"].values()) < 1e-4 and entry["losses"]["pack"] > 1
+    assert all(entry[way] > 0 and len(entry["speeds"][way]) == 1 for entry in table for way in cost_growth.WAYS)
+    assert len((out / "cost_growth.md").read_text().splitlines()) == 8 and (out / "cost_growth.png").is_file()

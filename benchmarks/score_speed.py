@@ -1,0 +1,277 @@
+"""Speed of label scoring beside what others do, on the same rows: examples per second, memory, and who answers what.
+
+    python benchmarks/score_speed.py --run outputs/smollm2-135m/banking77/run_1 --rows 200 --slow_rows 4
+    python benchmarks/score_speed.py --model smollm2-135m --train_file banking77/train.csv \
+        --test_file banking77/test.csv --label_column label_name --max_length 640 --load_in_4bit false
+    python benchmarks/score_speed.py --run RUN --device cuda --rows 2000 --slow_rows 100 --warmup_rows 64 \
+        --batch_sizes 16 64 256
+
+plainlora: our scoring (common/scoring.py). pipeline: transformers' text-generation pipeline, greedy, row by row, the
+label looked for in what it wrote. generate: greedy too, in padded batches of similar length. per_label: the
+log-likelihood of every label, each behind the whole prompt, in batches; ours should answer as its argmax does.
+All get the same prompts. Peers run under transformers' own attention, with the adapter merged into a base that is not
+quantised; those in batches, and ours, take the fastest of --batch_sizes, tried on as many rows as the largest holds.
+
+Every measurement is a fresh process and the scorers take turns. Times are from texts to answers: without loading, after
+a warm-up; CPU seconds tell more on a shared machine. Memory is what came on top of loading. The ratio is that of the
+median speeds; it is withheld where, on the rows both answered, our accuracy is more than a point below this scorer's,
+or per_label's or generate's. For one label a row, answered in text. Options of data and model are those of evaluate.py.
+"""
+
+import contextlib
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import evaluate  # noqa: E402
+from benchmarks import turns  # noqa: E402
+from common.config import InputError, check_classification, cli_errors, option, parse_given  # noqa: E402
+from common.data import Example, load_classification, stratified_sample  # noqa: E402
+from common.demo_model import EMBEDDED, resolve_model  # noqa: E402
+
+SLOW = ("pipeline", "per_label")  # answer --slow_rows
+REFERENCES = ("per_label", "generate")
+GATE = 0.01  # of accuracy
+
+
+@dataclass
+class Config(evaluate.Config):
+    """score_speed"""
+
+    scorers: list[str] | None = option(None, "the first is what others are compared with; unset: all")
+    rows: int = option(200, "rows to answer, drawn stratified", at_least=1)
+    slow_rows: int = option(8, f"how many of them {' and '.join(SLOW)} answer", at_least=1)
+    rounds: int = option(3, "measurements of each scorer", at_least=1)
+    warmup_rows: int = option(2, "rows answered before the clock starts", at_least=1)
+    batch_sizes: list[int] | None = option(None, "sequences of a pass to choose from; unset: 8 32", at_least=1)
+    device: Literal["cpu", "cuda"] = option("cpu", "where to score")
+    output_dir: str = option("benchmarks/results", "where table and picture go")
+    worker: str | None = option(None, "internal: measure this scorer")
+
+
+def main() -> None:
+    given = parse_given(Config)
+    if "run" not in given:
+        given["run"] = given.pop("model", EMBEDDED)
+    config, folder, _ = evaluate.read_options(Config, given)
+    check_classification(config)
+    config.scorers, config.batch_sizes = config.scorers or list(SCORERS), config.batch_sizes or [8, 32]
+    if unknown := set(config.scorers) - set(SCORERS):
+        raise InputError(f"--scorers {' '.join(unknown)}: there are {', '.join(SCORERS)}.")
+    if config.worker:
+        turns.hand_over(measure(config, folder))
+        return
+    sizes = {name: {"BATCH_SIZE": fastest_size(config, name)} for name in config.scorers}
+    rounds = turns.in_turns(sizes, config.rounds)
+    last = {name: results[-1] for name, results in rounds.items()}  # every round gives the same answers
+    ours, table = config.scorers[0], []
+    for name, results in rounds.items():
+        speeds = [result["examples_per_second"] for result in results]
+        entry = {"scorer": name, "examples_per_second": statistics.median(speeds), "all_rounds": speeds}
+        lost = max(lost_accuracy(last[ours], last[other]) for other in {name, *REFERENCES} & set(rounds))
+        faster = table[0]["examples_per_second"] / entry["examples_per_second"] if table else 1.0
+        entry[f"ratio_of_{ours}"] = faster if lost <= GATE else None
+        entry["cpu_seconds"] = statistics.median(result["cpu_seconds_per_example"] for result in results)
+        entry["memory_over_the_model_mb"] = statistics.median(result["memory"] for result in results) / 2**20
+        pairs = list(last[name]["answers"].values())
+        entry |= {"batch_size": sizes[name]["BATCH_SIZE"], "rows": len(pairs)}
+        entry["accuracy"] = statistics.mean(answer == gold for answer, gold in pairs)
+        entry["outside_label_set"] = sum(answer is None for answer, _ in pairs)
+        same = [a == b for a, b, _ in answered_by_both(last[name], last.get("per_label", {"answers": {}}))]
+        entry["agreement_with_per_label"] = statistics.mean(same) if same else None
+        table.append(entry)
+    write(config, table, last[ours]["precision"])
+
+
+def answered_by_both(one: dict[str, Any], other: dict[str, Any]) -> list[tuple[int | None, int | None, int]]:
+    """(one's answer, the other's, the right one) of the rows that both answered."""
+    one, other = one["answers"], other["answers"]
+    return [(one[row][0], *other[row]) for row in one if row in other]
+
+
+def lost_accuracy(ours: dict[str, Any], other: dict[str, Any]) -> float:
+    """How much better than ours the other's answers are, on the rows that both answered."""
+    return statistics.mean((b == gold) - (a == gold) for a, b, gold in answered_by_both(ours, other))
+
+
+def fastest_size(config: Config, name: str) -> int:
+    """Of --batch_sizes, on few rows; a size that does not fit the device's memory loses."""
+    if name == "pipeline":
+        return 1
+    if len(config.batch_sizes) == 1:
+        return config.batch_sizes[0]
+    speeds = turns.start(name, BATCH_SIZE=0)["sizes"]
+    print(f"{name}, examples/s by batch size: {speeds}", flush=True)
+    return int(max(speeds, key=speeds.__getitem__))
+
+
+def measure(config: Config, folder: Path | None) -> dict[str, Any]:
+    """Runs one scorer here: examples per second, memory in bytes, {row: (answer, gold)}; for size 0, speed by size."""
+    import peft
+    import torch
+
+    from common.loop import peak_memory
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    accelerator, classifier, examples = load(config, folder)
+    prompt, device, size = classifier.prompt, accelerator.device, int(os.environ["BATCH_SIZE"])
+    rows = stratified_sample(examples, min(config.rows, len(examples)), config.split_seed)
+    if config.worker in SLOW:
+        few = stratified_sample([examples[i] for i in rows], min(config.slow_rows, len(rows)), config.split_seed)
+        rows = [rows[i] for i in few]
+    examples = [examples[i] for i in rows]
+    peer, quantised = config.worker != "plainlora", getattr(classifier.model.config, "quantization_config", None)
+    if peer and isinstance(classifier.model, peft.PeftModel) and not quantised:
+        classifier.model = classifier.model.merge_and_unload()
+    classifier.model.config.use_cache = peer
+
+    def timed(some: Sequence[Example], size: int) -> tuple[float, list[int | None]]:
+        with turns.as_others(classifier.model) if peer else contextlib.nullcontext():
+            started = time.perf_counter()
+            answers = SCORERS[config.worker](classifier, some, accelerator, size)
+            return len(some) / (time.perf_counter() - started), answers
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    loaded = torch.cuda.memory_allocated() if device.type == "cuda" else peak_memory(device)
+    timed(examples[: config.warmup_rows], max(1, size))
+    if not size:
+        sequences = len(prompt.labels) if config.worker == "per_label" else 1
+        few, speeds = examples[: -(-max(config.batch_sizes) // sequences)], {}
+        for size in config.batch_sizes:
+            try:
+                speeds[size], _ = timed(few, size)
+            except torch.OutOfMemoryError:
+                speeds[size] = 0.0
+        return {"sizes": speeds}
+    began = time.process_time()
+    speed, answers = timed(examples, size)
+    cpu = (time.process_time() - began) / len(examples)
+    pairs = {row: (answer, example.labels[0]) for row, answer, example in zip(rows, answers, examples, strict=True)}
+    precision = "NF4" if config.load_in_4bit else config.mixed_precision
+    return {"examples_per_second": speed, "cpu_seconds_per_example": cpu, "memory": peak_memory(device) - loaded,
+            "answers": pairs, "precision": precision}  # fmt: skip
+
+
+def load(config: Config, folder: Path | None) -> tuple[Any, Any, list[Example]]:
+    """The accelerator, the classifier as evaluate.py loads it, and the rows."""
+    from accelerate import Accelerator
+
+    from common import modeling, storage
+
+    data = load_classification(config, training=False)
+    examples = data.splits[config.split]
+    if folder is None:
+        path = resolve_model(config.model, config.revision)
+        config.full_finetuning = False
+        modeling.resolve_options(config, modeling.is_encoder(path, config))
+    else:
+        task = json.loads((folder / "task.json").read_text(encoding="utf-8"))
+        evaluate.check_same_task(task, data)
+        config.mixed_precision = config.mixed_precision or task["mixed_precision"]
+        config.load_in_4bit = task["model_options"]["load_in_4bit"]
+    if data.multi_label or config.approach == "head" or not examples:
+        raise InputError(
+            f"This benchmark needs {config.split} rows of one label each, and a model that answers in text."
+        )
+    accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision=config.mixed_precision)
+    if folder is None:
+        return accelerator, evaluate.untrained(config, data, path, accelerator), examples
+    return accelerator, storage.load_classifier(folder, accelerator.device, config.mixed_precision), examples
+
+
+def plainlora(classifier: Any, examples: Sequence[Example], accelerator: Any, size: int) -> list[int | None]:
+    from common.scoring import predict
+
+    return [answer.labels[0] for answer in predict(classifier, examples, accelerator, size, "score")]
+
+
+def pipeline(classifier: Any, examples: Sequence[Example], accelerator: Any, size: int) -> list[int | None]:
+    """What stands first in the text is the answer, the longest label if several begin there."""
+    import transformers
+
+    prompt, tokenizer, answers = classifier.prompt, classifier.tokenizer, []
+    ask = transformers.pipeline("text-generation", model=classifier.model, tokenizer=tokenizer)
+    for example in examples:
+        ids = prompt.prompt(example.text).ids
+        text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        options = {"max_new_tokens": prompt.answer_tokens, "do_sample": False, "return_full_text": False}
+        written = ask(text, pad_token_id=tokenizer.pad_token_id, **options)[0]["generated_text"]
+        found = [(written.find(label), -len(label), k) for k, label in enumerate(prompt.labels) if label in written]
+        answers.append(min(found)[2] if found else None)
+    return answers
+
+
+def generate(classifier: Any, examples: Sequence[Example], accelerator: Any, size: int) -> list[int | None]:
+    from common.scoring import generate_answers
+
+    prompt = classifier.prompt
+    prompts = [prompt.prompt(example.text).ids for example in examples]
+    options = {"batch_size": size, "device": accelerator.device}
+    answers = generate_answers(classifier.model, classifier.tokenizer, prompt, prompts, **options)
+    return [answer.labels[0] if answer.labels else None for answer in answers]
+
+
+def per_label(classifier: Any, examples: Sequence[Example], accelerator: Any, size: int) -> list[int | None]:
+    """Logits where the answer stands alone: without that, a pass would hold the whole vocabulary at every token."""
+    import torch
+
+    from common.collate import pad_left
+
+    prompt, pad_id, device = classifier.prompt, classifier.tokenizer.pad_token_id, accelerator.device
+    prompts = [prompt.prompt(example.text).ids for example in examples]
+    answers = [prompt.answer([k]) for k in range(len(prompt.labels))]
+    pairs = [(i, k) for i in range(len(prompts)) for k in range(len(answers))]
+    pairs.sort(key=lambda pair: -len(prompts[pair[0]]) - len(answers[pair[1]]))
+    scores = torch.zeros(len(prompts), len(answers))
+    for start in range(0, len(pairs), size):
+        some = pairs[start : start + size]
+        longest = max(len(answers[k]) for _, k in some)
+        targets = pad_left([answers[k] for _, k in some], pad_id)
+        ids, counts = (targets[name].to(device) for name in ("input_ids", "attention_mask"))
+        inputs = pad_left([prompts[i] + answers[k] for i, k in some], pad_id)
+        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+        with torch.inference_mode():
+            logits = classifier.model(**inputs, use_cache=False, logits_to_keep=longest + 1).logits[:, :-1]
+            logs = logits.float().log_softmax(-1).gather(2, ids[..., None])[..., 0]
+        rows, columns = zip(*some, strict=True)
+        scores[list(rows), list(columns)] = (logs * counts).sum(1).cpu()
+    return scores.argmax(1).tolist()
+
+
+SCORERS = {"plainlora": plainlora, "pipeline": pipeline, "generate": generate, "per_label": per_label}
+
+
+def write(config: Config, table: list[dict[str, Any]], precision: str) -> None:
+    """Markdown table and bar chart."""
+    name = f"score_{Path(config.test_file or config.run).parent.name}_{precision.lower()}"
+    rows, first = [], table[0]["scorer"]
+    for entry in table:
+        ratio, agreement = entry[f"ratio_of_{first}"], entry["agreement_with_per_label"]
+        rows.append([
+            entry["scorer"], f"{entry['examples_per_second']:.3g}",
+            ", ".join(f"{value:.3g}" for value in entry["all_rounds"]),
+            f"{ratio:.2f}" if ratio else "accuracy lost", f"{entry['cpu_seconds']:.3g}",
+            f"{entry['memory_over_the_model_mb']:.0f}", str(entry["batch_size"]), str(entry["rows"]),
+            f"{entry['accuracy']:.3f}", str(entry["outside_label_set"]),
+            "" if agreement is None else f"{agreement:.3f}",
+        ])  # fmt: skip
+    header = ["scorer", "examples/s", "rounds", f"{first} is faster by", "CPU s an example"]
+    header += ["MB over the model", "batch", "rows", "accuracy", "outside the set", "agrees with per_label"]
+    speeds, label = [entry["examples_per_second"] for entry in table], f"examples/s, {precision}, {config.device}"
+    figure = turns.bars([entry["scorer"] for entry in table], speeds, label)
+    turns.write(config, name, header, rows, table, figure)
+
+
+if __name__ == "__main__":
+    with cli_errors():
+        main()
