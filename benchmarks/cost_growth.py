@@ -165,6 +165,7 @@ def write(config: Config, grid: dict[str, list[int]], table: list[dict[str, Any]
             axes.plot(values, [entry[way] for entry in table if entry["grows"] == name], marker="o", label=way)
         axes.set(xscale="log", yscale="log", xlabel=name.replace("_", " "))
         axes.set_xticks(values, [str(value) for value in values])
+        axes.set_xticks([], minor=True)
     panels[0].set_ylabel(f"examples/s, {config.device}")
     panels[0].legend()
     figure.tight_layout()
