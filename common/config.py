@@ -182,6 +182,20 @@ class ClassificationConfig:
     prompt_template: str | None = option(None, "file with {text}, and {labels} and {label} for --approach generative")
 
 
+@dataclass
+class InstructionConfig:
+    """instructions"""
+
+    system_prompt: str | None = option(None, "system turn of the conversations that have none")
+    chat_template: str | None = option(
+        None, "chatml, alpaca, plain, or a Jinja file; unset: the tokenizer's own chat template"
+    )
+    loss_on: Literal["assistant", "all"] = option("assistant", "train on the answers, or on every token")
+    columns: list[str] | None = option(
+        None, "odd column names, as instruction=question response=answer; unset: the usual names"
+    )
+
+
 def parse_config(cls: type[T], argv: Sequence[str] | None = None) -> T:
     """Builds `cls` from `--config file.yaml`, then from the command line, which wins.
 
@@ -294,12 +308,27 @@ def check_classification(config: Any) -> None:
             "--text_fields names a label column too: the model would read the answer",
         ),
         (
-            config.dataset_name and (config.train_file or config.validation_file or config.test_file),
-            "--dataset_name and --train_file / --validation_file / --test_file exclude each other",
-        ),
-        (
             config.label_columns and (config.label_column or config.label_delimiter or config.labels),
             "--label_columns stands alone, its names are the labels: drop --label_column, --label_delimiter, --labels",
+        ),
+        *_data_rules(config),
+    )
+
+
+def check_instructions(config: Any) -> None:
+    """Refuses instruction and data options that contradict each other or that nothing would honour."""
+    _refuse(
+        (config.text_fields, "--text_fields is for classification: name the columns of instructions with --columns"),
+        (config.system_prompt and not config.system_prompt.strip(), "--system_prompt is blank: leave it out"),
+        *_data_rules(config),
+    )
+
+
+def _data_rules(config: Any) -> tuple[tuple[Any, str], ...]:
+    return (
+        (
+            config.dataset_name and (config.train_file or config.validation_file or config.test_file),
+            "--dataset_name and --train_file / --validation_file / --test_file exclude each other",
         ),
         (
             config.dataset_config and not config.dataset_name,
