@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from common.chat import TEMPLATES, ChatTemplate, chat_rows, choose_template, show_chat_row
 from common.config import InputError
 from common.conversations import ChatData, Conversation
+from common.report import data_report
 
 FOLDER = Path(__file__).parent / "templates"
 FAMILIES = {  # template file -> bos, eos and the token that ends an answer
@@ -451,7 +452,8 @@ def test_the_report_counts_what_gave_way(templates):
     conversations += [Conversation("2", talk(("user", "Hi " * 300), HELLO))]
     conversations += [Conversation("3", talk(USER, ("assistant", "Hello " * 300)))]
     splits = {"train": conversations, "validation": [], "test": conversations[:1]}
-    data = ChatData(splits, {}, {"rows": {"train": {}, "test": {}}})
+    report = {"files": {"train": {"name": "t.jsonl", "sha256": "0" * 64}}, "shapes": {"train": {"messages": 4}}}
+    data = ChatData(splits, {}, {**report, "rows": {"train": {}, "test": {}}, "cut_from_train": {"test": 1}})
     found = chat_rows(data, template, 110)
     entry = data.report["rows"]["train"]
     assert {name: entry[name] for name in ("in_several_rows", "shortened", "cut_answers")} == dict.fromkeys(
@@ -464,6 +466,16 @@ def test_the_report_counts_what_gave_way(templates):
         "source": "the tokenizer's chat template", "sha256": template.hash, "end": "<end_of_turn>",
         "notes": [template.notes["system"]],
     }  # fmt: skip
+    shown = data_report(data.report, show_chat_row(found["test"][0], template.tokenizer))
+    for line in (
+        "- train: shape messages (4 rows)",
+        "- test: 1 rows cut from the training file; row ids in splits.json",
+        f"- the tokenizer's chat template (sha256 {template.hash[:12]}); answers end with <end_of_turn>",
+        "- the chat template takes no system turn: it is put in front of the first user turn",
+        "    [[Hello<end_of_turn>]]",
+    ):
+        assert line in shown.splitlines()
+    assert "early turns left out" in shown and "label" not in shown
 
 
 # --- templates that cannot be used
