@@ -1,5 +1,6 @@
 """Conversations to token ids: what is trained on, the same ids in training and chat, and what gives way when long."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,8 @@ from tokenizers import models as token_models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from common.chat import TEMPLATES, ChatTemplate, chat_rows, choose_template, show_chat_row
-from common.config import InputError
-from common.conversations import ChatData, Conversation
+from common.config import DataConfig, InputError, InstructionConfig
+from common.conversations import ChatData, Conversation, load_conversations
 from common.report import data_report
 
 FOLDER = Path(__file__).parent / "templates"
@@ -30,6 +31,13 @@ CORPUS = ["user", "assistant", "system", "model", "Be brief", "Be helpful", "Hi"
 CORPUS += ["[INST] Hi Bye [/INST] Hello Ciao"]
 LLAMA_SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 KINDS = ("bytes", "replaced spaces", "first space")
+
+
+
+@dataclass
+class Demo(DataConfig, InstructionConfig):
+    pass
+
 
 SYSTEM, USER, HELLO = ("system", "Be brief"), ("user", "Hi"), ("assistant", "Hello")
 BYE, CIAO = ("user", "Bye"), ("assistant", "Ciao")
@@ -476,6 +484,20 @@ def test_the_report_counts_what_gave_way(templates):
     ):
         assert line in shown.splitlines()
     assert "early turns left out" in shown and "label" not in shown
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_demo_renders_with_every_template(templates, family):
+    """Each answer of the demo is trained on whole, its end included."""
+    template = templates["bytes", family]
+    data = load_conversations(Demo())
+    found = chat_rows(data, template, 4000)
+    for split, rows in found.items():
+        entry = data.report["rows"][split]
+        assert not entry["cut_answers"] and not entry["shortened"] and not entry["dropped_turns"]
+        ends = sum(token == template.end_id for row in rows for token, on in zip(row.ids, row.mask, strict=True) if on)
+        assert ends == entry["answers"]
+        assert entry["rendered"] == (entry["answers"] if family == "qwen3" else entry["used"])
 
 
 # --- templates that cannot be used

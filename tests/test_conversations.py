@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import datasets
 import pytest
+import yaml
 from conftest import ROOT, SHARED
 
 from common.config import DataConfig, InputError, InstructionConfig, check_instructions
@@ -282,6 +283,49 @@ def test_reads_data_without_torch_or_transformers():
     code = "import sys, common.conversations; print({'torch', 'transformers'} & set(sys.modules))"
     shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert shown.stdout.strip() == "set()"
+
+
+# --- the data that come with the project
+
+
+def test_demo_is_split_80_20_without_copies():
+    """150 instructions and 30 conversations of several turns, held out by a fifth; nobody's text twice."""
+    data = load_conversations(Config())
+    assert {split: len(rows) for split, rows in data.splits.items()} == {"train": 144, "validation": 18, "test": 18}
+    assert data.report["shapes"] == {
+        "train": {"instruction + response": 120, "messages": 24},
+        **dict.fromkeys(("validation", "test"), {"instruction + response": 15, "messages": 3}),
+    }
+    counts = data.report["rows"].values()
+    assert not any(entry["duplicates"] or entry.get("also_in_train") for entry in counts)
+    rows = [row for split in SPLITS for row in data.splits[split]]
+    assert all(sum(turn["role"] == "assistant" for turn in row.messages) > 1 for row in rows if len(row.messages) > 2)
+    for role in ("user", "assistant"):  # no near copies: hardly a run of four words is shared
+        said = [[turn["content"].split() for turn in row.messages if turn["role"] == role] for row in rows]
+        runs = [{tuple(words[i : i + 4]) for words in texts for i in range(len(words) - 3)} for texts in said]
+        for i, one in enumerate(runs):
+            assert max((len(one & other) for other in runs[:i]), default=0) <= 3
+
+
+def test_demo_answers_have_a_tone_but_no_template():
+    """Short, and each begins in its own way."""
+    data = load_conversations(Config())
+    answers = [
+        turn["content"] for rows in data.splits.values() for row in rows for turn in row.messages
+        if turn["role"] == "assistant"
+    ]  # fmt: skip
+    assert max(len(answer.split()) for answer in answers) <= 80
+    assert len({tuple(answer.split()[:3]) for answer in answers}) > 0.98 * len(answers)
+    assert sum("!" in answer for answer in answers) > 0.6 * len(answers)  # a plain base model has few
+
+
+def test_personas():
+    personas = yaml.safe_load((ROOT / "data" / "personas.yaml").read_text(encoding="utf-8"))
+    assert [persona["name"] for persona in personas] == ["order", "billing", "sales", "support"]
+    for persona in personas:
+        assert set(persona) == {"name", "description", "system_prompt"}
+        assert 20 < len(persona["description"]) < 80 and "\n" not in persona["system_prompt"]
+        assert 40 < len(persona["system_prompt"].split()) < 90
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="real data lie beside the project")
