@@ -142,7 +142,7 @@ class ChatTemplate:
         try:
             return self._rows(conversation, max_length, loss_on)
         except InputError as error:
-            raise InputError(f"The row with id {conversation.id}: {error}") from None
+            raise InputError(f"the row with id {conversation.id}: {error}") from None
 
     def _rows(self, conversation: Conversation, max_length: int, loss_on: str) -> list[ChatRow]:
         messages = conversation.messages
@@ -363,10 +363,17 @@ def choose_template(tokenizer: Any, chat_template: str | None = None) -> ChatTem
 def chat_rows(
     data: ChatData, template: ChatTemplate, max_length: int, loss_on: str = "assistant"
 ) -> dict[str, list[ChatRow]]:
-    """split -> the rows of its conversations, in order; notes in the data report what did not fit."""
+    """split -> the rows of its conversations, in order; notes in the data report what did not fit.
+
+    Raises InputError that names file and row where one cannot be rendered.
+    """
     result = {}
     for split, conversations in data.splits.items():
-        rendered = [template.rows(conversation, max_length, loss_on) for conversation in conversations]
+        try:
+            rendered = [template.rows(conversation, max_length, loss_on) for conversation in conversations]
+        except InputError as error:
+            source = data.sources.get(split) or data.sources["train"]  # cut from there
+            raise InputError(f"{source['name']}, {error}") from None
         rows = result[split] = [row for rows in rendered for row in rows]
         if rows:
             data.report["rows"][split] |= {

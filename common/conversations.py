@@ -109,13 +109,10 @@ def _conversations(
         ids.add(identifier)
         # A mapped column keeps its own name as well, where that name does not stand for something else now.
         row = {k: v for k, v in row.items() if k not in renamed} | {k: row.get(c) for k, c in renamed.items()}
-        shape = _shape(row, where)
+        shape, turns, unanswered = read_row(row, where)
         shapes[shape] += 1
-        turns = _turns(row, shape, where)
-        if unanswered := _unanswered(turns):
+        if unanswered:
             counts["dropped_unanswered"] = counts.get("dropped_unanswered", 0) + unanswered
-            turns = turns[:-unanswered]
-        _check_turns(turns, where)
         if turns[0]["role"] != "system" and config.system_prompt:
             turns.insert(0, {"role": "system", "content": config.system_prompt})
         if tools := _tools(row.get("tools"), where):
@@ -126,6 +123,18 @@ def _conversations(
         conversations.append(Conversation(identifier, tuple(turns)))
     report["shapes"][split] = dict(shapes)
     return conversations
+
+
+def read_row(row: dict, where: str) -> tuple[str, list[Message], int]:
+    """The shape of a row, its turns up to the last answer, and how many turns without one were left out behind it."""
+    shape = _shape(row, where)
+    turns = _turns(row, shape, where)
+    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    if not answers:
+        raise InputError(f"{where}: there is no assistant turn, so there is nothing to learn. Delete the row.")
+    answered = turns[: answers[-1] + 1]
+    _check_turns(answered, where)
+    return shape, answered, len(turns) - len(answered)
 
 
 def _shape(row: dict, where: str) -> str:
@@ -196,16 +205,8 @@ def _listed(cell: Any, where: str) -> list[Message]:
     return turns
 
 
-def _unanswered(turns: list[Message]) -> int:
-    """Turns behind the last answer, from which nothing can be learnt."""
-    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
-    return len(turns) - 1 - answers[-1] if answers else 0
-
-
 def _check_turns(turns: list[Message], where: str) -> None:
     """A system turn first, if any; then user and assistant in turns, and tool turns behind an answer (a call)."""
-    if not any(turn["role"] == "assistant" for turn in turns):
-        raise InputError(f"{where}: there is no assistant turn, so there is nothing to learn. Delete the row.")
     after = {"": ("system", "user"), "system": ("user",), "user": ("assistant",), "assistant": ("user", "tool")}
     before = ""
     for number, turn in enumerate(turns, 1):

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import InputError, cli_errors
+from common.conversations import read_row
 from common.data import Example, stratified_sample
 from common.files import SPLITS
 
@@ -90,10 +91,12 @@ def finetome(source="mlabonne/FineTome-100k", min_score=0.0, max_rows=1000, seed
     """Instructions and answers, most of one turn, with a quality score from 0 to 5; 80/10/10."""
     parts = load(source)
     column = find_column(parts, ["score"])
-    scores = {split: [score or 0 for score in part[column][:]] for split, part in parts.items()}
-    named = {split: [["kept"] * (score >= min_score) for score in cells] for split, cells in scores.items()}
-    _, examples = draw(named, 0, max_rows, seed, f"have a score below {min_score:g}")
-    chosen = [find_column(parts, [name]) for name in ("conversations", "source", "score")]
+    chosen = [find_column(parts, [name]) for name in ("conversations", "source", column)]
+    named = {
+        split: [["kept"] * ((row[column] or 0) >= min_score and is_conversation(row)) for row in part]
+        for split, part in parts.items()
+    }
+    _, examples = draw(named, 0, max_rows, seed, f"have a score below {min_score:g} or are no conversation")
     return instructions(parts, chosen, examples)
 
 
@@ -197,6 +200,15 @@ def classification(parts: dict, texts: list[str], labels: list[str], examples: d
     options = ["--label_columns", *labels] if multi_label else ["--label_column", "label"]
     facts = {"revision": revision_of(parts["train"]), "label_counts": counts}
     return Prepared(tables, ["train_cls.py", "--text_fields", *texts, *options], facts)
+
+
+def is_conversation(row: dict) -> bool:
+    """Whether train_sft.py can read the row; in a large data set a few have empty answers or turns out of order."""
+    try:
+        read_row(row, "")
+    except InputError:
+        return False
+    return True
 
 
 def instructions(parts: dict, columns: list[str], examples: dict) -> Prepared:

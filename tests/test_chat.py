@@ -30,7 +30,7 @@ PLAIN = ["<think>", "</think>"]  # added tokens that are not special, as Qwen3's
 CORPUS = ["user", "assistant", "system", "model", "Be brief", "Be helpful", "Hi", "Hello", "Bye", "Ciao", "\n\n"]
 CORPUS += ["[INST] Hi Bye [/INST] Hello Ciao"]
 LLAMA_SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-KINDS = ("bytes", "replaced spaces", "first space")
+KINDS = ("bytes", "replaced spaces", "first space", "space in front")
 
 
 
@@ -56,11 +56,13 @@ def build(kind: str, family: str) -> PreTrainedTokenizerFast:
         trainer = trainers.BpeTrainer(
             vocab_size=480, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
         )
-    else:  # Gemma's, and Llama 2's with a space in front of a text
+    else:  # Gemma's, and Llama's with a space in front of a text, or of whatever follows a special token
         tokenizer = Tokenizer(token_models.BPE(unk_token="<unk>", byte_fallback=True))
         if kind == "replaced spaces":
             tokenizer.normalizer = normalizers.Replace(" ", "▁")
             tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+        elif kind == "space in front":
+            tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         else:
             tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
         tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
@@ -256,7 +258,8 @@ def test_prompts_are_those_of_transformers(templates, kind, family):
     for turns in ([USER], [USER, HELLO, BYE], [USER, ("assistant", "é 1."), ("user", " Be\n\nbrief "), CIAO, USER]):
         theirs = template.tokenizer.apply_chat_template(list(talk(*turns)), add_generation_prompt=True)["input_ids"]
         assert template.prompt(talk(*turns)).ids == theirs
-        assert template.tokenizer.decode(theirs) == template.text_of(talk(*turns))
+        if kind != "space in front":  # which shows when decoded
+            assert template.tokenizer.decode(theirs) == template.text_of(talk(*turns))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -337,6 +340,17 @@ def test_tool_turns_become_user_turns_where_roles_alternate(templates, family):
     assert asked == template.prompt(talk(USER, ("assistant", "f()"), ("user", "1\n\n2"))).ids
 
 
+def test_a_system_turn_that_moves_to_the_last_question_gives_a_row_an_answer(tokenizers):
+    """As the later Mistral templates do: what stood in front of the first answer is then another text."""
+    text = (FOLDER / "system_last.jinja").read_text(encoding="utf-8")
+    template = custom(tokenizers["bytes", "mistral"], text)
+    shown = [show_chat_row(row, template.tokenizer) for row in rows(template, SYSTEM, USER, HELLO, BYE, CIAO)]
+    assert shown == [
+        "<s>[INST] Be brief: Hi [/INST][[ Hello</s>]]",
+        "<s>[INST] Hi [/INST] Hello</s>[INST] Be brief: Bye [/INST][[ Ciao</s>]]",
+    ]
+
+
 def test_tool_turns_are_left_to_a_template_that_takes_them(templates):
     template = templates["bytes", "qwen"]
     text = template.text_of(talk(USER, HELLO, ("tool", "1"), ("tool", "2")))
@@ -347,7 +361,7 @@ def test_tool_turns_are_left_to_a_template_that_takes_them(templates):
 def test_a_refused_conversation_is_named(templates):
     with pytest.raises(InputError) as caught:
         rows(templates["bytes", "mistral"], USER, HELLO, HELLO)
-    assert "The row with id 7: the tokenizer's chat template refuses the turns user, assistant, assistant" in str(
+    assert "the row with id 7: the tokenizer's chat template refuses the turns user, assistant, assistant" in str(
         caught.value
     )
 
@@ -395,6 +409,9 @@ def test_chat_drops_as_few_turns_as_it_must(templates):
     assert template.tokenizer.decode(long.ids).endswith("<|im_end|>\n<|im_start|>assistant\n")
     with pytest.raises(InputError, match="--max_length 10 is too short"):
         template.prompt(asked, 10)
+    data = ChatData({"train": [], "test": [Conversation("7", asked)]}, {"train": {"name": "t.csv"}}, {"rows": {}})
+    with pytest.raises(InputError, match="^t.csv, the row with id 7: --max_length 10 is too short: system turn and"):
+        chat_rows(data, template, 10)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -438,7 +455,7 @@ def test_a_system_turn_is_never_cut(templates):
     turns = [("system", "Be brief " * 30), USER, HELLO]
     with pytest.raises(InputError) as caught:
         rows(templates["bytes", "chatml"], *turns, max_length=40)
-    assert "The row with id 7: --max_length 40 is too short: system turn and template alone take" in str(caught.value)
+    assert "the row with id 7: --max_length 40 is too short: system turn and template alone take" in str(caught.value)
     wanted = int(str(caught.value).split("at least ")[1].rstrip("."))
     assert not rows(templates["bytes", "chatml"], *turns, max_length=wanted)[0].cut
 

@@ -232,6 +232,8 @@ def chat_source(folder: Path, count: int = 100) -> Path:
     for i in range(count):
         turns = [{"from": "human", "value": f"Frage {i}\u2028é"}, {"from": "gpt", "value": f"Answer {i}\n<b>"}]
         rows.append({"conversations": turns * (1 + i % 2), "source": "s", "score": None if i == 7 else i / 20})
+    rows[50]["conversations"] = rows[50]["conversations"][1:]  # begins with an answer
+    rows[60]["conversations"][1]["value"] = " "
     return write_jsonl(folder, rows)
 
 
@@ -252,16 +254,16 @@ def test_finetome_keeps_good_rows_and_holds_out_a_fifth(tmp_path, capsys):
     source, out = chat_source(tmp_path / "chat"), tmp_path / "out"
     prepare.main(["finetome", "--source", str(source), "--output_dir", str(out), "--min_score", "1"])
     printed = capsys.readouterr().out
-    assert "train: read 100 rows, dropped 20 that have a score below 1" in printed
-    assert f"wrote {out / 'train'}.jsonl: 64 rows" in printed
+    assert "train: read 100 rows, dropped 22 that have a score below 1 or are no conversation" in printed
+    assert f"wrote {out / 'train'}.jsonl: 62 rows" in printed
     instruction_command(printed, out)
     data = load_chat(out)
-    assert {split: len(rows) for split, rows in data.splits.items()} == {"train": 64, "validation": 8, "test": 8}
+    assert {split: len(rows) for split, rows in data.splits.items()} == {"train": 62, "validation": 8, "test": 8}
     asked = [row.messages[0]["content"] for rows in data.splits.values() for row in rows]
-    assert sorted(asked) == sorted(f"Frage {i}\u2028é" for i in range(20, 100))
+    assert sorted(asked) == sorted(f"Frage {i}\u2028é" for i in range(20, 100) if i not in (50, 60))
     assert data.report["shapes"]["test"] == {"ShareGPT": 8}
     facts = json.loads((out / "SOURCE.json").read_text())
-    assert facts["options"]["min_score"] == 1.0 and facts["rows"] == {"train": 64, "validation": 8, "test": 8}
+    assert facts["options"]["min_score"] == 1.0 and facts["rows"] == {"train": 62, "validation": 8, "test": 8}
 
 
 def test_finetome_takes_n_rows(tmp_path):
