@@ -98,7 +98,7 @@ class ChatTemplate:
         eos = tokenizer.eos_token_id
         self.stop_ids = [self.end_id] if eos in (None, self.end_id) else [self.end_id, eos]
         strips = {name for name, token in added.items() if token.rstrip}
-        # Some tokenizers put a space in front of what they encode, but not behind a special token.
+        # A token that joins with nothing behind it, for what would join with the text in front of it.
         self._anchor = next((name for name in (tokenizer.eos_token, self.end) if name and name not in strips), "")
         question, call, answer = ({"role": role, "content": f"x{role}x"} for role in ("user", "tool", "assistant"))
         self._system = self._takes([{"role": "system", "content": "xsystemx"}, question])
@@ -155,7 +155,7 @@ class ChatTemplate:
                 skipped = sum(end < starts[s] for end in ends)
                 prompt, answered = pairs[first - skipped]
                 pieces = self._pieces(prompt, pairs[: first - skipped])
-                answer = self._encode(answered[len(prompt) :], self._anchor)
+                answer = self._encode(answered[len(prompt) :], self._tail(prompt))
                 fits = sum(map(len, pieces)) + len(answer) <= max_length
                 if fits or s + 1 == len(starts) or starts[s + 1] > ends[first]:
                     break
@@ -179,7 +179,7 @@ class ChatTemplate:
                 if not prompt.startswith(answered):
                     break
                 between = self._encode(prompt[len(answered) :], self.end)
-                answer = self._encode(following[len(prompt) :], self._anchor)
+                answer = self._encode(following[len(prompt) :], self._tail(prompt))
                 if len(ids) + len(between) + len(answer) > max_length:
                     break
                 ids += between + answer
@@ -197,7 +197,7 @@ class ChatTemplate:
 
         def render(turns: Sequence[Message]) -> tuple[list[list[int]], list[int]]:
             *earlier, (prompt, answered) = self._pairs(turns)
-            return self._pieces(prompt, earlier), self._encode(answered[len(prompt) :], self._anchor)
+            return self._pieces(prompt, earlier), self._encode(answered[len(prompt) :], self._tail(prompt))
 
         pieces, answer = render(_capped(kept, 1))
         least, whole = sum(map(len, pieces)), sum(map(len, render(kept)[0]))
@@ -237,32 +237,52 @@ class ChatTemplate:
 
     def _pieces(self, text: str, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
         """The ids of `text`, cut around the earlier answers that stand in it as they did when they were the last."""
-        pieces, position, behind = [], 0, ""
+        pieces, position, before = [], 0, ""
         for prompt, answered in pairs:
             if text.startswith(answered):
-                pieces.append(self._encode(text[position : len(prompt)], behind))
-                pieces.append(self._encode(answered[len(prompt) :], self._anchor))
-                position, behind = len(answered), self.end
-        return [*pieces, self._encode(text[position:], behind)]
+                pieces.append(self._encode(text[position : len(prompt)], before))
+                pieces.append(self._encode(answered[len(prompt) :], self._tail(prompt)))
+                position, before = len(answered), self.end
+        return [*pieces, self._encode(text[position:], before)]
 
-    def _encode(self, text: str, behind: str) -> list[int]:
-        """The ids of a piece as they are behind the token `behind`; special tokens are only those of the template."""
+    def _encode(self, text: str, before: str) -> list[int]:
+        """The ids of a piece that stands behind `before`; special tokens are only those of the template."""
         ids: list[int] = []
         for i, part in enumerate(re.split(f"{OPEN}(.*?){CLOSE}", text, flags=re.S)):
             if i % 2:  # a name in a turn
                 ids += self._spelled(part)
-                behind = self._anchor
+                before = self._anchor
             elif part:
-                encoded = self.tokenizer(behind + part, add_special_tokens=False)["input_ids"]
-                ids += encoded[1:] if behind else encoded
+                ids += self._continue(before, part)
         return ids
+
+    def _continue(self, before: str, text: str) -> list[int]:
+        """The ids of `text` as they are behind `before`; where tokens would straddle the two, behind a special token.
+
+        Alone it would get a space in front, by some tokenizers.
+        """
+        for context in (before, self._anchor, ""):
+            lead = self._ids(context) if context else []
+            both = self._ids(context + text)
+            if both[: len(lead)] == lead:
+                break
+        return both[len(lead) :]
+
+    def _tail(self, prompt: str) -> str:
+        """The end of a prompt, from its last special token on if that is near."""
+        tail = re.sub(f"[{OPEN}{CLOSE}]", "", prompt[-32:])
+        special = [found.start() for found in self._names.finditer(tail)]
+        return tail[special[-1] :] if special else tail
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _spelled(self, name: str) -> list[int]:
         ids = self.tokenizer(name, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         if self.tokenizer.convert_tokens_to_ids(name) not in ids:
             return ids
         halves = (name[:1], name[1:])  # an added token that is not marked as special is never split
-        return [token for half in halves for token in self.tokenizer(half, add_special_tokens=False)["input_ids"]]
+        return [token for half in halves for token in self._ids(half)]
 
     def _prepare(self, messages: Sequence[Message]) -> list[Message]:
         """The turns as the template takes them, with the names of special tokens in them marked."""

@@ -58,13 +58,12 @@ def build(kind: str, family: str) -> PreTrainedTokenizerFast:
         )
     else:  # Gemma's, and Llama's with a space in front of a text, or of whatever follows a special token
         tokenizer = Tokenizer(token_models.BPE(unk_token="<unk>", byte_fallback=True))
-        if kind == "replaced spaces":
-            tokenizer.normalizer = normalizers.Replace(" ", "▁")
-            tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
-        elif kind == "space in front":
-            tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        else:
+        if kind == "first space":
             tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+        else:
+            front = [normalizers.Prepend("▁")] * (kind == "space in front")
+            tokenizer.normalizer = normalizers.Sequence([*front, normalizers.Replace(" ", "▁")])
+            tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
         tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
         trainer = trainers.BpeTrainer(vocab_size=480, special_tokens=SPECIAL + [f"<0x{i:02X}>" for i in range(256)])
     tokenizer.train_from_iterator(CORPUS * 9, trainer)
@@ -242,6 +241,19 @@ def test_training_and_chat_see_the_same_ids(templates, kind, family):
         for row in found:
             assert row.ids[-1] == template.end_id and row.mask[-1] == 1
             assert bos is None or row.ids.count(bos) == 1 and row.ids[0] == bos
+
+
+def test_a_token_that_would_straddle_prompt_and_answer_is_split(tokenizers, templates):
+    """CORRECTNESS 2: as one text, GPT-2's "\\n\\nHello" has two tokens for the line breaks, the prompt alone has one."""
+    text = "{% for m in messages %}{{ m.role ~ '\\n\\n' ~ m.content ~ eos_token }}{% endfor %}"
+    text += "{{ 'assistant\\n\\n' if add_generation_prompt }}"
+    template = custom(tokenizers["bytes", "mistral"], text)
+    (row,) = rows(template, USER, HELLO, BYE, CIAO)
+    assert golden(row, template) == (
+        "user Ċ Ċ Hi </s> assistant ĊĊ [Hello] [</s>] user Ċ Ċ Bye </s> assistant ĊĊ [Ciao] [</s>]"
+    )
+    (row,) = rows(templates["bytes", "qwen"], USER, ("assistant", "\nHello"))
+    assert golden(row, template).endswith("<|im_start|> assistant Ċ [Ċ] [Hello] [<|im_end|>]")
 
 
 def spans_of(row) -> list[tuple[int, int]]:
