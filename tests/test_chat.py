@@ -244,7 +244,7 @@ def test_training_and_chat_see_the_same_ids(templates, kind, family):
 
 
 def test_a_token_that_would_straddle_prompt_and_answer_is_split(tokenizers, templates):
-    """CORRECTNESS 2: as one text, GPT-2's "\\n\\nHello" has two tokens for the line breaks, the prompt alone has one."""
+    """CORRECTNESS 2: "\\n\\nHello" at once has two tokens for its line breaks, the prompt alone has one."""
     text = "{% for m in messages %}{{ m.role ~ '\\n\\n' ~ m.content ~ eos_token }}{% endfor %}"
     text += "{{ 'assistant\\n\\n' if add_generation_prompt }}"
     template = custom(tokenizers["bytes", "mistral"], text)
