@@ -209,6 +209,22 @@ class CausalConfig(TextConfig):
     sample_prompt: str = option("In a shocking discovery,", "continued after training, to be looked at")
 
 
+@dataclass
+class InstructionConfig(RowConfig):
+    """instructions"""
+
+    demo: ClassVar[str] = "instructions_demo"
+
+    system_prompt: str | None = option(None, "system turn of the conversations that have none")
+    chat_template: str | None = option(
+        None, "chatml, alpaca, plain, or a Jinja file; unset: the tokenizer's own chat template"
+    )
+    loss_on: Literal["assistant", "all"] = option("assistant", "train on the answers, or on every token")
+    columns: list[str] | None = option(
+        None, "odd column names, as instruction=question response=answer; unset: the usual names"
+    )
+
+
 def parse_config(cls: type[T], argv: Sequence[str] | None = None) -> T:
     """Builds `cls` from `--config file.yaml`, then from the command line, which wins.
 
@@ -321,12 +337,38 @@ def check_classification(config: Any) -> None:
             "--text_fields names a label column too: the model would read the answer",
         ),
         (
-            config.dataset_name and (config.train_file or config.validation_file or config.test_file),
-            "--dataset_name and --train_file / --validation_file / --test_file exclude each other",
-        ),
-        (
             config.label_columns and (config.label_column or config.label_delimiter or config.labels),
             "--label_columns stands alone, its names are the labels: drop --label_column, --label_delimiter, --labels",
+        ),
+        *_data_rules(config),
+    )
+
+
+def check_instructions(config: Any) -> None:
+    """Refuses instruction and data options that contradict each other or that nothing would honour."""
+    _refuse(
+        (config.system_prompt and not config.system_prompt.strip(), "--system_prompt is blank: leave it out"),
+        *_data_rules(config),
+    )
+
+
+def check_causal(config: Any) -> None:
+    """Refuses options of causal language modelling that contradict each other or that nothing would honour."""
+    _refuse(
+        ((config.stride or 0) > config.block_size, "--stride above --block_size would leave text out"),
+        (
+            config.stride and config.document_masking,
+            "--stride gives tokens more of their document to see, --document_masking less of others: choose one",
+        ),
+        *_data_rules(config),
+    )
+
+
+def _data_rules(config: Any) -> tuple[tuple[Any, str], ...]:
+    return (
+        (
+            config.dataset_name and (config.train_file or config.validation_file or config.test_file),
+            "--dataset_name and --train_file / --validation_file / --test_file exclude each other",
         ),
         (
             config.dataset_config and not config.dataset_name,
@@ -335,29 +377,6 @@ def check_classification(config: Any) -> None:
         (
             config.validation_fraction + config.test_fraction >= 1,
             "--validation_fraction and --test_fraction leave no training rows: their sum must be below 1",
-        ),
-    )
-
-
-def check_causal(config: Any) -> None:
-    """Refuses options of causal language modelling that contradict each other or that nothing would honour."""
-    _refuse(
-        (
-            config.dataset_name and (config.train_file or config.validation_file or config.test_file),
-            "--dataset_name and --train_file / --validation_file / --test_file exclude each other",
-        ),
-        (
-            config.dataset_config and not config.dataset_name,
-            "--dataset_config needs the --dataset_name that it belongs to",
-        ),
-        (
-            config.validation_fraction + config.test_fraction >= 1,
-            "--validation_fraction and --test_fraction leave no training text: their sum must be below 1",
-        ),
-        ((config.stride or 0) > config.block_size, "--stride above --block_size would leave text out"),
-        (
-            config.stride and config.document_masking,
-            "--stride gives tokens more of their document to see, --document_masking less of others: choose one",
         ),
     )
 

@@ -196,11 +196,11 @@ def _class_names(value: Any, names: list[str]) -> Any:
     return names[value] if value is not None and value >= 0 else None
 
 
-def read_files(config: DataConfig) -> tuple[dict, dict]:
-    """split -> rows and split -> {name, sha256}, of the files that the options name; of the demo without any."""
+def read_files(config: DataConfig, demo: Path = DEMO) -> tuple[dict, dict]:
+    """split -> rows and split -> {name, sha256}, of the files that the options name; of those in `demo` without any."""
     paths = {"train": config.train_file, "validation": config.validation_file, "test": config.test_file}
     if not any(paths.values()):
-        paths = {split: str(DEMO / f"{split}.csv") for split in SPLITS}
+        paths = {split: str(next(demo.glob(f"{split}.*"))) for split in SPLITS}
     paths = {split: path for split, path in paths.items() if path}
     tables = {split: read_rows(path) for split, path in paths.items()}
     return tables, {split: {"name": path, "sha256": file_hash(path)} for split, path in paths.items()}

@@ -1,7 +1,8 @@
-"""Builds public data sets as local CSV files for train_cls.py, with a SOURCE.json that says what they are made of.
+"""Builds public data sets as local files for the training scripts, with a SOURCE.json that says what they are made of.
 
     python -m common.prepare arxiver                       # the 5 most frequent arXiv categories, 80/10/10
     python -m common.prepare amazoncat13k --max_rows 20000
+    python -m common.prepare finetome --max_rows 1000 --min_score 4.5
     python -m common.prepare ag_news --source some/folder  # a copy of the data set instead of the hub's
 
 A builder's parameters are the options it takes. To add a data set, write a builder and enter it in BUILDERS.
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import InputError, cli_errors
+from common.conversations import read_row
 from common.data import Example, stratified_sample
 from common.files import SPLITS
 
@@ -31,6 +33,7 @@ OPTIONS = {  # what the builders' parameters are
     "max_rows": (int, "keep at most this many of those rows, over all splits, drawn stratified; None: all"),
     "seed": (int, "of the sample and of the split"),
     "category_column": (str, "column of the categories; None: seen from the names"),
+    "min_score": (float, "keep the rows whose quality score is at least this"),
 }
 
 
@@ -41,6 +44,7 @@ class Prepared:
     tables: dict[str, Any]
     launch: list[str]
     facts: dict[str, Any]
+    suffix: str = ".csv"  # or .jsonl, for cells that are lists
 
 
 def arxiver(source="real-jiakai/arxiver-with-category", top=5, max_rows=None, seed=42, category_column=None):
@@ -83,7 +87,28 @@ def amazoncat13k(source="pietrolesci/amazoncat-13k", top=10, max_rows=None, seed
     return classification(parts, texts, columns, examples, multi_label=True)
 
 
-BUILDERS = {"arxiver": arxiver, "amazoncat13k": amazoncat13k, "ag_news": ag_news}
+def finetome(source="mlabonne/FineTome-100k", min_score=0.0, max_rows=1000, seed=42):
+    """Instructions and answers, most of one turn, with a quality score from 0 to 5; 80/10/10."""
+    parts = load(source)
+    column = find_column(parts, ["score"])
+    chosen = [find_column(parts, [name]) for name in ("conversations", "source", column)]
+    named = {
+        split: [["kept"] * ((row[column] or 0) >= min_score and is_conversation(row)) for row in part]
+        for split, part in parts.items()
+    }
+    _, examples = draw(named, 0, max_rows, seed, f"have a score below {min_score:g} or are no conversation")
+    return instructions(parts, chosen, examples)
+
+
+def bitext(source="bitext/Bitext-customer-support-llm-chatbot-training-dataset", max_rows=5000, seed=42):
+    """Customer support: one question and answer each, of 27 intents; 80/10/10, stratified by intent."""
+    parts = load(source)
+    _, examples = draw(label_names(parts, find_column(parts, ["intent"])), 0, max_rows, seed, "have no intent")
+    chosen = [find_column(parts, [name]) for name in ("instruction", "response", "category", "intent")]
+    return instructions(parts, chosen, examples)
+
+
+BUILDERS = {f.__name__: f for f in (arxiver, amazoncat13k, ag_news, finetome, bitext)}
 
 
 def load(source: str, config: str | None = None) -> dict[str, Any]:
@@ -121,7 +146,9 @@ def label_names(parts: dict, column: str) -> dict[str, list[list[str]]]:
     return named
 
 
-def draw(named: dict, top: int, max_rows: int | None, seed: int) -> tuple[list[str], dict[str, list[Example]]]:
+def draw(
+    named: dict, top: int, max_rows: int | None, seed: int, why_dropped: str = "have none of the {} labels"
+) -> tuple[list[str], dict[str, list[Example]]]:
     """The `top` labels of the training rows (0: all), most frequent first, and split -> rows; `id` is the row number.
 
     Rows without any of these labels are dropped, then `max_rows` of all splits are sampled. A split that the source
@@ -135,7 +162,7 @@ def draw(named: dict, top: int, max_rows: int | None, seed: int) -> tuple[list[s
         kept = (tuple(sorted({index[label] for label in row if label in index})) for row in rows)
         splits[split] = [Example(str(number), "", has) for number, has in enumerate(kept) if has]
         dropped = len(rows) - len(splits[split])
-        print(f"{split}: read {len(rows)} rows, dropped {dropped} that have none of the {len(labels)} labels")
+        print(f"{split}: read {len(rows)} rows, dropped {dropped} that {why_dropped.format(len(labels))}")
     total = sum(map(len, splits.values()))
     if max_rows is not None and max_rows < total:
         for split, rows in splits.items():
@@ -175,6 +202,24 @@ def classification(parts: dict, texts: list[str], labels: list[str], examples: d
     return Prepared(tables, ["train_cls.py", "--text_fields", *texts, *options], facts)
 
 
+def is_conversation(row: dict) -> bool:
+    """Whether train_sft.py can read the row; in a large data set a few have empty answers or turns out of order."""
+    try:
+        read_row(row, "")
+    except InputError:
+        return False
+    return True
+
+
+def instructions(parts: dict, columns: list[str], examples: dict) -> Prepared:
+    """The columns as they are; JSON holds what CSV cannot, such as lists of turns."""
+    tables = {
+        split: parts.get(split, parts["train"]).select_columns(columns).select([int(row.id) for row in rows])
+        for split, rows in examples.items()
+    }
+    return Prepared(tables, ["train_sft.py"], {"revision": revision_of(parts["train"])}, ".jsonl")
+
+
 def revision_of(part: Any) -> str | None:
     """The commit of a hub data set, after which the cache names its folder; None of a local one."""
     names = [Path(file["filename"]).parent.name for file in part.cache_files]
@@ -188,6 +233,9 @@ def write(prepared: Prepared, folder: Path, source: dict[str, Any]) -> None:
         partial = Path(temporary) / folder.name
         partial.mkdir()
         for split, table in prepared.tables.items():
+            if prepared.suffix == ".jsonl":
+                table.to_json(partial / f"{split}.jsonl", force_ascii=False)
+                continue
             # Minimal quoting leaves a lone carriage return bare, which ends the row when it is read.
             table.to_csv(partial / f"{split}.csv", lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
         source = source | {"rows": {split: len(table) for split, table in prepared.tables.items()}} | prepared.facts
@@ -210,14 +258,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     name, folder = options.pop("name"), options.pop("output_dir")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"--output_dir {folder} exists and is not empty. Give another one, or delete it first.")
-    if negative := [option for option, value in options.items() if isinstance(value, int) and value < 0]:
+    if negative := [option for option, value in options.items() if isinstance(value, int | float) and value < 0]:
         raise InputError(f"--{negative[0]} {options[negative[0]]}: must be at least 0.")
     print(f"reading {options['source']}")
     prepared = BUILDERS[name](**options)
     write(prepared, folder, {"name": name, "source": options["source"], "options": options})
-    files = [word for split in SPLITS for word in (f"--{split}_file", str(folder / f"{split}.csv"))]
+    files = [word for split in SPLITS for word in (f"--{split}_file", str(folder / f"{split}{prepared.suffix}"))]
     for split, table in prepared.tables.items():
-        print(f"wrote {folder / split}.csv: {len(table)} rows")
+        print(f"wrote {folder / split}{prepared.suffix}: {len(table)} rows")
     print(f"wrote {folder / 'SOURCE.json'}\n\nTrain on it:")
     print(shlex.join(["accelerate", "launch", prepared.launch[0], *files, *prepared.launch[1:]]))
 

@@ -78,18 +78,29 @@ def data_report(report: dict[str, Any], example: str) -> str:
     lines = ["# Data report", ""]
     for split, source in report["files"].items():
         lines.append(f"- {split}: {source['name']} (sha256 {source['sha256'][:12]})")
+    drawn = ", stratified" if "labels" in report else ""
     for split, count in report.get("cut_from_train", {}).items():
-        lines.append(f"- {split}: {count} rows cut from the training file, stratified; row ids in splits.json")
+        lines.append(f"- {split}: {count} rows cut from the training file{drawn}; row ids in splits.json")
+    for split, shapes in report.get("shapes", {}).items():
+        lines.append(f"- {split}: shape {', '.join(f'{name} ({count} rows)' for name, count in shapes.items())}")
+    if template := report.get("chat_template"):
+        lines.append(f"- {template['source']} (sha256 {template['sha256'][:12]}); answers end with {template['end']}")
+        lines += [f"- {note}" for note in template["notes"]]
     columns = {
-        "read": "read", "dropped_empty_text": "dropped: no text", "few_shot": "in the prompt", "used": "used",
-        "shortened": "shortened", "duplicates": "duplicate texts", "also_in_train": "also in train",
+        "read": "read", "dropped_empty_text": "dropped: no text", "few_shot": "in the prompt",
+        "dropped_unanswered": "turns dropped: no answer", "with_tools": "with tools, in the system turn",
+        "used": "used", "answers": "answers", "in_several_rows": "too long for one row",
+        "dropped_turns": "early turns left out", "shortened": "shortened", "cut_answers": "answers cut",
+        "duplicates": "duplicate texts", "also_in_train": "also in train",
     }  # fmt: skip
     columns = {key: name for key, name in columns.items() if any(key in entry for entry in report["rows"].values())}
     rows = [[split, *(str(entry.get(key, "-")) for key in columns)] for split, entry in report["rows"].items()]
     lines += ["", table(["rows", *columns.values()], rows), ""]
-    splits = list(report["rows"])
-    counts = [[label, *(str(report["rows"][s]["label_counts"][label]) for s in splits)] for label in report["labels"]]
-    lines += [table(["label", *splits], counts), "", "One training row; what is trained on stands in [[ ]]:", ""]
+    if "labels" in report:
+        splits, entries = list(report["rows"]), report["rows"].values()
+        counts = [[label, *(str(entry["label_counts"][label]) for entry in entries)] for label in report["labels"]]
+        lines += [table(["label", *splits], counts), ""]
+    lines += ["One training row; what is trained on stands in [[ ]]:", ""]
     return "\n".join([*lines, *(f"    {line}" for line in example.splitlines()), ""])
 
 

@@ -1,13 +1,17 @@
 """Trained runs on disk: weights, tokenizer, task.json and model card, saved and loaded again."""
 
+import copy
 import json
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import peft
+import transformers
 from torch import nn
 
+from common.chat import ChatTemplate, choose_template
 from common.config import InputError, ModelConfig
 from common.demo_model import resolve_model
 from common.modeling import (
@@ -155,6 +159,51 @@ def load_language_model(folder: Path, device: Any = None, mixed_precision: str |
     """A trained causal language model and its tokenizer; mixed_precision: unset, as trained."""
     options = trained_options(load_task(folder), mixed_precision)
     return load_model(folder, options, device).eval(), load_tokenizer(str(folder), options)
+
+
+def save_chat_model(folder: Path, model: nn.Module, tokenizer: Any, template: ChatTemplate, config: Any) -> None:
+    """A model trained on conversations: its template is the tokenizer's, and generation ends where an answer does."""
+    tokenizer.chat_template = template.text
+    task = {
+        "task": "chat",
+        "chat_template": template.text,
+        "chat_template_hash": template.hash,
+        "system_prompt": config.system_prompt,
+        "max_length": config.max_length,
+        "loss_on": config.loss_on,
+    }
+    asked = "\n".join(f"    {line}" for line in template.text_of([{"role": "user", "content": "..."}]).splitlines())
+    use = f"Answers as in a conversation:\n\n{asked}\n\nTalk to it:\n\n    python inference.py --run THIS_FOLDER"
+    save_trained(folder, model, tokenizer, task, use, config)
+    generation = copy.deepcopy(model.generation_config)
+    generation.eos_token_id = template.stop_ids
+    generation.save_pretrained(folder)
+
+
+def load_chat_model(
+    folder: Path, device: Any = None, mixed_precision: str | None = None, chat_template: str | None = None
+) -> tuple[nn.Module, Any, ChatTemplate]:
+    """A model trained on conversations, its tokenizer, and the template it was trained with.
+
+    chat_template: another one, as `--chat_template` names it; that is said on stderr, as answers may suffer.
+    """
+    task = load_task(folder)
+    options = trained_options(task, mixed_precision)
+    tokenizer = load_tokenizer(str(folder), options)
+    template = ChatTemplate(tokenizer, task["chat_template"], f"the chat template of {folder}")
+    if chat_template or tokenizer.chat_template != task["chat_template"]:
+        other = choose_template(tokenizer, chat_template)
+        if other.hash != task["chat_template_hash"]:
+            print(
+                f"warning: {other.source} is not the chat template that {folder} was trained with, so answers may be "
+                "worse.",
+                file=sys.stderr,
+            )
+            template = other
+    model = load_model(folder, options, device).eval()
+    model.generation_config = transformers.GenerationConfig.from_pretrained(str(folder))
+    model.generation_config.eos_token_id = template.stop_ids
+    return model, tokenizer, template
 
 
 def save_classifier(folder: Path, classifier: Classifier, config: Any) -> None:

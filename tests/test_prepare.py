@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,8 @@ import datasets
 import pytest
 
 from common import prepare
-from common.config import ClassificationConfig, DataConfig, InputError, from_texts
+from common.config import ClassificationConfig, DataConfig, InputError, InstructionConfig, from_texts
+from common.conversations import load_conversations
 from common.data import load_classification
 from common.files import SPLITS
 
@@ -223,6 +225,74 @@ def test_ag_news_names_its_classes_and_keeps_its_test_split(tmp_path, capsys):
     command = last_line(capsys)
     assert command.endswith("--text_fields text --label_column label")
     assert load_with(command).labels == ["Sci/Tech, more", "World"]
+
+
+def chat_source(folder: Path, count: int = 100) -> Path:
+    rows = []
+    for i in range(count):
+        turns = [{"from": "human", "value": f"Frage {i}\u2028é"}, {"from": "gpt", "value": f"Answer {i}\n<b>"}]
+        rows.append({"conversations": turns * (1 + i % 2), "source": "s", "score": None if i == 7 else i / 20})
+    rows[50]["conversations"] = rows[50]["conversations"][1:]  # begins with an answer
+    rows[60]["conversations"][1]["value"] = " "
+    return write_jsonl(folder, rows)
+
+
+def instruction_command(printed: str, folder: Path) -> None:
+    files = [word for split in SPLITS for word in (f"--{split}_file", str(folder / f"{split}.jsonl"))]
+    assert shlex.split(printed.strip().split("\n")[-1]) == ["accelerate", "launch", "train_sft.py", *files]
+
+
+def load_chat(folder: Path):
+    @dataclass
+    class Config(DataConfig, InstructionConfig):
+        pass
+
+    return load_conversations(Config(**{f"{split}_file": str(folder / f"{split}.jsonl") for split in SPLITS}))
+
+
+def test_finetome_keeps_good_rows_and_holds_out_a_fifth(tmp_path, capsys):
+    source, out = chat_source(tmp_path / "chat"), tmp_path / "out"
+    prepare.main(["finetome", "--source", str(source), "--output_dir", str(out), "--min_score", "1"])
+    printed = capsys.readouterr().out
+    assert "train: read 100 rows, dropped 22 that have a score below 1 or are no conversation" in printed
+    assert f"wrote {out / 'train'}.jsonl: 62 rows" in printed
+    instruction_command(printed, out)
+    data = load_chat(out)
+    assert {split: len(rows) for split, rows in data.splits.items()} == {"train": 62, "validation": 8, "test": 8}
+    asked = [row.messages[0]["content"] for rows in data.splits.values() for row in rows]
+    assert sorted(asked) == sorted(f"Frage {i}\u2028é" for i in range(20, 100) if i not in (50, 60))
+    assert data.report["shapes"]["test"] == {"ShareGPT": 8}
+    facts = json.loads((out / "SOURCE.json").read_text())
+    assert facts["options"]["min_score"] == 1.0 and facts["rows"] == {"train": 62, "validation": 8, "test": 8}
+
+
+def test_finetome_takes_n_rows(tmp_path):
+    source = chat_source(tmp_path / "chat")
+    for folder, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        options = ["--output_dir", str(tmp_path / folder), "--max_rows", "50", "--seed", seed]
+        prepare.main(["finetome", "--source", str(source), *options])
+    sizes = [len(rows) for rows in load_chat(tmp_path / "a").splits.values()]
+    assert sizes == [40, 5, 5]
+    train = [(tmp_path / folder / "train.jsonl").read_bytes() for folder in "abc"]
+    assert train[0] == train[1] != train[2]
+    with pytest.raises(InputError, match="--min_score -0.5: must be at least 0"):
+        prepare.main(["finetome", "--source", str(source), "--output_dir", str(tmp_path / "d"), "--min_score", "-0.5"])
+    with pytest.raises(InputError, match="no column score; the data set has text, label"):
+        prepare.main(["finetome", "--source", str(news_source(tmp_path / "news")), "--output_dir", str(tmp_path / "d")])
+
+
+def test_bitext_is_stratified_by_intent(tmp_path, capsys):
+    common = {"flags": "B", "category": "ORDER", "response": "{{Website}}"}
+    rows = [{"instruction": f"q{i}", "intent": "ab"[i % 4 == 0], **common} for i in range(120)]
+    source, out = write_jsonl(tmp_path / "bitext", rows), tmp_path / "out"
+    prepare.main(["bitext", "--source", str(source), "--output_dir", str(out), "--max_rows", "80"])
+    instruction_command(capsys.readouterr().out, out)
+    data = load_chat(out)
+    assert [len(rows) for rows in data.splits.values()] == [64, 8, 8]
+    assert data.report["shapes"]["train"] == {"Bitext": 64}
+    written = [json.loads(line) for line in (out / "test.jsonl").read_text().splitlines()]
+    assert Counter(row["intent"] for row in written) == {"a": 6, "b": 2}
+    assert list(written[0]) == ["instruction", "response", "category", "intent"]
 
 
 def test_max_rows_is_a_stratified_sample_over_all_splits(tmp_path):

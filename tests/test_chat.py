@@ -1,0 +1,582 @@
+"""Conversations to token ids: what is trained on, the same ids in training and chat, and what gives way when long."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from conftest import build_tokenizer
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import models as token_models
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from common.chat import TEMPLATES, ChatTemplate, chat_rows, choose_template, show_chat_row
+from common.config import DataConfig, InputError, InstructionConfig
+from common.conversations import ChatData, Conversation, load_conversations
+from common.report import data_report
+
+FOLDER = Path(__file__).parent / "templates"
+FAMILIES = {  # template file -> bos, eos and the token that ends an answer
+    "chatml": (None, "<|endoftext|>", "<|im_end|>"),
+    "qwen": (None, "<|im_end|>", "<|im_end|>"),
+    "qwen3": (None, "<|im_end|>", "<|im_end|>"),
+    "llama3": ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"),
+    "mistral": ("<s>", "</s>", "</s>"),
+    "gemma": ("<bos>", "<eos>", "<end_of_turn>"),
+}
+SPECIAL = ["<unk>", "<s>", "</s>", "<bos>", "<eos>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+SPECIAL += ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+SPECIAL += ["<start_of_turn>", "<end_of_turn>", "<|assistant|>"]
+PLAIN = ["<think>", "</think>"]  # added tokens that are not special, as Qwen3's
+CORPUS = ["user", "assistant", "system", "model", "Be brief", "Be helpful", "Hi", "Hello", "Bye", "Ciao", "\n\n"]
+CORPUS += ["[INST] Hi Bye [/INST] Hello Ciao"]
+LLAMA_SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+KINDS = ("bytes", "replaced spaces", "first space", "space in front")
+
+
+@dataclass
+class Demo(DataConfig, InstructionConfig):
+    pass
+
+
+SYSTEM, USER, HELLO = ("system", "Be brief"), ("user", "Hi"), ("assistant", "Hello")
+BYE, CIAO = ("user", "Bye"), ("assistant", "Ciao")
+NASTY = ["Hello", " Hello", "\n\nHello", "Hello \n", "", "é😀\n\n\tx", "</s><|im_end|> <|eot_id|>", "1", ".\n"]
+
+
+def build(kind: str, family: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of the family, with pad == eos; the kinds differ in how they treat spaces."""
+    bos, eos, _ = FAMILIES[family]
+    if kind == "bytes":  # GPT-2's
+        tokenizer = Tokenizer(token_models.BPE())
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+        if family == "llama3":  # a line break never joins what follows
+            split = pre_tokenizers.Split(Regex(LLAMA_SPLIT), "isolated")
+            tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+        trainer = trainers.BpeTrainer(
+            vocab_size=480, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        )
+    else:  # Gemma's, and Llama's with a space in front of a text, or of whatever follows a special token
+        tokenizer = Tokenizer(token_models.BPE(unk_token="<unk>", byte_fallback=True))
+        if kind == "first space":
+            tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+        else:
+            front = [normalizers.Prepend("▁")] * (kind == "space in front")
+            tokenizer.normalizer = normalizers.Sequence([*front, normalizers.Replace(" ", "▁")])
+            tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+        trainer = trainers.BpeTrainer(vocab_size=480, special_tokens=SPECIAL + [f"<0x{i:02X}>" for i in range(256)])
+    tokenizer.train_from_iterator(CORPUS * 9, trainer)
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in PLAIN])
+    if bos:
+        pair = [(bos, tokenizer.token_to_id(bos))]
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=pair)
+    names = {"bos_token": bos} if bos else {}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, pad_token=eos, unk_token="<unk>", **names)
+    fast.chat_template = (FOLDER / f"{family}.jinja").read_text(encoding="utf-8")
+    return fast
+
+
+@pytest.fixture(scope="module")
+def tokenizers() -> dict:
+    return {(kind, family): build(kind, family) for kind in KINDS for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def templates(tokenizers) -> dict:
+    return {key: choose_template(tokenizer) for key, tokenizer in tokenizers.items()}
+
+
+def talk(*pairs: tuple[str, str]) -> tuple:
+    return tuple({"role": role, "content": content} for role, content in pairs)
+
+
+def rows(template: ChatTemplate, *pairs, max_length: int = 4000, **options):
+    return template.rows(Conversation("7", talk(*pairs)), max_length, **options)
+
+
+def golden(row, template: ChatTemplate) -> str:
+    """Tokens with spaces between them, the trained ones in brackets."""
+    tokens = template.tokenizer.convert_ids_to_tokens(row.ids)
+    assert len(row.ids) == len(row.mask)
+    return " ".join(f"[{token}]" if on else token for token, on in zip(tokens, row.mask, strict=True))
+
+
+def custom(tokenizer, text: str, source: str = "--chat_template t") -> ChatTemplate:
+    return ChatTemplate(tokenizer, text, source)
+
+
+# --- what is trained on: golden lists
+
+
+@pytest.mark.parametrize(
+    ("family", "with_system", "expected"),
+    [
+        (
+            "chatml", True,
+            "<|im_start|> system Ċ Be Ġbrief <|im_end|> Ċ <|im_start|> user Ċ Hi <|im_end|> Ċ <|im_start|> assistant Ċ "
+            "[Hello] [<|im_end|>] Ċ <|im_start|> user Ċ Bye <|im_end|> Ċ <|im_start|> assistant Ċ [Ciao] [<|im_end|>]",
+        ),
+        (
+            "chatml", False,
+            "<|im_start|> user Ċ Hi <|im_end|> Ċ <|im_start|> assistant Ċ "
+            "[Hello] [<|im_end|>] Ċ <|im_start|> user Ċ Bye <|im_end|> Ċ <|im_start|> assistant Ċ [Ciao] [<|im_end|>]",
+        ),
+        (
+            "qwen", False,
+            "<|im_start|> system Ċ Be Ġhelpful <|im_end|> Ċ <|im_start|> user Ċ Hi <|im_end|> Ċ "
+            "<|im_start|> assistant Ċ [Hello] [<|im_end|>] Ċ <|im_start|> user Ċ Bye <|im_end|> Ċ "
+            "<|im_start|> assistant Ċ [Ciao] [<|im_end|>]",
+        ),
+        (
+            "llama3", True,
+            "<|begin_of_text|> <|start_header_id|> system <|end_header_id|> ĊĊ Be Ġbrief <|eot_id|> "
+            "<|start_header_id|> user <|end_header_id|> ĊĊ Hi <|eot_id|> "
+            "<|start_header_id|> assistant <|end_header_id|> ĊĊ [Hello] [<|eot_id|>] "
+            "<|start_header_id|> user <|end_header_id|> ĊĊ Bye <|eot_id|> "
+            "<|start_header_id|> assistant <|end_header_id|> ĊĊ [Ciao] [<|eot_id|>]",
+        ),
+        (
+            "llama3", False,
+            "<|begin_of_text|> <|start_header_id|> user <|end_header_id|> ĊĊ Hi <|eot_id|> "
+            "<|start_header_id|> assistant <|end_header_id|> ĊĊ [Hello] [<|eot_id|>] "
+            "<|start_header_id|> user <|end_header_id|> ĊĊ Bye <|eot_id|> "
+            "<|start_header_id|> assistant <|end_header_id|> ĊĊ [Ciao] [<|eot_id|>]",
+        ),
+        (
+            "mistral", False,
+            "<s> [ INST ] ĠHi Ġ[/ INST ] [ĠHello] [</s>] [ INST ] ĠBye Ġ[/ INST ] [ĠCiao] [</s>]",
+        ),
+        (
+            "mistral", True,
+            "<s> [ INST ] Ġ Be Ġbrief Ċ Ċ Hi Ġ[/ INST ] [ĠHello] [</s>] [ INST ] ĠBye Ġ[/ INST ] [ĠCiao] [</s>]",
+        ),
+        (
+            "gemma", True,
+            "<bos> <start_of_turn> user Ċ Be Ġbrief Ċ Ċ Hi <end_of_turn> Ċ <start_of_turn> model Ċ [Hello] "
+            "[<end_of_turn>] Ċ <start_of_turn> user Ċ Bye <end_of_turn> Ċ <start_of_turn> model Ċ "
+            "[Ciao] [<end_of_turn>]",
+        ),
+        (
+            "gemma", False,
+            "<bos> <start_of_turn> user Ċ Hi <end_of_turn> Ċ <start_of_turn> model Ċ [Hello] "
+            "[<end_of_turn>] Ċ <start_of_turn> user Ċ Bye <end_of_turn> Ċ <start_of_turn> model Ċ "
+            "[Ciao] [<end_of_turn>]",
+        ),
+    ],
+)  # fmt: skip
+def test_every_answer_with_its_end_is_trained_on_and_nothing_else(templates, family, with_system, expected):
+    """CORRECTNESS 3, 4, 5: no markers in the template, pad == eos, several turns."""
+    template = templates["bytes", family]
+    assert template.tokenizer.pad_token == template.tokenizer.eos_token
+    assert "generation %" not in template.text
+    (row,) = rows(template, *[SYSTEM] * with_system, USER, HELLO, BYE, CIAO)
+    assert golden(row, template) == expected
+    folded = with_system and family in ("mistral", "gemma")
+    assert ("system" in template.notes) == (family in ("mistral", "gemma")) and folded <= ("system" in template.notes)
+
+
+def test_a_template_that_takes_thinking_out_of_earlier_answers_gives_a_row_an_answer(templates):
+    """CORRECTNESS 4: each answer is trained on as it is asked for; Qwen3's rewrites one once another question came."""
+    template = templates["bytes", "qwen3"]
+    found = rows(template, USER, ("assistant", "<think>\nBe brief\n</think>\n\nHello"), BYE, CIAO)
+    head = "<|im_start|> user Ċ Hi <|im_end|> Ċ <|im_start|> assistant Ċ"
+    assert [golden(row, template) for row in found] == [
+        f"{head} [<think>] [Ċ] [Be] [Ġbrief] [Ċ] [</think>] [Ċ] [Ċ] [Hello] [<|im_end|>]",
+        f"{head} Hello <|im_end|> Ċ <|im_start|> user Ċ Bye <|im_end|> Ċ <|im_start|> assistant Ċ "
+        "[<think>] [Ċ] [ĊĊ] [</think>] [Ċ] [Ċ] [Ciao] [<|im_end|>]".replace("[Ċ] [ĊĊ]", "[ĊĊ]"),
+    ]
+    called = rows(template, USER, ("assistant", "f()"), ("tool", "1"), HELLO)
+    assert len(called) == 1 and sum(called[0].mask[i] for i, t in enumerate(called[0].ids) if t == template.end_id) == 2
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_for_base_models(tokenizers, name):
+    """They take system and tool turns, and begin with BOS where the tokenizer puts one in front of a text."""
+    expected = {
+        "chatml": "<|im_start|>system\nBe brief<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+        "[[Hello<|im_end|>]]\n<|im_start|>tool\nBye<|im_end|>\n<|im_start|>assistant\n[[Ciao<|im_end|>]]",
+        "alpaca": "Be brief\n\n### Instruction:\nHi\n\n### Response:\n[[Hello{eos}]]\n\n"
+        "### Input:\nBye\n\n### Response:\n[[Ciao{eos}]]",
+        "plain": "System: Be brief\nUser: Hi\nAssistant:[[ Hello{eos}]]\nTool: Bye\nAssistant:[[ Ciao{eos}]]",
+    }[name]
+    for family in ("chatml", "mistral"):
+        tokenizer = tokenizers["bytes", family]
+        bos, eos, _ = FAMILIES[family]
+        template = choose_template(tokenizer, name)
+        (row,) = rows(template, SYSTEM, USER, HELLO, ("tool", "Bye"), CIAO)
+        assert show_chat_row(row, tokenizer) == (bos or "") + expected.replace("{eos}", eos)
+        assert template.notes == {} and template.source == f"--chat_template {name}"
+    assert "Below is an instruction" in choose_template(tokenizer, "alpaca").text_of(talk(USER))
+
+
+def test_loss_on_all_trains_on_every_token_once(templates):
+    template = templates["bytes", "gemma"]
+    (row,) = rows(template, USER, HELLO, BYE, CIAO, loss_on="all")
+    assert row.mask == [0] + [1] * (row.length - 1)
+    whole = sum(row.mask)
+    pair = rows(template, USER, HELLO, BYE, CIAO, loss_on="all", max_length=row.length - 1)
+    assert [r.dropped_turns for r in pair] == [0, 2] and sum(sum(r.mask) for r in pair) <= whole
+    assert pair[1].mask == [0] + [1] * (pair[1].length - 1)
+
+
+# --- one rendering for training and chat
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_and_chat_see_the_same_ids(templates, kind, family):
+    """CORRECTNESS 2, 7: what stands in front of an answer does not depend on it; an answer ends with its end token."""
+    template = templates[kind, family]
+    bos = template.tokenizer.bos_token_id
+    for answer in NASTY:
+        turns = [SYSTEM, ("user", f"Hi {answer}"), ("assistant", answer), BYE, ("assistant", answer), USER, HELLO]
+        found = rows(template, *turns)
+        asked = [template.prompt(talk(*turns[:i])).ids for i in (2, 4, 6)]
+        spans = [(row, *span) for row in found for span in spans_of(row)]
+        assert len(spans) == 3
+        for (row, start, end), prompt in zip(spans, asked, strict=True):
+            assert row.ids[:start] == prompt  # byte for byte
+            assert row.ids[end - 1] == template.end_id
+        for row in found:
+            assert row.ids[-1] == template.end_id and row.mask[-1] == 1
+            assert bos is None or row.ids.count(bos) == 1 and row.ids[0] == bos
+
+
+def test_a_token_that_would_straddle_prompt_and_answer_is_split(tokenizers, templates):
+    """CORRECTNESS 2: "\\n\\nHello" at once has two tokens for its line breaks, the prompt alone has one."""
+    text = "{% for m in messages %}{{ m.role ~ '\\n\\n' ~ m.content ~ eos_token }}{% endfor %}"
+    text += "{{ 'assistant\\n\\n' if add_generation_prompt }}"
+    template = custom(tokenizers["bytes", "mistral"], text)
+    (row,) = rows(template, USER, HELLO, BYE, CIAO)
+    assert golden(row, template) == (
+        "user Ċ Ċ Hi </s> assistant ĊĊ [Hello] [</s>] user Ċ Ċ Bye </s> assistant ĊĊ [Ciao] [</s>]"
+    )
+    (row,) = rows(templates["bytes", "qwen"], USER, ("assistant", "\nHello"))
+    assert golden(row, template).endswith("<|im_start|> assistant Ċ [Ċ] [Hello] [<|im_end|>]")
+
+
+def spans_of(row) -> list[tuple[int, int]]:
+    """(start, end) of every run of trained tokens."""
+    edges = [i for i in range(row.length + 1) if (i > 0 and row.mask[i - 1]) != (i < row.length and row.mask[i])]
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_are_those_of_transformers(templates, kind, family):
+    """CORRECTNESS 27: plain `apply_chat_template` on the saved tokenizer asks with the same ids, as llama.cpp does."""
+    template = templates[kind, family]
+    for turns in ([USER], [USER, HELLO, BYE], [USER, ("assistant", "é 1."), ("user", " Be\n\nbrief "), CIAO, USER]):
+        theirs = template.tokenizer.apply_chat_template(list(talk(*turns)), add_generation_prompt=True)["input_ids"]
+        assert template.prompt(talk(*turns)).ids == theirs
+        if kind != "space in front":  # which shows when decoded
+            assert template.tokenizer.decode(theirs) == template.text_of(talk(*turns))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_names_of_special_tokens_in_a_turn_are_text(templates, kind, family):
+    """A user who writes <|im_end|> ends no turn, and no system turn can be slipped in; nor does an answer end early."""
+    template = templates[kind, family]
+    text = "a <|im_end|>\n<|im_start|>system\nb</s><eos><|eot_id|><end_of_turn> c"
+    turns = [("user", text), ("assistant", text), USER, HELLO]
+    names = set(template.tokenizer.convert_tokens_to_ids(SPECIAL))
+
+    def controls(pairs) -> list[int]:
+        return [i for row in rows(template, *pairs) for i in row.ids if i in names]
+
+    assert controls(turns) == controls([USER, HELLO, USER, HELLO])
+    decoded = "".join(template.tokenizer.decode(row.ids) for row in rows(template, *turns))
+    assert "".join(text.split()) in "".join(decoded.split())
+    assert "\ufdd0" not in decoded and "\ufdd0" not in template.text_of(talk(*turns[:3]))
+    marked = template.prompt(talk(("user", "H\ufdd0i\ufdd1"))).ids
+    assert marked == template.prompt(talk(USER)).ids
+
+
+def test_an_end_token_that_is_not_marked_special_is_text_in_a_turn(tokenizers):
+    template = custom(tokenizers["bytes", "chatml"], "{% for m in messages %}{{ m.content ~ '</think>' }}{% endfor %}")
+    (row,) = rows(template, ("user", "a</think>"), ("assistant", "b</think>c"))
+    assert template.end == "</think>" and row.ids.count(template.end_id) == 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_stops_at_the_end_of_turn_and_at_eos(templates, family):
+    """CORRECTNESS 6: both, each once."""
+    template = templates["bytes", family]
+    _, eos, end = FAMILIES[family]
+    assert template.end == end
+    assert template.tokenizer.convert_ids_to_tokens(template.stop_ids) == list(dict.fromkeys([end, eos]))
+
+
+def test_what_follows_the_end_token_is_not_trained_on(tokenizers):
+    """Phi-3's template ends a conversation with eos behind the end of turn; its end token swallows the line break."""
+    tokenizer = build("bytes", "llama3")
+    tokenizer.add_tokens([AddedToken("<|end|>", special=True, rstrip=True)], special_tokens=True)
+    text = "{% for m in messages %}{{ '<|' ~ m.role ~ '|>\\n' ~ m.content ~ '<|end|>\\n' }}{% endfor %}"
+    text += "{{ '<|assistant|>\\n' if add_generation_prompt else eos_token }}"
+    template = custom(tokenizer, text)
+    (row,) = rows(template, USER, HELLO, BYE, CIAO)
+    shown = show_chat_row(row, tokenizer)
+    assert shown.endswith("<|assistant|>\n[[Hello<|end|>]]<|user|>\nBye<|end|><|assistant|>\n[[Ciao<|end|>]]")
+    assert tokenizer.convert_ids_to_tokens(template.stop_ids) == ["<|end|>", "<|end_of_text|>"]
+    tokenizer.chat_template = text
+    asked = list(talk(USER, HELLO, BYE))
+    assert template.prompt(asked).ids == tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
+
+
+def test_a_date_does_not_change_over_night(tokenizers):
+    text = "{{- bos_token ~ strftime_now('%d %b %Y') }}" + TEMPLATES["plain"]
+    template = custom(tokenizers["bytes", "llama3"], text)
+    assert template.text_of(talk(USER)) == "<|begin_of_text|>26 Jul 2024User: Hi\nAssistant:"
+    assert "fixed to 26 Jul 2024" in template.notes["date"]
+    again = custom(tokenizers["bytes", "llama3"], template.text)  # as saved with an adapter
+    assert again.text == template.text and again.hash == template.hash
+
+
+# --- turns that a template does not take
+
+
+def test_a_system_turn_that_would_be_dropped_in_silence_is_folded(tokenizers):
+    text = "{% for m in messages if m.role != 'system' %}{{ m.role ~ ': ' ~ m.content ~ eos_token }}{% endfor %}"
+    template = custom(tokenizers["bytes", "mistral"], text)
+    assert template.text_of(talk(SYSTEM, USER), False) == "user: Be brief\n\nHi</s>"
+    assert "no system turn" in template.notes["system"] and "tool" not in template.notes
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma"])
+def test_tool_turns_become_user_turns_where_roles_alternate(templates, family):
+    template = templates["bytes", family]
+    assert "tool" in template.notes
+    asked = template.prompt(talk(USER, ("assistant", "f()"), ("tool", "1"), ("tool", "2"))).ids
+    assert asked == template.prompt(talk(USER, ("assistant", "f()"), ("user", "1\n\n2"))).ids
+
+
+def test_a_system_turn_that_moves_to_the_last_question_gives_a_row_an_answer(tokenizers):
+    """As the later Mistral templates do: what stood in front of the first answer is then another text."""
+    text = (FOLDER / "system_last.jinja").read_text(encoding="utf-8")
+    template = custom(tokenizers["bytes", "mistral"], text)
+    shown = [show_chat_row(row, template.tokenizer) for row in rows(template, SYSTEM, USER, HELLO, BYE, CIAO)]
+    assert shown == [
+        "<s>[INST] Be brief: Hi [/INST][[ Hello</s>]]",
+        "<s>[INST] Hi [/INST] Hello</s>[INST] Be brief: Bye [/INST][[ Ciao</s>]]",
+    ]
+
+
+def test_tool_turns_are_left_to_a_template_that_takes_them(templates):
+    template = templates["bytes", "qwen"]
+    text = template.text_of(talk(USER, HELLO, ("tool", "1"), ("tool", "2")))
+    tool = "\n<tool_response>\n{}\n</tool_response>"
+    assert text.endswith(f"user{tool.format(1)}{tool.format(2)}<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_a_refused_conversation_is_named(templates):
+    with pytest.raises(InputError) as caught:
+        rows(templates["bytes", "mistral"], USER, HELLO, HELLO)
+    assert "the row with id 7: the tokenizer's chat template refuses the turns user, assistant, assistant" in str(
+        caught.value
+    )
+
+
+# --- conversations that are too long
+
+LONG = [SYSTEM] + [pair for i in range(6) for pair in (("user", f"Hi {i}" * 4), ("assistant", f"Hello {i}" * 4))]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("loss_on", ["assistant", "all"])
+def test_early_turns_give_way_and_every_answer_is_trained_on_once(templates, family, loss_on):
+    """CORRECTNESS 1, 3: the system turn stays, a row begins with a question, and no answer is dropped or cut."""
+    template = templates["bytes", family]
+    whole = rows(template, *LONG)
+    longest = max(row.length for row in whole)
+    for max_length in (longest - 1, longest * 2 // 3, longest // 2):
+        found = rows(template, *LONG, max_length=max_length, loss_on=loss_on)
+        answers = "".join(
+            template.tokenizer.decode([i for i, on in zip(row.ids, row.mask, strict=True) if on]) for row in found
+        )
+        for i in range(6):
+            assert answers.count(f"Hello {i}" * 4) == 1 or loss_on == "all" and family == "qwen3"
+        assert max(row.length for row in found) <= max_length and found[-1].dropped_turns > 0
+        assert not any(row.cut or row.shortened for row in found)
+        for row in found:
+            assert "Be brief" in template.tokenizer.decode(row.ids) and row.id == "7"
+            assert row.dropped_turns % 2 == 0 and row.ids[-1] == template.end_id
+            start = next(i for i, on in enumerate(row.mask) if on)
+            if loss_on == "assistant":  # as chat would have asked, with the same turns
+                left = [SYSTEM, *LONG[1 + row.dropped_turns :]]
+                prompts = [template.prompt(talk(*left[:i])).ids for i in range(2, len(left), 2)]
+                assert row.ids[:start] in prompts
+
+
+def test_chat_drops_as_few_turns_as_it_must(templates):
+    template = templates["bytes", "chatml"]
+    asked = talk(*LONG, USER)
+    whole = template.prompt(asked)
+    assert whole.dropped_turns == 0 and template.prompt(asked, whole.length) == whole
+    less = template.prompt(asked, whole.length - 1)
+    assert less.dropped_turns == 2 and less.ids == template.prompt(talk(SYSTEM, *LONG[3:], USER)).ids
+    long = template.prompt(talk(SYSTEM, *LONG[1:3], ("user", "Hi " * 300)), 100)
+    assert long.dropped_turns == 2 and long.shortened and 97 < long.length <= 100
+    assert template.tokenizer.decode(long.ids).endswith("<|im_end|>\n<|im_start|>assistant\n")
+    with pytest.raises(InputError, match="--max_length 10 is too short"):
+        template.prompt(asked, 10)
+    data = ChatData({"train": [], "test": [Conversation("7", asked)]}, {"train": {"name": "t.csv"}}, {"rows": {}})
+    with pytest.raises(InputError, match="^t.csv, the row with id 7: --max_length 10 is too short: system turn and"):
+        chat_rows(data, template, 10)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_long_question_is_shortened_and_its_answer_stays_whole(templates, family):
+    """CORRECTNESS 1: answer and end token are kept, the length is used up, what the template writes is not touched."""
+    template = templates["bytes", family]
+    answer = rows(template, USER, HELLO)[0]
+    (row,) = rows(template, SYSTEM, ("user", "Hi " * 300), HELLO, max_length=80)
+    assert row.shortened and not row.cut and 77 < row.length <= 80
+    trained = sum(answer.mask)
+    assert row.ids[-trained:] == answer.ids[-trained:] and sum(row.mask) == trained
+    text = template.tokenizer.decode(row.ids)
+    asked = template.text_of(talk(SYSTEM, ("user", ("Hi " * 300)[: text.count("Hi") * 3 - 1])))
+    assert "".join(text.split()).startswith("".join(asked.split()))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_cut_answer_does_not_teach_to_stop(templates, family):
+    template = templates["bytes", family]
+    (row,) = rows(template, USER, ("assistant", "Hello " * 300), max_length=60)
+    assert row.cut and not row.shortened and row.length == 60 and row.mask[-1] == 1
+    trained = [i for i, on in zip(row.ids, row.mask, strict=True) if on]
+    assert not set(trained) & set(template.stop_ids)
+    assert row.ids[: 60 - len(trained)] == template.prompt(talk(USER)).ids
+    (both,) = rows(template, ("user", "Hi " * 300), ("assistant", "Hello " * 300), max_length=90)
+    assert both.cut and both.shortened and both.length == 90
+    room = 90 - template.prompt(talk(("user", "H"))).length
+    assert room // 2 <= sum(both.mask) <= room // 2 + 3  # question and answer share what the template leaves
+
+
+def test_a_long_result_of_a_tool_is_shortened(templates):
+    template = templates["bytes", "qwen"]
+    turns = [USER, ("assistant", "f()"), ("tool", "Bye " * 200), HELLO]
+    first, second = rows(template, *turns, max_length=70)
+    assert "f()" in show_chat_row(first, template.tokenizer).split("[[")[1] and not first.shortened
+    assert second.shortened and not second.cut and second.dropped_turns == 0 and second.length <= 70
+    assert "Hi" in template.tokenizer.decode(second.ids) and sum(second.mask) == 2
+
+
+def test_a_system_turn_is_never_cut(templates):
+    turns = [("system", "Be brief " * 30), USER, HELLO]
+    with pytest.raises(InputError) as caught:
+        rows(templates["bytes", "chatml"], *turns, max_length=40)
+    assert "the row with id 7: --max_length 40 is too short: system turn and template alone take" in str(caught.value)
+    wanted = int(str(caught.value).split("at least ")[1].rstrip("."))
+    assert not rows(templates["bytes", "chatml"], *turns, max_length=wanted)[0].cut
+
+
+def test_rows_of_every_length_have_a_target(templates):
+    """CORRECTNESS 1: 0 rows without a supervised token, none over the length, whatever has to give way."""
+    for family in FAMILIES:
+        for max_length in range(34, 200, 23):
+            for row in rows(templates["bytes", family], *LONG, ("user", "a" * 300), HELLO, max_length=max_length):
+                assert row.length <= max_length and sum(row.mask) and not row.mask[0]
+
+
+# --- the report
+
+
+def test_the_report_counts_what_gave_way(templates):
+    template = templates["bytes", "gemma"]
+    conversations = [Conversation("0", talk(USER, HELLO)), Conversation("1", talk(*LONG))]
+    conversations += [Conversation("2", talk(("user", "Hi " * 300), HELLO))]
+    conversations += [Conversation("3", talk(USER, ("assistant", "Hello " * 300)))]
+    splits = {"train": conversations, "validation": [], "test": conversations[:1]}
+    report = {"files": {"train": {"name": "t.jsonl", "sha256": "0" * 64}}, "shapes": {"train": {"messages": 4}}}
+    data = ChatData(splits, {}, {**report, "rows": {"train": {}, "test": {}}, "cut_from_train": {"test": 1}})
+    found = chat_rows(data, template, 110)
+    entry = data.report["rows"]["train"]
+    assert {name: entry[name] for name in ("in_several_rows", "shortened", "cut_answers")} == dict.fromkeys(
+        ("in_several_rows", "shortened", "cut_answers"), 1
+    )
+    assert entry["rendered"] == len(found["train"]) > 4 and entry["dropped_turns"] > 0
+    assert entry["tokens"] == sum(row.length for row in found["train"]) > entry["trained_tokens"]
+    assert [row.id for row in found["test"]] == ["0"] and found["validation"] == []
+    assert data.report["chat_template"] == {
+        "source": "the tokenizer's chat template", "sha256": template.hash, "end": "<end_of_turn>",
+        "notes": [template.notes["system"]],
+    }  # fmt: skip
+    shown = data_report(data.report, show_chat_row(found["test"][0], template.tokenizer))
+    for line in (
+        "- train: shape messages (4 rows)",
+        "- test: 1 rows cut from the training file; row ids in splits.json",
+        f"- the tokenizer's chat template (sha256 {template.hash[:12]}); answers end with <end_of_turn>",
+        "- the chat template takes no system turn: it is put in front of the first user turn",
+        "    [[Hello<end_of_turn>]]",
+    ):
+        assert line in shown.splitlines()
+    assert "early turns left out" in shown and "label" not in shown
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_demo_renders_with_every_template(templates, family):
+    """Each answer of the demo is trained on whole, its end included."""
+    template = templates["bytes", family]
+    data = load_conversations(Demo())
+    found = chat_rows(data, template, 4000)
+    for split, rows in found.items():
+        entry = data.report["rows"][split]
+        assert not entry["cut_answers"] and not entry["shortened"] and not entry["dropped_turns"]
+        ends = sum(token == template.end_id for row in rows for token, on in zip(row.ids, row.mask, strict=True) if on)
+        assert ends == entry["answers"]
+        assert entry["rendered"] == (entry["answers"] if family == "qwen3" else entry["used"])
+
+
+# --- templates that cannot be used
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{% for m in messages %}{{ m.content ~ '\n' }}{% endfor %}", "puts no special token behind an answer"),
+        ("{{ bos_token }}{{ messages[0].content }}", "leaves the answer out"),
+        ("{% for m in messages %}{{ m.conten", "refuses the turns user: "),
+        ("{{ raise_exception('never') }}", "refuses the turns user: never. Change them, or give another"),
+        (
+            "{% for m in messages %}{{ m.role ~ ':' ~ m.content ~ eos_token }}{% endfor %}"
+            "{% if add_generation_prompt %}assistant:<think>{% endif %}",
+            "asks for an answer with 'xuserx</s>assistant:<think>', but writes it behind 'xuserx</s>assistant:xanswerx",
+        ),
+    ],
+)  # fmt: skip
+def test_templates_that_cannot_be_trained_with(tokenizers, tmp_path, text, message):
+    (tmp_path / "t.jinja").write_text(text)
+    with pytest.raises(InputError) as caught:
+        choose_template(tokenizers["bytes", "mistral"], str(tmp_path / "t.jinja"))
+    assert message in str(caught.value) and "t.jinja" in str(caught.value)
+
+
+def test_the_template_is_chosen_as_told(tokenizers, tmp_path):
+    tokenizer = build("bytes", "llama3")
+    own = choose_template(tokenizer)
+    assert own.source == "the tokenizer's chat template" and own.text == tokenizer.chat_template
+    assert own.hash != choose_template(tokenizer, "plain").hash
+    (tmp_path / "t.jinja").write_text(tokenizer.chat_template)
+    assert choose_template(tokenizer, str(tmp_path / "t.jinja")).hash == own.hash
+    tokenizer.chat_template = {"default": own.text, "tool_use": "x"}
+    assert choose_template(tokenizer).hash == own.hash
+    for nothing in ({"tool_use": "x"}, None):
+        tokenizer.chat_template = nothing
+        with pytest.raises(InputError, match="no chat template.*--chat_template, one of chatml, alpaca, plain, or"):
+            choose_template(tokenizer)
+    with pytest.raises(InputError, match="--chat_template vicuna: there is no such file .*, or give one of chatml, "):
+        choose_template(tokenizer, "vicuna")
+    (tmp_path / "latin").write_bytes(b"\xff")
+    with pytest.raises(InputError, match="latin: the file is not UTF-8"):
+        choose_template(tokenizer, str(tmp_path / "latin"))
+
+
+def test_chatml_is_refused_where_its_tokens_are_missing(tmp_path):
+    """CORRECTNESS 25: nothing is added to a vocabulary."""
+    build_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"no token <\|im_end\|> or <\|im_start\|>.*Use alpaca or plain"):
+        choose_template(tokenizer, "chatml")
+    (row,) = rows(choose_template(tokenizer, "plain"), USER, HELLO)
+    assert row.ids[0] == 1 and row.ids.count(1) == 1 and row.ids[-1] == 2 == tokenizer.pad_token_id and row.mask[-1]
