@@ -223,7 +223,7 @@ def evaluate_text(config: Config, folder: Path | None, other_rows: bool) -> None
 
     from common import attention, collate, loop, modeling, report, storage
     from common.metrics import perplexity_metrics
-    from common.perplexity import UNTRAINED, block_losses, continue_text
+    from common.perplexity import UNTRAINED, continue_text, row_losses
     from common.token_losses import TokenLosses
 
     task = storage.load_task(folder) if folder else {}
@@ -253,7 +253,7 @@ def evaluate_text(config: Config, folder: Path | None, other_rows: bool) -> None
     collator = partial(collate.collate_numbered_blocks, blocks, start=start, end_id=tokenizer.eos_token_id,
                        pad_id=tokenizer.pad_token_id, document_masking=config.document_masking)  # fmt: skip
     batch_size = config.per_device_eval_batch_size
-    losses = block_losses(TokenLosses(model), blocks, accelerator, batch_size, collator, config.split)
+    losses = row_losses(TokenLosses(model), blocks, accelerator, batch_size, collator, config.split)
     metrics = perplexity_metrics(losses, data.per_token[config.split])
     metrics |= loop.evaluation_cost(len(blocks), started, accelerator.device)
     sample = continue_text(model, tokenizer, config.sample_prompt, accelerator, seed=42)

@@ -83,25 +83,23 @@ def summarise(answers: Sequence[Any], gold: Sequence[Sequence[int]], labels: Seq
 
 
 def perplexity_metrics(
-    blocks: Sequence[tuple[float, int]], per_token: dict[str, float], seed: int = 0
+    blocks: Sequence[tuple[float, int]], per_token: dict[str, float] | None = None, seed: int = 0
 ) -> dict[str, Any]:
     """Perplexity and its kin from (nats, predicted tokens) of every block: sums over all, no means of means.
 
     eval_loss: nats a token; perplexity: e to that. bits_per_byte and word_perplexity put it on the split's UTF-8 bytes
-    and white-space words, so that models with different tokenizers compare. per_token: {bytes, words} of a token.
+    and white-space words, so that models with different tokenizers compare.
+    per_token: {bytes, words} of a token; unset: without these two.
     95 % intervals: percentiles of RESAMPLES bootstrap resamples of the blocks.
     """
     nats, tokens = np.array(blocks, dtype=float).T
 
     def headline(loss: np.ndarray) -> dict[str, np.ndarray]:
-        return {
-            "eval_loss": loss,
-            "perplexity": np.exp(np.minimum(loss, 700)),  # a float ends at e^709
-            "bits_per_byte": loss / per_token["bytes"] / math.log(2),
-            "word_perplexity": np.exp(np.minimum(loss / per_token["words"], 700))
-            if per_token["words"]
-            else np.nan * loss,
-        }
+        values = {"eval_loss": loss, "perplexity": np.exp(np.minimum(loss, 700))}  # a float ends at e^709
+        if per_token:
+            values["bits_per_byte"] = loss / per_token["bytes"] / math.log(2)
+            values["word_perplexity"] = np.exp(np.minimum(loss / max(per_token["words"], 1e-9), 700))
+        return values
 
     rng = np.random.default_rng(seed)
     resampled = np.empty(RESAMPLES)

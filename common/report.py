@@ -46,6 +46,9 @@ def say_what_is_missing(accelerator: Any, report_to: list[str] | None) -> None:
         say(accelerator, f"Not installed: {', '.join(missing)}. {command} adds what it draws or logs.{later}\n")
 
 
+ANSWER_LOSS = {"eval_loss": "nats a token", "perplexity": "perplexity"}  # of answers
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table with aligned columns: the first to the left, the others to the right."""
     header, *rows = [[str(cell).replace("|", r"\|") for cell in row] for row in (header, *rows)]
@@ -146,6 +149,14 @@ def write_perplexity(
         text.append("![perplexity](perplexity.png)")
     if sample:
         text += ["A sample, the prompt included:", "\n".join(f"> {line}" for line in sample.splitlines())]
+    (folder / "report.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
+
+
+def write_losses(folder: Path, metrics: dict[str, Any], results: dict[str, Any], split: str = "test") -> None:
+    """metrics.json, and report.md with the loss of the answers beside the untrained base's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
+    text = ["# Evaluation", results_table(results, split, ANSWER_LOSS), "95 % intervals: bootstrap over the rows."]
     (folder / "report.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
 
 
