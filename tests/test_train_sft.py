@@ -11,7 +11,7 @@ import transformers
 from conftest import FAMILIES, ROOT, build_model, run_script
 from peft import LoraConfig, get_peft_model
 from runs import PLAIN, Stopped, fresh_accelerator, log_lines, stop_at, timeless, weights  # noqa: F401
-from trained import quick
+from trained import quick, run_evaluate
 
 import train_sft
 from common import attention, storage
@@ -19,6 +19,7 @@ from common.chat import choose_template
 from common.collate import collate_chat
 from common.config import InputError, check_instructions, check_loop, parse_config
 from common.conversations import Conversation, load_conversations
+from common.metrics import text_overlap
 from common.token_losses import TokenLosses
 
 OWN = [*PLAIN, "--per_device_train_batch_size", "4", "--chat_template", "plain", "--max_length", "96"]
@@ -219,6 +220,45 @@ def test_an_overfitted_model_ends_its_answers_by_itself(tmp_path):
         stopped += answer[-1] in template.stop_ids
         right += tokenizer.decode(answer, skip_special_tokens=True).strip() == row["output"]
     assert stopped >= 19 and right >= 15
+
+
+def test_answers_are_measured(models, files, tmp_path):
+    """evaluate.py: the loss of training's own evaluation; greedy answers and what they share with the references."""
+    options = ["--model", models["qwen"], *files, "--learning_rate", 1e-2, "--num_train_epochs", 12]
+    figures = train(*options, "--baselines", "true", "--output_dir", tmp_path / "run")
+    found = {}
+    for batch in (1, 8):
+        more = ["--max_new_tokens", 20, "--per_device_eval_batch_size", batch, "--output_dir", tmp_path / str(batch)]
+        run_evaluate("--run", tmp_path / "run", *more)
+        found[batch] = json.loads((tmp_path / str(batch) / "metrics.json").read_text())
+    assert found[8]["eval_loss"] == pytest.approx(figures["eval_loss"], rel=1e-5)
+    files_of = {batch: (tmp_path / str(batch) / "predictions.jsonl").read_text() for batch in found}
+    assert files_of[1] == files_of[8]  # CORRECTNESS 24: greedy answers do not depend on the batch
+    rows = [json.loads(line) for line in files_of[8].splitlines()]
+    assert [row["id"] for row in rows] == [str(i) for i in range(7)]
+    gold = [row["messages"][-1]["content"] for row in chats(7, 30)]
+    assert [row["gold"] for row in rows] == gold
+    assert found[8]["stopped"] == sum(row["stopped"] for row in rows) / 7
+    same = [100.0 * (row["gold"] == row["prediction"]) for row in rows]
+    assert found[8]["rouge_l"] >= sum(same) / 7 and 0 < found[8]["chrf"] <= 100
+    report = (tmp_path / "8" / "report.md").read_text()
+    assert "untrained base" in report and report.count("reference:") == 7
+    run_evaluate("--run", models["qwen"], "--task", "chat", "--chat_template", "plain", *files[4:], "--max_length", 96,
+                 "--max_new_tokens", 5, "--mixed_precision", "no", "--load_in_4bit", "false",
+                 "--output_dir", tmp_path / "base")  # fmt: skip
+    base = json.loads((tmp_path / "base" / "metrics.json").read_text())
+    saved = json.loads((tmp_path / "run/eval/test/baselines.json").read_text())["untrained base"]
+    assert base["eval_loss"] == pytest.approx(saved["eval_loss"], rel=1e-5)
+    with pytest.raises(InputError, match="does not belong to chat"):
+        run_evaluate("--run", tmp_path / "run", "--block_size", 9)
+
+
+def test_overlap_with_references():
+    metrics = text_overlap(["the cat sat", "no idea"], ["the cat sat", "the dog ran away"])
+    assert metrics["rouge_l"] == pytest.approx(50) and 0 < metrics["chrf"] < 100
+    low, high = metrics["intervals_95"]["rouge_l"]
+    assert low <= 50 <= high
+    assert text_overlap(["a b c d"], ["a b c d"])["bleu"] == pytest.approx(100)
 
 
 @pytest.mark.parametrize(
