@@ -225,6 +225,24 @@ class InstructionConfig(RowConfig):
     )
 
 
+@dataclass
+class Sampling:
+    """answers"""
+
+    temperature: float | None = option(
+        None, "flatter (above 1) or sharper (below) draws; 0 draws nothing. Unset, as the next ones: the model's own",
+        at_least=0,
+    )  # fmt: skip
+    top_p: float | None = option(None, "draw from the likeliest tokens of so much probability", at_least=0, at_most=1)
+    top_k: int | None = option(None, "draw from so many of the likeliest tokens; 0: from all", at_least=0)
+    repetition_penalty: float | None = option(None, "above 1: tokens that occurred become less likely", at_least=0.01)
+    max_new_tokens: int | None = option(
+        None, "tokens of an answer; unset: the model's own setting, else 256", at_least=1
+    )
+    do_sample: bool | None = option(None, "draw, or take the likeliest token (false); unset: draw if an option asks so")
+    seed: int = option(42, "of what is drawn", at_least=0, at_most=MAX_SEED)
+
+
 def parse_config(cls: type[T], argv: Sequence[str] | None = None) -> T:
     """Builds `cls` from `--config file.yaml`, then from the command line, which wins.
 
@@ -361,6 +379,21 @@ def check_causal(config: Any) -> None:
             "--stride gives tokens more of their document to see, --document_masking less of others: choose one",
         ),
         *_data_rules(config),
+    )
+
+
+def check_sampling(config: Any) -> None:
+    """Refuses settings of answers that contradict each other or that nothing would honour."""
+    drawn = [name for name in ("temperature", "top_p", "top_k") if getattr(config, name) is not None]
+    _refuse(
+        (
+            config.do_sample is False and (drawn and drawn != ["temperature"] or config.temperature),
+            f"--do_sample false draws nothing, so it does not go with --{' --'.join(drawn)}: drop one",
+        ),
+        (
+            config.do_sample and config.temperature == 0,
+            "--do_sample true needs a --temperature above 0: at 0 the likeliest token is always taken",
+        ),
     )
 
 
