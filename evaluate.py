@@ -5,6 +5,7 @@
     python evaluate.py --run RUN --decode generate                            # free text instead of label scoring
     python evaluate.py --run meta-llama/Llama-3.2-1B --test_file t.csv --text_fields text --labels good bad
     python evaluate.py --run meta-llama/Llama-3.2-1B --task causal_lm --test_file t.txt --stride 64
+    python evaluate.py --run meta-llama/Llama-3.2-1B-Instruct --task chat --test_file chats.jsonl
 
 Without --run: the newest run under outputs/, else the embedded model on the demo data. Results go to RUN/eval/test.
 A classification head cannot generate.
@@ -14,6 +15,7 @@ import json
 import time
 from dataclasses import dataclass, fields
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,15 +25,19 @@ from common.config import (
     ClassificationConfig,
     DataConfig,
     InputError,
+    InstructionConfig,
     ModelConfig,
+    Sampling,
     check_causal,
     check_classification,
+    check_instructions,
     cli_errors,
     from_texts,
     option,
     parse_given,
     read_yaml,
 )
+from common.conversations import load_conversations
 from common.corpus import load_corpus, open_sources
 from common.data import ClassificationData, draw_few_shot, load_classification
 from common.demo_model import EMBEDDED, resolve_model
@@ -44,19 +50,23 @@ from common.runlog import Progress, say
 TASKS = {  # what a run was trained for -> the options that belong to it
     "classification": ClassificationConfig,
     "causal_lm": CausalConfig,
+    "chat": InstructionConfig,
 }
 
 
 @dataclass
-class Config(ModelConfig, DataConfig, ClassificationConfig, CausalConfig):
+class Config(ModelConfig, DataConfig, ClassificationConfig, CausalConfig, InstructionConfig):
     """evaluate"""
 
     run: str | None = option(None, "run folder, adapter folder, or base model")
-    task: Literal["classification", "causal_lm"] | None = option(None, "for a base model; unset: classification")
+    task: Literal["classification", "causal_lm", "chat"] | None = option(
+        None, "for a base model; unset: classification"
+    )
     split: Literal["train", "validation", "test"] = option("test", "split of the run to evaluate on")
     decode: Literal["score", "generate"] | None = option(
         None, "labels: score every one (unset), or generate text greedily"
     )
+    max_new_tokens: int = option(256, "conversations: tokens of an answer at most", at_least=1)
     per_device_eval_batch_size: int = option(16, "a pass holds the tokens of so many of the longest rows", at_least=1)
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "unset: as trained; for a base model, bf16")
     num_threads: int | None = option(None, "CPU threads; unset: cores / processes on this machine", at_least=1)
@@ -66,7 +76,8 @@ class Config(ModelConfig, DataConfig, ClassificationConfig, CausalConfig):
 
 # What a run was trained with, and a base model by --run: given here too, they must be the same.
 SETTLED = {item.name for item in fields(ModelConfig)} | {
-    "approach", "labels", "class_weights", "few_shot", "prompt_template", "max_length", "document_masking", "task",
+    "task", "approach", "labels", "class_weights", "few_shot", "prompt_template", "max_length",
+    "document_masking", "system_prompt", "loss_on",
 }  # fmt: skip
 
 
@@ -109,9 +120,11 @@ def read_options(cls: type[Config] = Config, given: dict[str, Any] | None = None
 
 def check_options(given: dict[str, Any], task: str, run: Any) -> None:
     """Refuses options of another task, which nothing would honour."""
-    own = {item.name for item in fields(TASKS[task])} | ({"decode"} if task == "classification" else set())
+    own = {task: {item.name for item in fields(kind)} for task, kind in TASKS.items()}
+    own["classification"].add("decode")
+    own["chat"].add("max_new_tokens")
     for name in given:
-        if name not in own and (name == "decode" or any(name in kind.__dataclass_fields__ for kind in TASKS.values())):
+        if name not in own[task] and any(name in options for options in own.values()):
             raise InputError(f"--{name} does not belong to {task}, which {run} is evaluated for: drop it.")
 
 
@@ -223,7 +236,7 @@ def evaluate_text(config: Config, folder: Path | None, other_rows: bool) -> None
 
     from common import attention, collate, loop, modeling, report, storage
     from common.metrics import perplexity_metrics
-    from common.perplexity import UNTRAINED, block_losses, continue_text
+    from common.perplexity import UNTRAINED, continue_text, row_losses
     from common.token_losses import TokenLosses
 
     task = storage.load_task(folder) if folder else {}
@@ -253,7 +266,7 @@ def evaluate_text(config: Config, folder: Path | None, other_rows: bool) -> None
     collator = partial(collate.collate_numbered_blocks, blocks, start=start, end_id=tokenizer.eos_token_id,
                        pad_id=tokenizer.pad_token_id, document_masking=config.document_masking)  # fmt: skip
     batch_size = config.per_device_eval_batch_size
-    losses = block_losses(TokenLosses(model), blocks, accelerator, batch_size, collator, config.split)
+    losses = row_losses(TokenLosses(model), blocks, accelerator, batch_size, collator, config.split)
     metrics = perplexity_metrics(losses, data.per_token[config.split])
     metrics |= loop.evaluation_cost(len(blocks), started, accelerator.device)
     sample = continue_text(model, tokenizer, config.sample_prompt, accelerator, seed=42)
@@ -272,6 +285,79 @@ def evaluate_text(config: Config, folder: Path | None, other_rows: bool) -> None
     loop.finish(accelerator)
 
 
+def evaluate_chat(config: Config, folder: Path | None, other_rows: bool) -> None:
+    """Loss of the reference answers, and greedy answers of the model beside them."""
+    check_instructions(config)
+    data = load_conversations(config, training=False)
+    if not data.splits[config.split]:
+        raise InputError(f"There are no {config.split} rows: name some with --test_file.")
+    if folder and not other_rows:
+        check_unchanged(config, data.sources)
+    path = str(folder) if folder else resolve_model(config.model, config.revision)
+
+    from accelerate.utils import gather_object
+
+    from common import collate, loop, modeling, report, storage
+    from common.chat import chat_rows, choose_template
+    from common.generation import answer_prompts
+    from common.metrics import perplexity_metrics, text_overlap
+    from common.perplexity import UNTRAINED, row_losses
+    from common.token_losses import TokenLosses
+
+    task = storage.load_task(folder) if folder else {}
+    config.mixed_precision = config.mixed_precision or task.get("mixed_precision")
+    modeling.resolve_options(config, encoder=folder is None and modeling.is_encoder(path, config))
+    accelerator = loop.start_accelerator(config, [])
+    device, batch_size = accelerator.device, config.per_device_eval_batch_size
+    if folder:
+        model, tokenizer, template = storage.load_chat_model(
+            folder, device, config.mixed_precision, config.chat_template
+        )
+    else:
+        tokenizer = modeling.load_tokenizer(path, config)
+        template = choose_template(tokenizer, config.chat_template)
+        model = modeling.load_base(path, config, device=device)[0].eval()
+    data.splits = {config.split: data.splits[config.split]}
+    rows = chat_rows(data, template, config.max_length, config.loss_on)[config.split]
+
+    started = time.perf_counter()
+    collator = partial(collate.collate_numbered_chat, rows, pad_id=tokenizer.pad_token_id)
+    losses = row_losses(TokenLosses(model), rows, accelerator, batch_size, collator, config.split)
+    asked = [conversation.messages[:-1] for conversation in data.splits[config.split]]
+    gold = [conversation.messages[-1]["content"] for conversation in data.splits[config.split]]
+    prompts = [template.prompt(messages, config.max_length) for messages in asked]
+    share = range(accelerator.process_index, len(prompts), accelerator.num_processes)
+    sampling = Sampling(do_sample=False, max_new_tokens=config.max_new_tokens)
+    progress = Progress(accelerator, "answers", len(share))
+    with accelerator.autocast():
+        answers = answer_prompts(
+            model, tokenizer, template, [prompts[i].ids for i in share], sampling, batch_size, device, progress
+        )
+    answers = [answer for _, answer in sorted(gather_object(list(zip(share, answers, strict=True))), key=itemgetter(0))]
+    overlap = text_overlap([answer.text for answer in answers], gold)
+    metrics = perplexity_metrics(losses)
+    overlap["intervals_95"] |= metrics["intervals_95"]
+    metrics |= overlap | {"stopped": sum(answer.stopped for answer in answers) / len(answers), "answers": len(answers)}
+    metrics |= loop.evaluation_cost(len(answers), started, device)
+    if accelerator.is_main_process:
+        results = {"this run" if folder else UNTRAINED: metrics}
+        run, target = results_folder(config, folder, config.split)
+        if folder and not other_rows:
+            results |= rundir.read_json(run / "eval" / config.split / "baselines.json")
+            metrics = {**rundir.train_figures(run), **metrics}
+        written = [
+            {"id": conversation.id, "prompt": template.text_of(messages), "gold": reference,
+             "prediction": answer.text, "stopped": answer.stopped,
+             "truncated": prompt.shortened or prompt.dropped_turns > 0}
+            for conversation, messages, reference, answer, prompt in zip(
+                data.splits[config.split], asked, gold, answers, prompts, strict=True)
+        ]  # fmt: skip
+        report.write_answers(target, written, metrics, results, config.split)
+        say(accelerator, report.results_table(results, config.split, report.ANSWERS))
+        say(accelerator, f"\n{metrics['examples_per_second']:.1f} examples/s; samples in {target / 'report.md'}")
+    loop.finish(accelerator)
+
+
 def same_windows(config: Config, run: Path) -> bool:
     """Whether the text is read as it was after training, so that the baseline's figures compare."""
     saved = read_yaml(run / "config.yaml")
@@ -281,7 +367,8 @@ def same_windows(config: Config, run: Path) -> bool:
 def main() -> None:
     config, folder, other_rows = read_options()
     config.full_finetuning = False  # a base model is loaded as it is, not to be trained whole
-    {"classification": evaluate_classifier, "causal_lm": evaluate_text}[config.task](config, folder, other_rows)
+    evaluations = {"classification": evaluate_classifier, "causal_lm": evaluate_text, "chat": evaluate_chat}
+    evaluations[config.task](config, folder, other_rows)
 
 
 if __name__ == "__main__":

@@ -62,10 +62,10 @@ def evaluate(
     """Nats and predicted tokens of every block, and their metrics: sums and counts over all ranks."""
     from common.loop import evaluation_cost
     from common.metrics import perplexity_metrics
-    from common.perplexity import block_losses
+    from common.perplexity import row_losses
 
     started = time.perf_counter()
-    losses = block_losses(model, blocks, accelerator, batch_size, collator, what)
+    losses = row_losses(model, blocks, accelerator, batch_size, collator, what)
     return losses, perplexity_metrics(losses, per_token) | evaluation_cost(len(blocks), started, accelerator.device)
 
 

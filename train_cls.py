@@ -24,6 +24,7 @@ from common.config import (
     LoopConfig,
     LoraArguments,
     ModelConfig,
+    PackConfig,
     check_classification,
     check_loop,
     cli_errors,
@@ -41,14 +42,11 @@ from common.seeds import keep_others, runs_of
 
 
 @dataclass
-class Config(ModelConfig, LoraArguments, LoopConfig, DataConfig, ClassificationConfig):
+class Config(ModelConfig, LoraArguments, LoopConfig, DataConfig, PackConfig, ClassificationConfig):
     """train_cls"""
 
     metric_for_best_model: Literal["f1_macro", "f1_micro", "accuracy", "eval_loss"] = option(
         "f1_macro", "validation metric that chooses the best weights"
-    )
-    shared_prefix: Literal["auto", "on", "off"] = option(
-        "auto", "compute what all rows of a micro-batch begin with once; auto: where it pays, without dropout"
     )
 
 
@@ -131,7 +129,8 @@ def train(config: Config, data: ClassificationData, path: str, another: bool = F
     # --- optimizer, scheduler
     batch_size = config.per_device_train_batch_size
     rows_per_update = batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-    plan = Plan([row.length for row in rows], rows_per_update, config.seed)
+    lengths = [row.length for row in rows]
+    plan = Plan(lengths, rows_per_update, config.seed)
     total = loop.total_updates(config, plan.updates_per_epoch)
     optimizer = loop.make_optimizer(model, config)
     scheduler = loop.make_scheduler(optimizer, config, total)
@@ -145,7 +144,7 @@ def train(config: Config, data: ClassificationData, path: str, another: bool = F
     classifier = Classifier(accelerator.unwrap_model(model), prompt, tokenizer, head, encoder, [0.5] * len(data.labels))
     say(accelerator, f"{total} updates of {rows_per_update} rows; {accelerator.num_processes} process(es) on "
         f"{accelerator.device.type}, {torch.get_num_threads()} thread(s) each; "
-        f"{collate.describe_prefix(rows, batch_size, shared_prefix)}")  # fmt: skip
+        f"{collate.describe_prefix([row.prompt for row in rows], lengths, batch_size, shared_prefix)}")  # fmt: skip
     if config.dry_run:
         loop.finish(accelerator, model, optimizer, another=another)
         return {}

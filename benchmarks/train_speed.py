@@ -3,15 +3,18 @@
     python benchmarks/train_speed.py --train_file banking77/train.csv --label_column label_name --max_length 640
     python benchmarks/train_speed.py ... --rows_per_update 32 --load_in_4bit true --trainers plainlora trl_tuned
     python benchmarks/train_speed.py ... --device cuda --model meta-llama/Llama-3.2-1B
+    python benchmarks/train_speed.py --task causal_lm --train_file wikitext2/train.txt
+    python benchmarks/train_speed.py --task chat --train_file rasbt_instruct_1100/train.jsonl --max_length 512
 
 Every measurement is a fresh process, trainers take turns, and the figure is the median of the rounds' ratios. All train
 on the same tokens with the same LoRA, AdamW and constant learning rate; others take one of their own ways through the
 rows for speed, and our order where losses are compared. Peers: the loop one writes first under PEFT, transformers'
 Trainer, and TRL's SFTTrainer, as it comes and tuned. Needs requirements-dev.txt.
 
-Losses are compared over 30 updates of the same rows in fp32, in a model cut to two layers, and on short rows: the
-prompt leaves out the list of labels, and texts are cut to --check_max_length. Others compute the vocabulary's logits at
-every token of a prompt, which is four fifths of a two-layer model's time, and nothing that the check is about.
+Losses are compared over 30 updates of the same rows in fp32, in a model cut to two layers, and on short rows: prompts
+leave out the list of labels, and rows are cut to --check_max_length; blocks of text stay as they are. Others compute
+the vocabulary's logits at every token of a prompt, which is four fifths of a two-layer model's time, and nothing that
+the check is about.
 """
 
 import os
@@ -21,22 +24,32 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import turns  # noqa: E402
-from common.config import ClassificationConfig, DataConfig, cli_errors, option, parse_config  # noqa: E402
+from common.config import (  # noqa: E402
+    CausalConfig,
+    ClassificationConfig,
+    DataConfig,
+    InstructionConfig,
+    cli_errors,
+    option,
+    parse_config,
+)
 
 TRAINERS = ("plainlora", "plain_loop", "hf_trainer", "trl_default", "trl_tuned")
 CHECKED = (1, 10, 30)  # updates at which losses are compared
 
 
 @dataclass
-class Config(DataConfig, ClassificationConfig):
+class Config(DataConfig, ClassificationConfig, CausalConfig, InstructionConfig):
     """train_speed"""
 
+    task: Literal["classification", "causal_lm", "chat"] = option("classification", "what is trained")
     model: str = option("smollm2-135m", "hub id or local folder")
     trainers: list[str] | None = option(
         None, f"the first is what others are compared with; unset: {' '.join(TRAINERS)}"
@@ -123,28 +136,18 @@ def prepare(config: Config, checking: bool, folder: Path) -> Work:
     import transformers
 
     from common import modeling
-    from common.data import load_classification
     from common.demo_model import resolve_model
     from common.plan import Plan
-    from common.prompts import read_template
 
-    updates = max(CHECKED) if checking else config.warmup + config.updates
     if checking:
-        short = read_template(config.prompt_template, "generative").replace("{labels}", "one of the labels")
-        (folder / "short.txt").write_text(short, encoding="utf-8")
-        config.prompt_template = str(folder / "short.txt")
         config.max_length = min(config.max_length, config.check_max_length)
     path = resolve_model(config.model, None)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    read = len(load_classification(config).splits["train"])
-    config.max_train_samples = read // config.rows_per_update * config.rows_per_update  # no short update for others
-    data = load_classification(config)
-    prompt = modeling.classification_prompt(
-        tokenizer, False, labels=data.labels, multi_label=data.multi_label,
-        template=read_template(config.prompt_template, "generative"), max_length=config.max_length,
-    )  # fmt: skip
-    prompt.reserve(data.splits["train"])
-    rows = [(prompt.prompt(e.text).ids, prompt.answer(e.labels)) for e in data.splits["train"]]
+    tokenizer = modeling.load_tokenizer(path, SimpleNamespace(revision=None, trust_remote_code=False))
+    # A first look tells how many rows there are; all updates are full, as others would not scale a short one.
+    read = len(ROWS[config.task](config, tokenizer, checking, folder))
+    config.max_train_samples = read // config.rows_per_update * config.rows_per_update
+    rows = ROWS[config.task](config, tokenizer, checking, folder)
+    updates = max(CHECKED) if checking else config.warmup + config.updates
     plan = Plan([len(p) + len(a) for p, a in rows], config.rows_per_update, seed=0)
     ordered = [rows[i] for update in plan.updates(0, updates) for i in update]
     if checking:
@@ -155,15 +158,68 @@ def prepare(config: Config, checking: bool, folder: Path) -> Work:
     return Work(config, path, ordered, updates, checking)
 
 
+def answers(config: Config, tokenizer: Any, checking: bool, folder: Path) -> list[tuple[list[int], list[int]]]:
+    """Prompts and labels."""
+    from common import modeling
+    from common.data import load_classification
+    from common.prompts import read_template
+
+    if checking:
+        short = read_template(config.prompt_template, "generative").replace("{labels}", "one of the labels")
+        (folder / "short.txt").write_text(short, encoding="utf-8")
+        config.prompt_template = str(folder / "short.txt")
+    data = load_classification(config)
+    prompt = modeling.classification_prompt(
+        tokenizer, False, labels=data.labels, multi_label=data.multi_label,
+        template=read_template(config.prompt_template, "generative"), max_length=config.max_length,
+    )  # fmt: skip
+    prompt.reserve(data.splits["train"])
+    return [(prompt.prompt(e.text).ids, prompt.answer(e.labels)) for e in data.splits["train"]]
+
+
+def blocks(config: Config, tokenizer: Any, checking: bool, folder: Path) -> list[tuple[list[int], list[int]]]:
+    """Blocks of text, whose first token is not predicted."""
+    from common import modeling
+    from common.corpus import load_corpus, open_sources
+
+    found = load_corpus(open_sources(config), config, tokenizer).splits["train"]
+    start = modeling.start_ids(tokenizer)
+    rows = [[*start, *block.tokens] for block in found]
+    return [(row[:1], row[1:]) for row in rows]
+
+
+def turns_of_chat(config: Config, tokenizer: Any, checking: bool, folder: Path) -> list[tuple[list[int], list[int]]]:
+    """Prompts and answers of conversations of one exchange."""
+    from common.chat import choose_template
+    from common.conversations import load_conversations
+
+    template = choose_template(tokenizer, config.chat_template)
+    data = load_conversations(config)
+    rows = [row for each in data.splits["train"] for row in template.rows(each, config.max_length)]
+    return [(row.front, row.ids[len(row.front) :]) for row in rows]
+
+
+ROWS = {"classification": answers, "causal_lm": blocks, "chat": turns_of_chat}
+
+
 def plainlora(work: Work, folder: Path) -> tuple[list[float], list[float]]:
-    """train_cls.py itself; its own record of what an update took."""
+    """The script itself; its own record of what an update took."""
+    import train_clm
     import train_cls
+    import train_sft
     from common import checkpoint
+    from common.conversations import load_conversations
+    from common.corpus import open_sources
     from common.data import load_classification
 
+    script, load_data = {
+        "classification": (train_cls, load_classification),
+        "causal_lm": (train_clm, open_sources),
+        "chat": (train_sft, load_conversations),
+    }[work.config.task]
     config, ticks, losses = work.config, [], []
-    own = {name: value for name, value in vars(config).items() if hasattr(train_cls.Config, name)}
-    own |= {"model": work.path, "seed": 0, "baselines": False}
+    own = {name: value for name, value in vars(config).items() if hasattr(script.Config, name)}
+    own |= {"model": work.path, "seed": 0, "baselines": False, "gradient_accumulation_steps": 1}
     own |= {"per_device_train_batch_size": config.rows_per_update, "max_steps": work.updates, "eval_strategy": "no"}
     own |= {"save_strategy": "no", "report_to": ["none"], "output_dir": str(folder / "run"), "warmup_ratio": 0.0}
     own |= {"lr_scheduler_type": "constant", "weight_decay": 0.0}
@@ -176,8 +232,8 @@ def plainlora(work: Work, folder: Path) -> tuple[list[float], list[float]]:
         count(self, loss, targets, lengths, seconds)
 
     checkpoint.State.count = counted
-    settings = train_cls.Config(**own)
-    train_cls.train(settings, load_classification(settings), work.path)
+    settings = script.Config(**own)
+    script.train(settings, load_data(settings), work.path)
     return ticks, losses
 
 
@@ -337,7 +393,8 @@ WORKERS = {"load": load, "plainlora": plainlora, "plain_loop": plain_loop, "hf_t
 def write(config: Config, table: list[dict[str, Any]]) -> None:
     """Markdown table and bar chart."""
     kind = "NF4" if config.load_in_4bit else "bf16"
-    name = f"train_{Path(config.train_file or 'demo').parent.name}_{config.rows_per_update}_{kind.lower()}"
+    data = Path(config.train_file).parent.name if config.train_file else config.task
+    name = f"train_{data}_{config.rows_per_update}_{kind.lower()}"
     rows, first = [], table[0]["trainer"]
     for entry in table:
         ratio = entry[f"ratio_of_{first}"]

@@ -73,6 +73,11 @@ class ChatRow:
     def length(self) -> int:
         return len(self.ids)
 
+    @property
+    def front(self) -> list[int]:
+        """What stands in front of the first token that is trained on."""
+        return self.ids[: self.mask.index(1)]
+
 
 class ChatTemplate:
     """Renders conversations with one chat template.

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from common.chat import ChatRow
 from common.corpus import Block, document_starts
 from common.data import Example
 from common.prompts import ClassificationPrompt
@@ -107,10 +108,11 @@ def join(
     return inputs, prefix - 1 + row * torch.arange(1, len(sequences) + 1)
 
 
-def describe_prefix(rows: Sequence[AnswerRow] | Sequence[HeadRow], batch_size: int, shared_prefix: str) -> str:
-    """What `shared_prefix` means for micro-batches of these rows, for people."""
-    prefix = common_prefix([row.prompt for row in rows])
-    mean = sum(row.length for row in rows) // len(rows)
+def describe_prefix(
+    prompts: Sequence[Sequence[int]], lengths: Sequence[int], batch_size: int, shared_prefix: str
+) -> str:
+    """What `shared_prefix` means for micro-batches of rows with these prompts and lengths, for people."""
+    prefix, mean = common_prefix(prompts), sum(lengths) // len(lengths)
     packed = shared_prefix == "on" or shared_prefix == "auto" and pays(prefix, [mean] * batch_size)
     how = "once a micro-batch" if packed and batch_size > 1 and prefix else "in every row"
     return f"rows begin with the same {prefix} tokens of about {mean}, computed {how}"
@@ -212,6 +214,30 @@ def collate_blocks(
         inputs["attention_mask"] = (seen | torch.eye(length, dtype=torch.bool))[:, None]  # padding sees itself: no NaN
     inputs |= {"keep": torch.tensor(keep), "targets": torch.tensor(targets)}
     return {"inputs": inputs, "weights": torch.tensor(weights), "rows": torch.tensor(numbers)}
+
+
+def collate_chat(rows: Sequence[tuple[ChatRow, bool]], pad_id: int, shared_prefix: str = "off") -> Batch:
+    """Conversations for common/token_losses.py, as `collate_blocks`: a token is a target where the row's mask says so.
+
+    A pack's prefix is what all rows begin with and none is trained on, a long system turn for instance.
+    """
+    inputs, ends = join([row.front for row, _ in rows], [row.ids for row, _ in rows], pad_id, shared_prefix)
+    keep, targets, weights, numbers = [], [], [], []
+    for i, (row, counts) in enumerate(rows):
+        first = int(ends[i]) - row.length  # of the flattened batch, the position in front of the row's first token
+        for t, trained in enumerate(row.mask):
+            if trained:
+                keep.append(first + t)
+                targets.append(row.ids[t])
+                weights.append(float(counts))
+                numbers.append(i)
+    inputs |= {"keep": torch.tensor(keep), "targets": torch.tensor(targets)}
+    return {"inputs": inputs, "weights": torch.tensor(weights), "rows": torch.tensor(numbers)}
+
+
+def collate_numbered_chat(rows: Sequence[ChatRow], numbers: Sequence[tuple[int, bool]], **options: Any) -> Batch:
+    """`collate_chat` of the rows with these (number, counts) pairs."""
+    return collate_chat([(rows[i], counts) for i, counts in numbers], **options)
 
 
 def collate_numbered_blocks(blocks: Sequence[Block], numbers: Sequence[tuple[int, bool]], **options: Any) -> Batch:

@@ -183,6 +183,15 @@ class TextConfig:
 
 
 @dataclass
+class PackConfig:
+    """shared-prefix packs"""
+
+    shared_prefix: Literal["auto", "on", "off"] = option(
+        "auto", "compute what all rows of a micro-batch begin with once; auto: where it pays, without dropout"
+    )
+
+
+@dataclass
 class ClassificationConfig(TextConfig, RowConfig):
     """classification"""
 

@@ -177,7 +177,10 @@ def _hub_sources(config: Any) -> dict[str, Source]:
 
 
 def _row_texts(rows: Iterator[dict[str, Any]], source: str, config: Any) -> Iterator[tuple[str, bool]]:
-    """Each row is a document; but one that is empty or ends with a line break goes on in the next (a file's lines)."""
+    """Each row is a document; but one that ends with a line break goes on in the next, as the lines of a file do.
+
+    Between such rows, an empty one is a blank line.
+    """
     fields, open_text = config.text_fields, False
     for number, row in enumerate(rows, 1):
         if number == 1:
@@ -192,8 +195,10 @@ def _row_texts(rows: Iterator[dict[str, Any]], source: str, config: Any) -> Iter
                 )
         cells = [row.get(name) for name in fields]
         text = "\n".join(str(cell) for cell in cells if cell is not None and cell == cell)  # NaN is not itself
+        if not text:
+            text = "\n" * open_text
         ends = bool(text) and not text.endswith("\n")
-        open_text = not ends
+        open_text = text.endswith("\n")
         yield text, ends
     if open_text:
         yield "", True

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from common.config import InputError
+
 RESAMPLES = 1000
 
 
@@ -83,25 +85,23 @@ def summarise(answers: Sequence[Any], gold: Sequence[Sequence[int]], labels: Seq
 
 
 def perplexity_metrics(
-    blocks: Sequence[tuple[float, int]], per_token: dict[str, float], seed: int = 0
+    blocks: Sequence[tuple[float, int]], per_token: dict[str, float] | None = None, seed: int = 0
 ) -> dict[str, Any]:
     """Perplexity and its kin from (nats, predicted tokens) of every block: sums over all, no means of means.
 
     eval_loss: nats a token; perplexity: e to that. bits_per_byte and word_perplexity put it on the split's UTF-8 bytes
-    and white-space words, so that models with different tokenizers compare. per_token: {bytes, words} of a token.
+    and white-space words, so that models with different tokenizers compare.
+    per_token: {bytes, words} of a token; unset: without these two.
     95 % intervals: percentiles of RESAMPLES bootstrap resamples of the blocks.
     """
     nats, tokens = np.array(blocks, dtype=float).T
 
     def headline(loss: np.ndarray) -> dict[str, np.ndarray]:
-        return {
-            "eval_loss": loss,
-            "perplexity": np.exp(np.minimum(loss, 700)),  # a float ends at e^709
-            "bits_per_byte": loss / per_token["bytes"] / math.log(2),
-            "word_perplexity": np.exp(np.minimum(loss / per_token["words"], 700))
-            if per_token["words"]
-            else np.nan * loss,
-        }
+        values = {"eval_loss": loss, "perplexity": np.exp(np.minimum(loss, 700))}  # a float ends at e^709
+        if per_token:
+            values["bits_per_byte"] = loss / per_token["bytes"] / math.log(2)
+            values["word_perplexity"] = np.exp(np.minimum(loss / max(per_token["words"], 1e-9), 700))
+        return values
 
     rng = np.random.default_rng(seed)
     resampled = np.empty(RESAMPLES)
@@ -111,6 +111,30 @@ def perplexity_metrics(
     intervals = {name: np.percentile(value, [2.5, 97.5]).tolist() for name, value in headline(resampled).items()}
     values = {name: float(value) for name, value in headline(nats.sum() / tokens.sum()).items()}
     return {**values, "intervals_95": intervals, "rows": len(nats), "predicted_tokens": int(tokens.sum())}
+
+
+def text_overlap(answers: Sequence[str], references: Sequence[str], seed: int = 0) -> dict[str, Any]:
+    """How much generated answers share with their references, from 0 to 100.
+
+    rouge_l: mean F1 of the longest common word sequence (Lin, 2004; of a-z and 0-9 alone, as the rouge-score package
+    reads words), with a 95 % bootstrap interval over the rows; chrf: character n-grams (Popovic, 2015) and bleu:
+    word n-grams (Papineni et al., 2002), over the corpus, by sacrebleu with its defaults. Raises InputError where a
+    package is missing.
+    """
+    try:
+        import sacrebleu
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise InputError(f"{error.name} is not installed. Run `pip install sacrebleu rouge-score`.") from None
+    scorer = RougeScorer(["rougeL"])
+    shared = np.array([100 * scorer.score(r, a)["rougeL"].fmeasure for r, a in zip(references, answers, strict=True)])
+    drawn = np.random.default_rng(seed).integers(len(shared), size=(RESAMPLES, len(shared)))
+    return {
+        "rouge_l": float(shared.mean()),
+        "chrf": sacrebleu.corpus_chrf(list(answers), [list(references)]).score,
+        "bleu": sacrebleu.corpus_bleu(list(answers), [list(references)]).score,
+        "intervals_95": {"rouge_l": np.percentile(shared[drawn].mean(1), [2.5, 97.5]).tolist()},
+    }
 
 
 def confusion_matrix(

@@ -1,4 +1,4 @@
-"""The losses of a text's blocks, block by block, however they are batched or shared among processes."""
+"""The losses of a text's blocks or of conversations, row by row, however batched or shared among processes."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ SAMPLE_TOKENS = 60
 
 
 @torch.inference_mode()
-def block_losses(
+def row_losses(
     model: nn.Module,
     rows: Sequence[Any],
     accelerator: Any,

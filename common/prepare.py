@@ -32,6 +32,7 @@ OPTIONS = {  # what the builders' parameters are
     "top": (int, "keep the rows of this many most frequent labels; 0: of all"),
     "max_rows": (int, "keep at most this many of those rows, over all splits, drawn stratified; None: all"),
     "seed": (int, "of the sample and of the split"),
+    "config": (str, "configuration of the source"),
     "category_column": (str, "column of the categories; None: seen from the names"),
     "min_score": (float, "keep the rows whose quality score is at least this"),
 }
@@ -44,7 +45,7 @@ class Prepared:
     tables: dict[str, Any]
     launch: list[str]
     facts: dict[str, Any]
-    suffix: str = ".csv"  # or .jsonl, for cells that are lists
+    suffix: str = ".csv"  # or .jsonl, for cells that are lists; or .txt, for the lines of a text
 
 
 def arxiver(source="real-jiakai/arxiver-with-category", top=5, max_rows=None, seed=42, category_column=None):
@@ -108,7 +109,15 @@ def bitext(source="bitext/Bitext-customer-support-llm-chatbot-training-dataset",
     return instructions(parts, chosen, examples)
 
 
-BUILDERS = {f.__name__: f for f in (arxiver, amazoncat13k, ag_news, finetome, bitext)}
+def wikitext(source="Salesforce/wikitext", config="wikitext-2-raw-v1"):
+    """Wikipedia articles as running text, a line of the source a row; its own splits."""
+    parts = load(source, config)
+    column = find_column(parts, ["text"])
+    tables = {split: part.select_columns([column]) for split, part in parts.items()}
+    return Prepared(tables, ["train_clm.py"], {"revision": revision_of(parts["train"])}, ".txt")
+
+
+BUILDERS = {f.__name__: f for f in (arxiver, amazoncat13k, ag_news, finetome, bitext, wikitext)}
 
 
 def load(source: str, config: str | None = None) -> dict[str, Any]:
@@ -236,6 +245,12 @@ def write(prepared: Prepared, folder: Path, source: dict[str, Any]) -> None:
             if prepared.suffix == ".jsonl":
                 table.to_json(partial / f"{split}.jsonl", force_ascii=False)
                 continue
+            if prepared.suffix == ".txt":
+                with open(partial / f"{split}.txt", "w", encoding="utf-8", newline="") as file:
+                    for row in table:  # the hub's copy has emptied the source's blank lines, of one space each
+                        (line,) = row.values()
+                        file.write(line or " \n")
+                continue
             # Minimal quoting leaves a lone carriage return bare, which ends the row when it is read.
             table.to_csv(partial / f"{split}.csv", lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
         source = source | {"rows": {split: len(table) for split, table in prepared.tables.items()}} | prepared.facts
@@ -263,7 +278,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"reading {options['source']}")
     prepared = BUILDERS[name](**options)
     write(prepared, folder, {"name": name, "source": options["source"], "options": options})
-    files = [word for split in SPLITS for word in (f"--{split}_file", str(folder / f"{split}{prepared.suffix}"))]
+    names = [split for split in SPLITS if split in prepared.tables]
+    files = [word for split in names for word in (f"--{split}_file", str(folder / f"{split}{prepared.suffix}"))]
     for split, table in prepared.tables.items():
         print(f"wrote {folder / split}{prepared.suffix}: {len(table)} rows")
     print(f"wrote {folder / 'SOURCE.json'}\n\nTrain on it:")

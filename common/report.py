@@ -46,6 +46,11 @@ def say_what_is_missing(accelerator: Any, report_to: list[str] | None) -> None:
         say(accelerator, f"Not installed: {', '.join(missing)}. {command} adds what it draws or logs.{later}\n")
 
 
+ANSWER_LOSS = {"eval_loss": "nats a token", "perplexity": "perplexity"}  # of answers
+ANSWERS = {**ANSWER_LOSS, "rouge_l": "ROUGE-L", "chrf": "chrF", "bleu": "BLEU", "stopped": "ends by itself"}
+SAMPLES = 10  # answers shown in a report
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table with aligned columns: the first to the left, the others to the right."""
     header, *rows = [[str(cell).replace("|", r"\|") for cell in row] for row in (header, *rows)]
@@ -69,7 +74,9 @@ def results_table(
             rows.append([name, *[metrics] * len(headlines)])
         else:
             bounds = metrics["intervals_95"]
-            rows.append([name, *(f"{metrics[k]:.3f} [{bounds[k][0]:.3f}, {bounds[k][1]:.3f}]" for k in headlines)])
+            cells = (f"{metrics[k]:.3f}" if k in metrics else "-" for k in headlines)
+            ranges = (f" [{bounds[k][0]:.3f}, {bounds[k][1]:.3f}]" if k in bounds else "" for k in headlines)
+            rows.append([name, *map("".join, zip(cells, ranges, strict=True))])
     return table([f"{split} split", *headlines.values()], rows)
 
 
@@ -147,6 +154,48 @@ def write_perplexity(
     if sample:
         text += ["A sample, the prompt included:", "\n".join(f"> {line}" for line in sample.splitlines())]
     (folder / "report.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
+
+
+def write_losses(folder: Path, metrics: dict[str, Any], results: dict[str, Any], split: str = "test") -> None:
+    """metrics.json, and report.md with the loss of the answers beside the untrained base's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
+    text = ["# Evaluation", results_table(results, split, ANSWER_LOSS), "95 % intervals: bootstrap over the rows."]
+    (folder / "report.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
+
+
+def write_answers(
+    folder: Path, rows: Sequence[dict[str, Any]], metrics: dict[str, Any], results: dict[str, Any], split: str
+) -> None:
+    """metrics.json, predictions.jsonl and .csv, and report.md with SAMPLES of the answers.
+
+    rows: id, prompt (as text), gold, prediction, stopped, truncated.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
+    with (
+        open(folder / "predictions.jsonl", "w", encoding="utf-8") as lines,
+        open(folder / "predictions.csv", "w", encoding="utf-8", newline="") as sheet,
+    ):
+        writer = csv.DictWriter(sheet, list(rows[0]))
+        writer.writeheader()
+        for row in rows:
+            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+            writer.writerow(row)
+    shown = [rows[i] for i in range(0, len(rows), -(-len(rows) // SAMPLES))]
+    samples = "\n\n".join(
+        f"### {row['id']}\n\n{_quoted(row['prompt'])}\n\nreference:\n\n{_quoted(row['gold'])}\n\nanswer:\n\n"
+        f"{_quoted(row['prediction'])}"
+        for row in shown
+    )
+    figures = results_table(results, split, ANSWERS)
+    notes = "95 % intervals: bootstrap over the rows. ROUGE-L, chrF and BLEU compare greedy answers with references."
+    text = ["# Evaluation", figures, notes, "## Samples"]
+    (folder / "report.md").write_text("\n\n".join([*text, samples]) + "\n", encoding="utf-8")
+
+
+def _quoted(text: str) -> str:
+    return "\n".join(f"> {line}" for line in text.splitlines() or [""])
 
 
 def draw_bars(path: Path, results: dict[str, dict[str, Any]], metric: str) -> None:

@@ -26,6 +26,25 @@ def test_other_trainers_reach_the_same_losses(models, tmp_path):
     assert (tmp_path / "out" / f"{file.stem}.md").is_file() and (tmp_path / "out" / f"{file.stem}.png").is_file()
 
 
+@pytest.mark.parametrize("task", ["causal_lm", "chat"])
+def test_other_trainers_reach_the_same_losses_on_text_and_chats(models, tmp_path, task):
+    pytest.importorskip("trl", reason="a peer of the benchmark, in requirements-dev.txt")
+    rows = toy_rows(100)
+    if task == "chat":
+        lines = [json.dumps({"instruction": f"word {row['label']}", "response": row["text"]}) for row in rows]
+        options = ["--train_file", str(tmp_path / "rows.jsonl"), "--chat_template", "plain"]
+        (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    else:
+        options = ["--train_file", str(tmp_path / "text.txt"), "--block_size", "16"]
+        (tmp_path / "text.txt").write_text("\n".join(row["text"] for row in rows) * 2)
+    few = ["--rounds", "1", "--warmup", "1", "--updates", "1", "--output_dir", str(tmp_path / "out")]
+    peers = ["--trainers", "plainlora", "hf_trainer", "trl_tuned", "--task", task, "--model", str(models["llama"])]
+    run_script("benchmarks/train_speed.py", *peers, *options, *few, timeout=900)
+    [file] = (tmp_path / "out").glob("*.json")
+    for entry in json.loads(file.read_text())["table"]:
+        assert entry["largest_loss_difference"] < 1e-4 and entry["ratio_of_plainlora"] > 0
+
+
 def test_profile_of_a_step(models):
     shown = run_script("benchmarks/step_profile.py", "--model", str(models["qwen"]), "--rounds", "1").stdout
     assert len([line for line in shown.splitlines() if line.startswith("| + ")]) == 3

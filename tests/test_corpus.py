@@ -79,7 +79,7 @@ def test_rows_are_documents_and_lines_are_not(tokenizer, tmp_path):
     file = write(tmp_path / "t.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in rows))
     data = load(tokenizer, train_file=file, validation_fraction=0, test_fraction=0)
     end = [tokenizer.eos_token_id]
-    expected = plain(tokenizer, " = A = \n first line \nsecond") + end
+    expected = plain(tokenizer, " = A = \n\n first line \nsecond") + end
     expected += plain(tokenizer, "a document </s> of its own") + end + plain(tokenizer, "third") + end
     assert joined(data.splits["train"]) == expected
     assert expected.count(tokenizer.eos_token_id) == 3  # the name of the end token in a text is text

@@ -155,9 +155,10 @@ def test_auto_packs_where_it_saves_work():
         batch = collate_rows(rows, [(i, True) for i in range(4)], pad_id=2, shared_prefix=choice)
         shapes[choice] = tuple(batch["inputs"]["input_ids"].shape)
     assert shapes == {"auto": (1, 50 + 4 * 2), "off": (4, 52)}
-    assert "same 50 tokens of about 52, computed once" in collate.describe_prefix(rows, 4, "auto")
-    assert "computed in every row" in collate.describe_prefix(rows, 4, "off")
-    assert "computed in every row" in collate.describe_prefix(rows, 1, "on")
+    prompts, lengths = [row.prompt for row in rows], [row.length for row in rows]
+    assert "same 50 tokens of about 52, computed once" in collate.describe_prefix(prompts, lengths, 4, "auto")
+    assert "computed in every row" in collate.describe_prefix(prompts, lengths, 4, "off")
+    assert "computed in every row" in collate.describe_prefix(prompts, lengths, 1, "on")
 
 
 def resolved(path, encoder: bool = False, **options) -> str:

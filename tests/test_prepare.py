@@ -14,9 +14,11 @@ from types import SimpleNamespace
 import datasets
 import pytest
 
+import train_clm
 from common import prepare
-from common.config import ClassificationConfig, DataConfig, InputError, InstructionConfig, from_texts
+from common.config import ClassificationConfig, DataConfig, InputError, InstructionConfig, from_texts, parse_config
 from common.conversations import load_conversations
+from common.corpus import open_sources
 from common.data import load_classification
 from common.files import SPLITS
 
@@ -248,6 +250,23 @@ def load_chat(folder: Path):
         pass
 
     return load_conversations(Config(**{f"{split}_file": str(folder / f"{split}.jsonl") for split in SPLITS}))
+
+
+def test_wikitext_is_its_text_again(tmp_path, capsys):
+    """Lines as rows, blank ones emptied, become the text they were; the command that trains on it names the files."""
+    lines = ["", " = A = \n", "", " One line , and \n", " another . \n", ""]
+    for split in ("train", "validation", "test"):
+        write_jsonl(tmp_path / "source", [{"text": line} for line in lines], split)
+    out = tmp_path / "out"
+    prepare.main(["wikitext", "--source", str(tmp_path / "source"), "--config", "default", "--output_dir", str(out)])
+    text = " \n = A = \n \n One line , and \n another . \n \n"
+    assert all((out / f"{split}.txt").read_bytes().decode() == text for split in SPLITS)
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert command[2] == "train_clm.py" and command[-1] == str(out / "test.txt")
+    sources = open_sources(parse_config(train_clm.Config, command[3:]))
+    assert {split: list(source.texts()) for split, source in sources.items()} == dict.fromkeys(
+        SPLITS, [(text, False), ("", True)]
+    )
 
 
 def test_finetome_keeps_good_rows_and_holds_out_a_fifth(tmp_path, capsys):

@@ -21,8 +21,15 @@ from conftest import FAMILIES, ROOT, toy_options
 import evaluate
 import train_clm
 import train_cls
+import train_sft
 from common import prepare
-from common.config import check_causal, check_classification, check_loop, parse_config
+from common.config import (
+    check_causal,
+    check_classification,
+    check_instructions,
+    check_loop,
+    parse_config,
+)
 from common.data import load_classification
 from common.prompts import GENERATIVE_TEMPLATE, ClassificationPrompt
 
@@ -124,6 +131,14 @@ def test_other_commands_are_accepted():
     assert re.findall(r"`(\w+)`", builders) == list(prepare.BUILDERS)
 
 
+@pytest.mark.parametrize("line", script_options("train_sft.py"), ids=lambda line: " ".join(line) or "none")
+def test_commands_on_conversations_are_accepted(line):
+    """Every `train_sft.py` command names options that exist and fit each other."""
+    config = parse_config(train_sft.Config, line)
+    check_loop(config)
+    check_instructions(config)
+
+
 @pytest.mark.parametrize("line", script_options("train_clm.py"), ids=lambda line: " ".join(line) or "none")
 def test_commands_on_running_text_are_accepted(line):
     """Every `train_clm.py` command names options that exist and fit each other."""
@@ -134,7 +149,11 @@ def test_commands_on_running_text_are_accepted(line):
 
 def test_every_option_exists():
     """An option that the README mentions anywhere is one of a script, a builder or a launcher."""
-    known = {field.name for cls in (train_cls.Config, train_clm.Config, evaluate.Config) for field in fields(cls)}
+    known = {
+        field.name
+        for cls in (train_cls.Config, train_clm.Config, train_sft.Config, evaluate.Config)
+        for field in fields(cls)
+    }
     known |= set(prepare.OPTIONS) | LAUNCHERS | INSTALLERS | {"config", "help"}
     mentioned = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", README))
     assert mentioned - known == set()

@@ -211,7 +211,7 @@ def test_the_loop_is_the_same_text_in_every_script():
         text = (ROOT / name).read_text()
         return text[text.index("    # --- loop\n") : text.index("    # --- end loop\n")]
 
-    assert loop_of("train_clm.py") == loop_of("train_cls.py")
+    assert loop_of("train_clm.py") == loop_of("train_cls.py") == loop_of("train_sft.py")
     assert len(loop_of("train_cls.py").splitlines()) < 40
 
 

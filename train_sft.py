@@ -1,0 +1,256 @@
+"""Tunes a language model on instructions and conversations: the loss is on the assistant's answers.
+
+    accelerate launch train_sft.py                                  # the embedded model on the demo conversations
+    accelerate launch train_sft.py --train_file alpaca.json --num_train_epochs 3
+    accelerate launch train_sft.py --train_file faq.csv --columns instruction=question response=answer
+    accelerate launch train_sft.py --model meta-llama/Llama-3.2-1B --chat_template plain --train_file chats.jsonl
+
+Rows are instruction + response, Alpaca, prompt + completion, `messages`, or ShareGPT `conversations`. LoRA on a 4-bit
+NF4 base by default; `--help` lists the options. Not supported: encoders, encoder-decoder models, pictures.
+"""
+
+import math
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from common import rundir
+from common.config import (
+    DataConfig,
+    InputError,
+    InstructionConfig,
+    LoopConfig,
+    LoraArguments,
+    ModelConfig,
+    PackConfig,
+    check_instructions,
+    check_loop,
+    cli_errors,
+    option,
+    parse_config,
+)
+from common.conversations import ChatData, load_conversations
+from common.demo_model import resolve_model
+from common.runlog import RunLog, chosen_trackers, say
+from common.seeds import finish as finish_seeds
+from common.seeds import keep_others, runs_of
+
+# torch and what stands on it is imported inside the functions: options and data are checked before, in a moment.
+
+
+@dataclass
+class Config(ModelConfig, LoraArguments, LoopConfig, DataConfig, PackConfig, InstructionConfig):
+    """train_sft"""
+
+    max_length: int = option(512, "tokens of a conversation", at_least=2)
+    num_train_epochs: float = option(3, "passes over the training rows", at_least=0)
+    metric_for_best_model: Literal["eval_loss", "perplexity"] = option(
+        "eval_loss", "validation metric that chooses the best weights"
+    )
+
+
+def loss_of(model: Any, batch: dict[str, Any]) -> Any:
+    """The SUM of weight x loss over the targets of one micro-batch. Change this one first."""
+    return (model(**batch["inputs"]) * batch["weights"]).sum()
+
+
+def evaluate(model: Any, rows: Any, accelerator: Any, batch_size: int, collator: Any, what: str) -> dict[str, Any]:
+    """Loss and perplexity of the answers, given all that stands in front of them: sums and counts over all ranks."""
+    from common.loop import evaluation_cost
+    from common.metrics import perplexity_metrics
+    from common.perplexity import row_losses
+
+    started = time.perf_counter()
+    losses = row_losses(model, rows, accelerator, batch_size, collator, what)
+    return perplexity_metrics(losses) | evaluation_cost(len(rows), started, accelerator.device)
+
+
+def train(config: Config, data: ChatData, path: str, another: bool = False) -> dict[str, Any]:
+    """One run from the base model to its evaluated weights; returns its figures. another: a further run follows."""
+    import torch
+    from accelerate.utils import broadcast_object_list, set_seed
+
+    from common import attention, collate, loop, modeling, report, storage
+    from common.chat import chat_rows, choose_template, show_chat_row
+    from common.checkpoint import State, load_checkpoint, register_hooks, save_best, save_checkpoint
+    from common.perplexity import UNTRAINED
+    from common.plan import Plan
+    from common.token_losses import TokenLosses
+
+    given = rundir.options_hash(config)
+    resume = rundir.find_resume(config) if config.resume_from_checkpoint else None
+    modeling.resolve_options(config, modeling.is_encoder(path, config))
+    accelerator = loop.start_accelerator(config, chosen_trackers(config.report_to))
+    report.say_what_is_missing(accelerator, config.report_to)
+
+    # --- data
+    modeling.check_length(path, config, config.max_length, "--max_length")
+    tokenizer = modeling.load_tokenizer(path, config)
+    template = choose_template(tokenizer, config.chat_template)
+    splits = chat_rows(data, template, config.max_length, config.loss_on)
+    rows = examples = splits["train"]
+    test = splits["test"]
+    data_report = report.data_report(data.report, show_chat_row(rows[0], tokenizer))
+    say(accelerator, data_report)
+
+    # --- model
+    set_seed(config.seed)  # the adapter's first weights depend on the seed alone
+    model, missing = modeling.load_base(path, config, device=accelerator.device)
+    shared_prefix = attention.resolve_shared_prefix(model, config, encoder=False)
+    if not config.full_finetuning:
+        model = modeling.add_lora(model, config, missing, head=False)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = TokenLosses(model)
+    if config.torch_compile:
+        model.compile(dynamic=True)
+    census = modeling.census(model)
+    say(accelerator, report.census_table(census, config))
+
+    # --- optimizer, scheduler
+    batch_size = config.per_device_train_batch_size
+    rows_per_update = batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+    lengths = [row.length for row in rows]
+    plan = Plan(lengths, rows_per_update, config.seed)
+    total = loop.total_updates(config, plan.updates_per_epoch)
+    optimizer = loop.make_optimizer(model, config)
+    scheduler = loop.make_scheduler(optimizer, config, total)
+    flops = loop.flops_per_token(model)
+    model, optimizer = accelerator.prepare(
+        model, optimizer, device_placement=[not (config.load_in_4bit or config.load_in_8bit), True]
+    )
+    accelerator.register_for_checkpointing(scheduler)
+    register_hooks(accelerator)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    inner = accelerator.unwrap_model(model).model
+    say(accelerator, f"{total} updates of {rows_per_update} rows; {accelerator.num_processes} process(es) on "
+        f"{accelerator.device.type}, {torch.get_num_threads()} thread(s) each; "
+        f"{collate.describe_prefix([row.front for row in rows], lengths, batch_size, shared_prefix)}")  # fmt: skip
+    if config.dry_run:
+        loop.finish(accelerator, model, optimizer, another=another)
+        return {}
+
+    # --- run folder, baseline, resume
+    where = [resume[0] if resume else rundir.new_run_folder(config) if accelerator.is_main_process else None]
+    run_dir = Path(broadcast_object_list(where)[0])
+    best = run_dir / ("model" if config.full_finetuning else "adapter")
+    mark = {
+        **rundir.binding_options(config),
+        **{f"content of {source['name']}": source["sha256"][:12] for source in data.sources.values()},
+        "rows_per_update": rows_per_update,
+        "chat template": template.hash,
+    }
+    if resume:
+        say(accelerator, f"Resumes {run_dir} from {resume[1].name if resume[1] else 'its start: no checkpoint yet'}")
+    if accelerator.is_main_process:
+        rundir.recover(best)
+        if not (resume and resume[1]):
+            ids = {"ids": {split: [row.id for row in rows] for split, rows in data.splits.items()}}
+            rundir.write_start(run_dir, config, given, data, ids, data_report, accelerator.num_processes, census)
+    accelerator.wait_for_everyone()
+    collate_chat = partial(collate.collate_numbered_chat, pad_id=tokenizer.pad_token_id, shared_prefix=shared_prefix)
+
+    def measure(split: str, what: str) -> dict[str, Any]:
+        batch = config.per_device_eval_batch_size
+        return evaluate(model, splits[split], accelerator, batch, partial(collate_chat, splits[split]), what)
+
+    results = {}
+    if config.baselines and test:
+        file = run_dir / "eval" / "test" / "baselines.json"
+        if not file.exists():
+            # Before the first update the adapter changes nothing; where it starts as a part of the base, it must be on.
+            changed = config.init_lora_weights in modeling.BASE_CHANGING_INITS
+            with nullcontext() if changed else modeling.without_adapter(inner):
+                results = {UNTRAINED: measure("test", UNTRAINED)}
+            if accelerator.is_main_process:
+                rundir.write_json(file, results)
+            accelerator.wait_for_everyone()
+        results = rundir.read_json(file)
+    set_seed(config.seed, device_specific=True)  # dropout differs between ranks, and a baseline changes nothing
+    state = load_checkpoint(accelerator, resume[1], mark) if resume and resume[1] else State()
+    log = RunLog(run_dir, accelerator, config, total, state.update)
+    collator = partial(collate_chat, rows)
+
+    def validate() -> dict[str, Any]:
+        return measure("validation", "validation")
+
+    def keep_best() -> None:
+        save_best(accelerator, best, partial(storage.save_chat_model, model=inner, tokenizer=tokenizer,
+                                             template=template, config=config))  # fmt: skip
+
+    # --- loop
+    for numbers in plan.updates(state.update, total):  # the row numbers of one update, the same on every rank
+        if config.early_stopping_patience and state.stale_evaluations >= config.early_stopping_patience:
+            break
+        started = time.perf_counter()
+        model.train()
+        micro = loop.micro_batches(numbers, batch_size, accelerator, collator)
+        n = accelerator.reduce(loop.count_targets(micro), "sum")  # targets on all ranks
+        summed = torch.zeros_like(n)
+        for i, batch in enumerate(micro):
+            with loop.sync_context(accelerator, model, last=i == len(micro) - 1):
+                loss = loss_of(model, batch)
+                accelerator.backward(loss * accelerator.num_processes / n)  # DDP averages; undo it
+            summed += loss.detach()
+        summed = accelerator.reduce(summed, "sum")
+        norm = accelerator.clip_grad_norm_(trainable, config.max_grad_norm or math.inf)
+        loss = loop.finite_mean(summed, n, norm, accelerator, state.update, [examples[i].id for i in numbers])
+        rate = scheduler.get_last_lr()[0]
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        state.count(loss, n.item(), [rows[i].length for i in numbers], time.perf_counter() - started)
+        log.update(state, loss, learning_rate=rate, grad_norm=float(norm))
+        if loop.is_due(config.eval_strategy, config.eval_steps, state.update, plan.updates_per_epoch, total):
+            metrics = validate()
+            log.write(state.update, {"split": "validation", **metrics})
+            if state.improves(config.metric_for_best_model, metrics):
+                keep_best()
+        if loop.is_due(config.save_strategy, config.save_steps, state.update, plan.updates_per_epoch, total):
+            save_checkpoint(accelerator, run_dir, state, mark, config.save_total_limit)
+    # --- end loop
+
+    log.close()
+    if state.best_update is None:
+        keep_best()
+    storage.load_weights(inner, best)  # what was saved is what is measured
+    figures = {"epochs": state.update / plan.updates_per_epoch, **state.summary(flops)}
+    log.write(state.update, figures)
+    metrics = measure("test", "test") if test else {}
+    if accelerator.is_main_process:
+        if test:
+            results = {"this run": metrics, **results}
+            metrics = {**figures, **metrics}
+            report.write_losses(run_dir / "eval" / "test", metrics, results)
+            say(accelerator, "\n" + report.results_table(results, "test", report.ANSWER_LOSS))
+        report.draw_learning_curve(run_dir / "learning_curve.png", run_dir / "metrics.jsonl", "eval_loss")
+        rundir.mark_finished(run_dir)
+        say(accelerator, f"\nRun folder: {run_dir}\nCompare its answers: python evaluate.py --run {run_dir}\n"
+            f"Talk to it: python inference.py --run {run_dir}")  # fmt: skip
+    loop.finish(accelerator, model, optimizer, another=another)
+    return {**figures, **metrics}
+
+
+def main() -> None:
+    config = parse_config(Config)
+    check_loop(config)
+    check_instructions(config)
+    runs = runs_of(config)
+    chosen_trackers(config.report_to)
+    data = load_conversations(config)
+    if config.eval_strategy != "no" and not data.splits["validation"]:
+        raise InputError("--eval_strategy needs validation rows: set --validation_fraction, or --eval_strategy no.")
+    path = resolve_model(config.model, config.revision)
+    results: dict[int, Any] = {}
+    for run in runs:
+        with keep_others(results, run, config):
+            results[run.seed] = train(run, data, path, another=run is not runs[-1])
+    finish_seeds(results, config)
+
+
+if __name__ == "__main__":
+    with cli_errors():
+        main()
