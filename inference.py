@@ -363,9 +363,10 @@ def main() -> None:
                 others = compare_folders(config, folder, task)
                 side_by_side(writers.load_compared(writer, folder, others, config), [instruction], config)
             elif config.demo:
-                both = [("base", replace(writer, adapter=None)), ("this run", writer)]
-                tuned = modeling.is_adapted(writer.model)
-                side_by_side(both if tuned else both[1:], demo_questions(task["task"]), config)
+                voices = [("this run" if folder else "base", writer)]
+                if modeling.is_adapted(writer.model):
+                    voices.insert(0, ("base", replace(writer, adapter=None)))
+                side_by_side(voices, demo_questions(task["task"]), config)
             else:
                 if instruction is None:
                     chat_loop.greet("/help lists the commands." if writer.template else "Every text is gone on with.")
@@ -380,3 +381,5 @@ if __name__ == "__main__":
         except KeyboardInterrupt:
             print("\nStopped by Ctrl-C. Rows that are written stay: the same command goes on there.", file=sys.stderr)
             sys.exit(130)
+        except BrokenPipeError:  # whoever reads the answers has enough of them
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
