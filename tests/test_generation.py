@@ -38,7 +38,7 @@ def prompts_of(template: ChatTemplate) -> list[list[int]]:
 
 @contextlib.contextmanager
 def saying(model, scripts: list[list[int]]):
-    """The model says these ids, a script a row of the batch, and then the first id of the vocabulary."""
+    """The model says these ids, a script a row of the batch, and then the first id of the vocabulary; counts steps."""
     head, steps = model.get_output_embeddings(), []
 
     def forced(module, inputs, output):
@@ -50,7 +50,7 @@ def saying(model, scripts: list[list[int]]):
 
     handle = head.register_forward_hook(forced)
     try:
-        yield
+        yield steps
     finally:
         handle.remove()
 
@@ -58,10 +58,7 @@ def saying(model, scripts: list[list[int]]):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("penalty", [None, 1.4])
 def test_greedy_answers_do_not_depend_on_the_batch(loaded, family, penalty):
-    """CORRECTNESS 24, in fp32: batches of 8 and 3 == one by one == streamed == transformers' generate, pad == eos.
-
-    The repetition penalty sees the padding, unless that repeats what the prompt has.
-    """
+    """CORRECTNESS 24, in fp32: batches of 8 and 3 == one by one == streamed == transformers' generate, pad == eos."""
     model, tokenizer, template = loaded[family]
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     prompts, side = prompts_of(template), tokenizer.padding_side
@@ -80,6 +77,22 @@ def test_greedy_answers_do_not_depend_on_the_batch(loaded, family, penalty):
             )  # fmt: skip
         assert plain[0, len(ids) :].tolist()[: len(answer.ids)] == answer.ids
         assert answer.stopped == (answer.ids[-1] in template.stop_ids)
+
+
+def test_padding_does_not_count_as_repetition(loaded):
+    """Here the end token is the likeliest unless it is penalised, and stands in no prompt but as padding."""
+    model, tokenizer, template = loaded["llama"]
+    end = tokenizer.eos_token_id
+
+    def forced(module, inputs, output):
+        output[:], output[..., end], output[..., 7] = 0, 1.0, 0.9
+        return output
+
+    handle = model.get_output_embeddings().register_forward_hook(forced)
+    settings = Sampling(do_sample=False, max_new_tokens=3, repetition_penalty=1.5)
+    found = answer_prompts(model, tokenizer, template, [[5] * 9, [5, 6]], settings, 2, "cpu")
+    handle.remove()
+    assert [answer.ids for answer in found] == [[end], [end]]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -247,10 +260,11 @@ def test_a_stream_can_be_closed_and_hands_on_errors(loaded, monkeypatch):
     model, tokenizer, template = loaded["gemma"]
     before = threading.active_count()
     words = tokenizer("goal team coach " * 200, add_special_tokens=False)["input_ids"]
-    with saying(model, [words]):
+    with saying(model, [words]) as steps:
         pieces = stream(model, tokenizer, template, [5, 6, 7], Sampling(max_new_tokens=400), "cpu")
         assert next(pieces) and next(pieces)
         pieces.close()
+    assert len(steps) < 400
     assert threading.active_count() == before
     monkeypatch.setattr(generation, "_generate", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
