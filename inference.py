@@ -207,14 +207,15 @@ def read_asked(config: Config, task: dict[str, Any]) -> tuple[list[str], list[An
 
 def made_from(config: Config, folder: Path | None) -> dict[str, Any]:
     """What decides the answers to a file: its rows, the weights, and the options."""
-    if folder is None:
-        weights = {"model": config.model, "revision": config.revision}
-    else:
-        files = sorted([*folder.glob("adapter_model.safetensors"), folder / "task.json"])
-        files = files if len(files) > 1 else sorted([*folder.glob("*.safetensors"), folder / "task.json"])
-        weights = {file.name: file_hash(file) for file in files}
+    source = folder or Path(config.model)
+    files = [*source.glob("*.safetensors"), source / "task.json"] if source.is_dir() else []
+    weights = {"model": None if folder else config.model, "revision": config.revision}
+    weights |= {file.name: file_hash(file) for file in sorted(files) if file.is_file()}
     free = {"run", "output_file", "input_file", "per_device_eval_batch_size", "num_threads", "model", "revision"}
     options = {item.name: getattr(config, item.name) for item in fields(Config) if item.name not in free}
+    for name in ("chat_template", "prompt_template"):
+        if options[name] and Path(options[name]).is_file():
+            options[name] = file_hash(options[name])
     return {"input file": file_hash(config.input_file), "weights": weights, "options": options}
 
 
@@ -313,12 +314,71 @@ def given_instruction(config: Config) -> str | None:
     return text
 
 
+def answer_labels(
+    config: Config, folder: Path | None, path: str, accelerator: Any, instruction: str | None, batch: Any
+) -> None:
+    """Labels for the rows of a file, for one text, or for what is typed. batch: (AnswerFile, rows), or None."""
+    classifier = load_labeller(config, folder, path, accelerator)
+
+    def label(text: str) -> Iterator[str]:
+        example = Example("", join_fields({"text": text}, ["text"]), ())
+        yield show_labels(label_rows(classifier, [example], accelerator, config, lambda rows: None)[0])
+
+    if batch:
+
+        def lines(rows: Sequence[Example], chunk: int, progress: Any) -> list[dict[str, Any]]:
+            return label_rows(classifier, rows, accelerator, config, progress)
+
+        write_answers(*batch, lines, config.per_device_eval_batch_size, accelerator)
+    elif instruction is not None:
+        chat_loop.show(label(instruction))
+    else:
+        chat_loop.greet("Every text that you type is classified.")
+        chat_loop.answer_lines(label)
+
+
+def answer_texts(
+    config: Config,
+    folder: Path | None,
+    task: dict[str, Any],
+    writer: Any,
+    accelerator: Any,
+    instruction: str | None,
+    batch: Any,
+) -> None:
+    """Texts for the rows of a file, one text by several models, or a chat. batch: (AnswerFile, rows), or None."""
+    from common import modeling, writers
+
+    if batch:
+        size = config.per_device_eval_batch_size
+
+        def lines(rows: Sequence[Any], chunk: int, progress: Any) -> list[dict[str, Any]]:
+            return writer.answers(rows, replace(config, seed=(config.seed + chunk) % 2**32), size, progress)
+
+        write_answers(*batch, lines, size, accelerator)
+    elif config.compare:
+        others = compare_folders(config, folder, task)
+        side_by_side(writers.load_compared(writer, folder, others, config), [instruction], config)
+    elif config.demo:
+        voices = [("this run" if folder else "base", writer)]
+        if modeling.is_adapted(writer.model):
+            voices.insert(0, ("base", replace(writer, adapter=None)))
+        side_by_side(voices, demo_questions(task["task"]), config)
+    else:
+        if instruction is None:
+            chat_loop.greet("/help lists the commands." if writer.template else "Every text is gone on with.")
+        converse(writer, config, instruction)
+
+
 def main() -> None:
     config, folder, task = read_options()
-    instruction = given_instruction(config)
+    instruction, batch = given_instruction(config), None
     if config.input_file:
         ids, asked = read_asked(config, task)
-        out = AnswerFile(config.output_file, ids, made_from(config, folder))
+        batch = AnswerFile(config.output_file, ids, made_from(config, folder)), asked
+        if batch[0].done == len(ids):
+            print(f"{config.output_file} has the answers to all {len(ids)} rows already.")
+            return
     if config.compare:
         compare_folders(config, folder, task)
     if config.demo and folder:
@@ -332,45 +392,12 @@ def main() -> None:
     if folder is None:
         modeling.resolve_options(config, modeling.is_encoder(path, config))
     accelerator = loop.start_accelerator(config, [])
-    size = config.per_device_eval_batch_size
     if task["task"] == "classification":
-        classifier = load_labeller(config, folder, path, accelerator)
-
-        def label(text: str) -> Iterator[str]:
-            example = Example("", join_fields({"text": text}, ["text"]), ())
-            yield show_labels(label_rows(classifier, [example], accelerator, config, lambda rows: None)[0])
-
-        if config.input_file:
-            write_answers(
-                out, asked, lambda rows, _, progress: label_rows(classifier, rows, accelerator, config, progress),
-                size, accelerator,
-            )  # fmt: skip
-        elif instruction is not None:
-            chat_loop.show(label(instruction))
-        else:
-            chat_loop.greet("Every text that you type is classified.")
-            chat_loop.answer_lines(label)
+        answer_labels(config, folder, path, accelerator, instruction, batch)
     else:
         writer = writers.load_writer(config, folder, task, path, accelerator)
         with accelerator.autocast():
-            if config.input_file:
-
-                def answer(rows: Sequence[Any], chunk: int, progress: Any) -> list[dict[str, Any]]:
-                    return writer.answers(rows, replace(config, seed=(config.seed + chunk) % 2**32), size, progress)
-
-                write_answers(out, asked, answer, size, accelerator)
-            elif config.compare:
-                others = compare_folders(config, folder, task)
-                side_by_side(writers.load_compared(writer, folder, others, config), [instruction], config)
-            elif config.demo:
-                voices = [("this run" if folder else "base", writer)]
-                if modeling.is_adapted(writer.model):
-                    voices.insert(0, ("base", replace(writer, adapter=None)))
-                side_by_side(voices, demo_questions(task["task"]), config)
-            else:
-                if instruction is None:
-                    chat_loop.greet("/help lists the commands." if writer.template else "Every text is gone on with.")
-                converse(writer, config, instruction)
+            answer_texts(config, folder, task, writer, accelerator, instruction, batch)
     loop.finish(accelerator)
 
 
@@ -379,7 +406,8 @@ if __name__ == "__main__":
         try:
             main()
         except KeyboardInterrupt:
-            print("\nStopped by Ctrl-C. Rows that are written stay: the same command goes on there.", file=sys.stderr)
+            print("\nStopped by Ctrl-C. Rows that are in an --output_file stay, and the same command goes on there.",
+                  file=sys.stderr)  # fmt: skip
             sys.exit(130)
         except BrokenPipeError:  # whoever reads the answers has enough of them
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
