@@ -57,9 +57,12 @@ def cli_errors() -> Iterator[None]:
         sys.exit(2)
 
 
-def option(default: Any, help: str, at_least: float = -math.inf, at_most: float = math.inf) -> Any:
-    """A dataclass field with its help text and, for numbers, its smallest and largest value."""
-    return field(default=default, metadata={"help": help, "at_least": at_least, "at_most": at_most})
+def option(default: Any, help: str, at_least: float = -math.inf, at_most: float = math.inf, flag: bool = False) -> Any:
+    """A dataclass field with its help text and, for numbers, its smallest and largest value.
+
+    flag: `--name` alone stands for `--name true`.
+    """
+    return field(default=default, metadata={"help": help, "at_least": at_least, "at_most": at_most, "flag": flag})
 
 
 def why_unreadable(error: OSError) -> str:
@@ -263,7 +266,11 @@ def parse_config(cls: type[T], argv: Sequence[str] | None = None) -> T:
 def parse_given(cls: type, argv: Sequence[str] | None = None) -> dict[str, Any]:
     """The options that were given, as texts: from `--config file.yaml`, then from the command line, which wins."""
     name = Path(sys.argv[0]).name
-    parser = _Parser(prog=name, usage=f"{name} [options]", allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    positional = getattr(cls, "positional", None)  # (name, help) of the one word that is no option
+    usage = f"{name} [options]" if positional is None else f"{name} [{positional[0]}] [options]"
+    parser = _Parser(prog=name, usage=usage, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    if positional:
+        parser.add_argument(positional[0], nargs="?", help=positional[1])
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; the command line wins")
     hints, items = get_type_hints(cls), {item.name: item for item in fields(cls)}
     seen: set[str] = set()
@@ -275,7 +282,8 @@ def parse_given(cls: type, argv: Sequence[str] | None = None) -> dict[str, Any]:
                 default = "" if item.default in (None, MISSING) else f" [{_as_text(item.default)}]"
                 group.add_argument(
                     f"--{item.name}",
-                    nargs="+" if _is_list(hints[item.name]) else None,
+                    nargs="+" if _is_list(hints[item.name]) else "?" if item.metadata["flag"] else None,
+                    const="true" if item.metadata["flag"] else None,
                     metavar=_choices(hints[item.name]),
                     help=(item.metadata["help"] + default).replace("%", "%%"),
                 )
@@ -402,6 +410,28 @@ def check_sampling(config: Any) -> None:
         (
             config.do_sample and config.temperature == 0,
             "--do_sample true needs a --temperature above 0: at 0 the likeliest token is always taken",
+        ),
+    )
+
+
+def check_answers(config: Any) -> None:
+    """Refuses options of inference.py that contradict each other or that nothing would honour."""
+    ways = [name for name in ("prompt", "input_file", "demo") if getattr(config, name)]
+    _refuse(
+        (len(ways) > 1, f"--{' and --'.join(ways)} exclude each other (an instruction is --prompt)"),
+        (
+            (config.input_file is None) != (config.output_file is None),
+            "--input_file and --output_file need each other",
+        ),
+        (config.compare and ways != ["prompt"], "--compare needs a --prompt, and goes with nothing else"),
+        (config.persona and config.system_prompt, "--persona and --system_prompt exclude each other"),
+        (
+            config.system_prompt is not None and not config.system_prompt.strip(),
+            "--system_prompt is blank: leave it out",
+        ),
+        (
+            (config.id_column or config.columns) and not config.input_file,
+            "--id_column and --columns are about the rows of an --input_file",
         ),
     )
 

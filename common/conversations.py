@@ -113,16 +113,52 @@ def _conversations(
         shapes[shape] += 1
         if unanswered:
             counts["dropped_unanswered"] = counts.get("dropped_unanswered", 0) + unanswered
-        if turns[0]["role"] != "system" and config.system_prompt:
-            turns.insert(0, {"role": "system", "content": config.system_prompt})
-        if tools := _tools(row.get("tools"), where):
+        if _instruct(turns, row, where, config.system_prompt):
             counts["with_tools"] = counts.get("with_tools", 0) + 1
-            if turns[0]["role"] == "system":
-                tools = f"{turns.pop(0)['content']}\n\n{tools}"
-            turns.insert(0, {"role": "system", "content": tools})
         conversations.append(Conversation(identifier, tuple(turns)))
     report["shapes"][split] = dict(shapes)
     return conversations
+
+
+def _instruct(turns: list[Message], row: dict, where: str, system_prompt: str | None) -> bool:
+    """Puts a system turn in front of turns that have none, and the row's functions into it; whether there are any."""
+    if turns[0]["role"] != "system" and system_prompt:
+        turns.insert(0, {"role": "system", "content": system_prompt})
+    tools = _tools(row.get("tools"), where)
+    if tools:
+        if turns[0]["role"] == "system":
+            tools = f"{turns.pop(0)['content']}\n\n{tools}"
+        turns.insert(0, {"role": "system", "content": tools})
+    return bool(tools)
+
+
+def read_question(row: dict, where: str, renamed: dict[str, str], system_prompt: str | None = None) -> list[Message]:
+    """What a row asks, in any of the shapes or in a column `text`: its turns without the last answer, if it has one.
+
+    renamed: as of `read_columns`. Raises InputError where nothing is asked.
+    """
+    row = {k: v for k, v in row.items() if k not in renamed} | {k: row.get(c) for k, c in renamed.items()}
+    filled = [name for name, cell in row.items() if not _empty(cell)]
+    name = next((name for name in ("messages", "conversations", "instruction", "prompt", "text") if name in filled), "")
+    if not name:
+        raise InputError(
+            f"{where}: nothing is asked in messages, conversations, instruction, prompt or text. Fill in one of these "
+            "columns, or map another one, for example `--columns instruction=question`."
+        )
+    if name in ("messages", "conversations") or isinstance(row[name], list):
+        turns = _listed(row[name], f"{where}, column {name!r}")
+    else:
+        asked = ["input"] if name == "instruction" and "response" not in row else []
+        parts = [_text(row.get(column), f"{where}, column {column!r}") for column in (name, *asked)]
+        turns = [{"role": "user", "content": "\n\n".join(part for part in parts if part.strip())}]
+    _add_system(turns, row, where)
+    if turns and turns[-1]["role"] == "assistant":
+        turns.pop()
+    if not turns or turns[-1]["role"] == "system" or not turns[-1]["content"].strip():
+        raise InputError(f"{where}, column {name!r}: nothing is asked. Fill it in or delete the row.")
+    _check_turns(turns, where)
+    _instruct(turns, row, where, system_prompt)
+    return turns
 
 
 def read_row(row: dict, where: str) -> tuple[str, list[Message], int]:
@@ -167,13 +203,18 @@ def _turns(row: dict, shape: str, where: str) -> list[Message]:
             raise InputError(f"{where}, column {answer!r}: the answer is empty. Fill it in or delete the row.")
         content = "\n\n".join(part for part in asked if part.strip())
         turns = [{"role": "user", "content": content}, {"role": "assistant", "content": answered}]
+    _add_system(turns, row, where)
+    return turns
+
+
+def _add_system(turns: list[Message], row: dict, where: str) -> None:
+    """Puts the text of a column `system` in front; a blank system turn goes."""
     if not _empty(row.get("system")):
         if turns and turns[0]["role"] == "system":
             raise InputError(f"{where}, column 'system': the conversation has a system turn already. Keep one of both.")
         turns.insert(0, {"role": "system", "content": _text(row["system"], f"{where}, column 'system'")})
     if turns and turns[0]["role"] == "system" and not turns[0]["content"].strip():
         del turns[0]
-    return turns
 
 
 def _listed(cell: Any, where: str) -> list[Message]:

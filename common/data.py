@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from common.config import ClassificationConfig, DataConfig, InputError, why_unreadable
+from common.config import ClassificationConfig, DataConfig, InputError, TextConfig, why_unreadable
 from common.files import SPLITS, read_files, read_hub
 
 SEPARATOR = ", "  # between the labels of an instruction, and of a multi-label answer
@@ -80,6 +80,14 @@ def load_classification(config: Any, training: bool = True) -> ClassificationDat
     return ClassificationData(
         {split: examples.get(split, []) for split in SPLITS}, labels, multi_label, sources, report
     )
+
+
+def unlabelled_rows(
+    rows: Sequence[dict[str, Any]], ids: Sequence[str], source: str, config: TextConfig
+) -> list[Example]:
+    """Rows without labels, to be answered: their texts are joined as those of training rows are."""
+    fields = _text_fields(_columns(list(rows)), source, config)
+    return [Example(name, join_fields(row, fields), ()) for name, row in zip(ids, rows, strict=True)]
 
 
 def draw_few_shot(data: ClassificationData, config: Any) -> tuple[list[tuple[str, tuple[int, ...]]], list[Example]]:
@@ -168,7 +176,7 @@ def _columns(rows: list[dict]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row))
 
 
-def _text_fields(columns: list[str], source: str, config: DataConfig) -> list[str]:
+def _text_fields(columns: list[str], source: str, config: TextConfig) -> list[str]:
     known = f"it has {', '.join(map(str, columns))}."
     if not config.text_fields:
         for names in (["text"], ["title", "abstract"]):

@@ -44,6 +44,21 @@ def iterate_rows(path: str | Path) -> Iterator[dict[str, Any]]:
         yield from readers[path.suffix.lower()](path)
 
 
+def row_ids(rows: list[dict[str, Any]], source: str, id_column: str | None) -> list[str]:
+    """What names the rows: the cells of `--id_column`, which must differ, else their numbers from 0."""
+    if id_column is None:
+        return [str(number) for number in range(len(rows))]
+    columns = dict.fromkeys(name for row in rows for name in row)
+    if id_column not in columns:
+        raise InputError(f"{source}: there is no column {id_column!r} (--id_column); it has {', '.join(columns)}.")
+    ids: dict[str, None] = {}
+    for number, row in enumerate(rows, 1):
+        if row.get(id_column) in (None, "") or str(row[id_column]) in ids:
+            raise InputError(f"{source}, data row {number}, column {id_column!r}: an id is missing or occurs twice.")
+        ids[str(row[id_column])] = None
+    return list(ids)
+
+
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Turns what hinders reading a file into an InputError that names file and line."""

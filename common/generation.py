@@ -260,7 +260,8 @@ def _generate(
             settings = copy.deepcopy(settings)
             settings.max_new_tokens = total - longest
     inputs = pad_left(prompts, settings.pad_token_id)
-    # Padding repeats a row's own first token: a repetition penalty would else count the pad token, often the end's.
+    # Padding repeats a row's own first token, for a repetition penalty that counts it: transformers 5.23 itself does
+    # not, other versions may, and the pad token is often the end's.
     first = torch.tensor([ids[0] for ids in prompts])[:, None]
     inputs["input_ids"] = torch.where(inputs["attention_mask"].bool(), inputs["input_ids"], first)
 

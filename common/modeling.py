@@ -246,6 +246,11 @@ def stored_model(model: nn.Module) -> nn.Module:
     return model.model if isinstance(model, HeadClassifier | TokenLosses) else model
 
 
+def is_adapted(model: nn.Module) -> bool:
+    """Whether the model carries an adapter that can be switched off."""
+    return isinstance(model, peft.PeftModel)
+
+
 @contextlib.contextmanager
 def without_adapter(model: nn.Module):
     """The untrained base inside the block."""

@@ -67,27 +67,43 @@ def predict(
     the labels, or `generate` text greedily.
     """
     share = range(accelerator.process_index, len(examples), accelerator.num_processes)
-    prompt, pad_id = classifier.prompt, classifier.tokenizer.pad_token_id
-    model = accelerator.unwrap_model(classifier.model)
-    ids = [prompt.prompt(examples[i].text).ids for i in share]
-    gold = [examples[i].labels for i in share]
-    options = {
-        "batch_size": batch_size,
-        "device": accelerator.device,
-        "progress": Progress(accelerator, what, len(ids)),
-    }
-    with accelerator.autocast():
-        if classifier.head:
-            rows = [(HeadRow(row, prompt.target(labels)), True) for row, labels in zip(ids, gold, strict=True)]
-            options |= {"thresholds": classifier.thresholds, "pad_id": pad_id}
-            answers = score_head(model, rows, encoder=classifier.encoder, **options)
-        elif decode == "generate":
-            answers = generate_answers(model, classifier.tokenizer, prompt, ids, **options)
-        else:
-            options |= {"thresholds": classifier.thresholds, "pad_id": pad_id}
-            answers = score_labels(model, prompt, ids, gold=gold, **options)
+    answers = classify(
+        classifier,
+        [examples[i] for i in share],
+        accelerator,
+        batch_size,
+        Progress(accelerator, what, len(share)),
+        decode,
+    )
     gathered = gather_object(list(zip(share, answers, strict=True)))
     return [answer for _, answer in sorted(gathered, key=lambda pair: pair[0])]
+
+
+def classify(
+    classifier: Classifier,
+    examples: Sequence[Example],
+    accelerator: Any,
+    batch_size: int,
+    progress: Callable[[int], None] = lambda rows: None,
+    decode: str = "score",
+    labelled: bool = True,
+) -> list[Answer]:
+    """The answers of this process alone to `examples`, in their order; labelled: they have a gold answer."""
+    prompt, pad_id = classifier.prompt, classifier.tokenizer.pad_token_id
+    model = accelerator.unwrap_model(classifier.model)
+    ids = [prompt.prompt(example.text).ids for example in examples]
+    gold = [example.labels for example in examples] if labelled else None
+    options = {"batch_size": batch_size, "device": accelerator.device, "progress": progress}
+    with accelerator.autocast():
+        if classifier.head:
+            targets = [prompt.target(labels) for labels in gold or [(0,)] * len(ids)]
+            rows = [(HeadRow(row, target), True) for row, target in zip(ids, targets, strict=True)]
+            options |= {"thresholds": classifier.thresholds, "pad_id": pad_id}
+            return score_head(model, rows, encoder=classifier.encoder, **options)
+        if decode == "generate":
+            return generate_answers(model, classifier.tokenizer, prompt, ids, **options)
+        options |= {"thresholds": classifier.thresholds, "pad_id": pad_id}
+        return score_labels(model, prompt, ids, gold=gold, **options)
 
 
 def batches(lengths: Sequence[int], size: int, longest: int | None = None) -> Iterator[list[int]]:

@@ -206,6 +206,20 @@ def load_chat_model(
     return model, tokenizer, template
 
 
+def add_adapter(model: peft.PeftModel, folder: Path, name: str) -> None:
+    """Puts the adapter of another run beside that of a loaded model, for `model.set_adapter(name)`."""
+    lora = peft.PeftConfig.from_pretrained(str(folder))
+    lora.base_model_name_or_path = None
+    model.add_adapter(name, lora)
+    found = peft.set_peft_model_state_dict(model, peft.load_peft_weights(str(folder), device="cpu"), adapter_name=name)
+    lacking = [key for key in found.missing_keys if f".{name}." in key]
+    if lacking or found.unexpected_keys:
+        raise InputError(
+            f"{folder}: the adapter does not fit the base: {', '.join([*lacking, *found.unexpected_keys][:3])}."
+        )
+    leave_casts_to_autocast(model).eval()
+
+
 def save_classifier(folder: Path, classifier: Classifier, config: Any) -> None:
     """A trained classifier, as `load_classifier` reads it."""
     prompt = classifier.prompt

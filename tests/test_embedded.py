@@ -32,3 +32,13 @@ def test_demo_learns_in_4_bit_and_is_the_same_after_reload(model, tmp_path):
     assert again["rows"] == 50
     for name in ("accuracy", "f1_macro", "eval_loss"):
         assert again[name] == trained[name], name
+
+
+def test_it_answers_and_stops(model, tmp_path):
+    """A question with one right answer, by the script: the embedded model knows it, and ends by itself."""
+    (tmp_path / "in.jsonl").write_text('{"text": "What is the capital of France?"}\n{"text": "Hi"}\n')
+    plain = ["--load_in_4bit", "false", "--mixed_precision", "no"]
+    files = ["--input_file", str(tmp_path / "in.jsonl"), "--output_file", str(tmp_path / "out.jsonl")]
+    run_script("inference.py", "--run", model, *files, *plain, "--max_new_tokens", "40", timeout=900)
+    first, second = (json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines())
+    assert "Paris" in first["answer"] and first["stopped"] and second["stopped"] and second["answer"]

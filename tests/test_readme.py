@@ -19,18 +19,24 @@ from accelerate.state import AcceleratorState, GradientState
 from conftest import FAMILIES, ROOT, toy_options
 
 import evaluate
+import inference
 import train_clm
 import train_cls
 import train_sft
 from common import prepare
 from common.config import (
+    check_answers,
     check_causal,
     check_classification,
     check_instructions,
     check_loop,
+    check_sampling,
+    from_texts,
     parse_config,
+    parse_given,
 )
 from common.data import load_classification
+from common.personas import read_personas
 from common.prompts import GENERATIVE_TEMPLATE, ClassificationPrompt
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -139,6 +145,20 @@ def test_commands_on_conversations_are_accepted(line):
     check_instructions(config)
 
 
+@pytest.mark.parametrize("line", script_options("inference.py"), ids=lambda line: " ".join(line) or "none")
+def test_commands_that_answer_are_accepted(line):
+    """Every `inference.py` command names options that exist and fit each other; its persona exists."""
+    given = parse_given(inference.Config, line)
+    if "..." in given.values():  # stands for the options of the text around it
+        return
+    if "instruction" in given:
+        given["prompt"] = given.pop("instruction")
+    config = from_texts(inference.Config, given)
+    check_sampling(config)
+    check_answers(config)
+    assert config.persona in (None, *read_personas())
+
+
 @pytest.mark.parametrize("line", script_options("train_clm.py"), ids=lambda line: " ".join(line) or "none")
 def test_commands_on_running_text_are_accepted(line):
     """Every `train_clm.py` command names options that exist and fit each other."""
@@ -151,7 +171,7 @@ def test_every_option_exists():
     """An option that the README mentions anywhere is one of a script, a builder or a launcher."""
     known = {
         field.name
-        for cls in (train_cls.Config, train_clm.Config, train_sft.Config, evaluate.Config)
+        for cls in (train_cls.Config, train_clm.Config, train_sft.Config, evaluate.Config, inference.Config)
         for field in fields(cls)
     }
     known |= set(prepare.OPTIONS) | LAUNCHERS | INSTALLERS | {"config", "help"}
@@ -172,8 +192,9 @@ def test_every_file_exists():
     assert not missing
     modules = {f"common/{path.name}" for path in (ROOT / "common").glob("*.py")} - {"common/__init__.py"}
     assert modules <= set(paths)
-    planned = re.findall(r"`(\w+\.py)`", re.search(r"^Planned.*$", README, re.M)[0])
-    assert planned and not any((ROOT / name).exists() for name in planned)
+    (planned,) = re.findall(r"^Planned, and not there yet: (.*)$", README, re.M)
+    assert "export" in planned and not (ROOT / "common" / "export.py").exists()
+    assert "web page" in planned and "web" not in {field.name for field in fields(inference.Config)}
 
 
 def test_prompts_are_as_shown():

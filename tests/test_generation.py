@@ -1,0 +1,272 @@
+"""Answers: the same in a batch, alone, streamed and by transformers itself; where they end; which settings hold."""
+
+import contextlib
+import threading
+
+import pytest
+import torch
+import transformers
+from conftest import FAMILIES
+from peft import LoraConfig, get_peft_model
+from test_chat import FAMILIES as TEMPLATES
+from test_chat import FOLDER, build
+
+from common import generation, modeling
+from common.chat import ChatTemplate, choose_template
+from common.config import InputError, Sampling, check_sampling
+from common.generation import Ending, answer_prompts, generation_settings, prompt_room, stream
+
+QUESTIONS = ["goal", "atom laser quark?", "violin " * 9, "team coach league striker " * 3, "a", "tempo 12", "x " * 30,
+             "genome and stadium", "sonata number 7 is what"]  # fmt: skip
+GREEDY = Sampling(do_sample=False, max_new_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def loaded(models) -> dict:
+    """family -> (fp32 model, tokenizer with pad == eos, template)."""
+    result = {}
+    for family, folder in models.items():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        result[family] = model, tokenizer, choose_template(tokenizer, "plain")
+    return result
+
+
+def prompts_of(template: ChatTemplate) -> list[list[int]]:
+    return [template.prompt([{"role": "user", "content": question}]).ids for question in QUESTIONS]
+
+
+@contextlib.contextmanager
+def saying(model, scripts: list[list[int]]):
+    """The model says these ids, a script a row of the batch, and then the first id of the vocabulary; counts steps."""
+    head, steps = model.get_output_embeddings(), []
+
+    def forced(module, inputs, output):
+        for row, script in enumerate(scripts[: len(output)]):
+            output[row, -1] = 0
+            output[row, -1, script[len(steps)] if len(steps) < len(script) else 0] = 100
+        steps.append(1)
+        return output
+
+    handle = head.register_forward_hook(forced)
+    try:
+        yield steps
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("penalty", [None, 1.4])
+def test_greedy_answers_do_not_depend_on_the_batch(loaded, family, penalty):
+    """CORRECTNESS 24, in fp32: batches of 8 and 3 == one by one == streamed == transformers' generate, pad == eos."""
+    model, tokenizer, template = loaded[family]
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    prompts, side = prompts_of(template), tokenizer.padding_side
+    settings = Sampling(do_sample=False, max_new_tokens=12, repetition_penalty=penalty)
+    one = [answer_prompts(model, tokenizer, template, [ids], settings, 1, "cpu")[0] for ids in prompts]
+    for batch_size in (8, 3):
+        assert answer_prompts(model, tokenizer, template, prompts, settings, batch_size, "cpu") == one
+    assert tokenizer.padding_side == side
+    assert len({answer.text for answer in one}) > 3
+    for ids, answer in zip(prompts, one, strict=True):
+        assert "".join(stream(model, tokenizer, template, ids, settings, "cpu")) == answer.text
+        with torch.inference_mode():
+            plain = model.generate(
+                torch.tensor([ids]), max_new_tokens=12, do_sample=False, repetition_penalty=penalty or 1.0,
+                eos_token_id=template.stop_ids, pad_token_id=tokenizer.pad_token_id,
+            )  # fmt: skip
+        assert plain[0, len(ids) :].tolist()[: len(answer.ids)] == answer.ids
+        assert answer.stopped == (answer.ids[-1] in template.stop_ids)
+
+
+def test_padding_does_not_count_as_repetition(loaded):
+    """Here the end token is the likeliest unless it is penalised, and stands in no prompt but as padding."""
+    model, tokenizer, template = loaded["llama"]
+    end = tokenizer.eos_token_id
+
+    def forced(module, inputs, output):
+        output[:], output[..., end], output[..., 7] = 0, 1.0, 0.9
+        return output
+
+    handle = model.get_output_embeddings().register_forward_hook(forced)
+    settings = Sampling(do_sample=False, max_new_tokens=3, repetition_penalty=1.5)
+    found = answer_prompts(model, tokenizer, template, [[5] * 9, [5, 6]], settings, 2, "cpu")
+    handle.remove()
+    assert [answer.ids for answer in found] == [[end], [end]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_while_training_with_checkpointing_are_those_of_afterwards(loaded, models, family):
+    """CORRECTNESS 23: training mode and gradient checkpointing would change the text without a word."""
+    _, tokenizer, template = loaded[family]
+    model = transformers.AutoModelForCausalLM.from_pretrained(models[family], dtype=torch.float32)
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    model = get_peft_model(model, lora)
+    prompts = prompts_of(template)
+    expected = answer_prompts(model.eval(), tokenizer, template, prompts, GREEDY, 4, "cpu")
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    model.config.use_cache = False
+    model.train()
+    assert answer_prompts(model, tokenizer, template, prompts, GREEDY, 4, "cpu") == expected
+    model.train()
+    assert "".join(stream(model, tokenizer, template, prompts[0], GREEDY, "cpu")) == expected[0].text
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("quantised", [False, True], ids=["bf16", "nf4"])
+def test_a_bf16_base_with_an_adapter_answers_without_an_autocast_around(models, loaded, family, quantised):
+    """Its adapter's fp32 weights need one (modeling.leave_casts_to_autocast); also in the thread that streams."""
+    from dataclasses import dataclass
+
+    @dataclass
+    class Options(modeling.ModelConfig):
+        mixed_precision: str = "bf16"
+        full_finetuning: bool = False
+
+    _, tokenizer, template = loaded[family]
+    options = Options(load_in_4bit=quantised, bnb_4bit_compute_dtype="bfloat16")
+    model, _ = modeling.load_base(str(models[family]), options)
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    model = modeling.leave_casts_to_autocast(get_peft_model(model, lora))
+    prompts = prompts_of(template)[:3]
+    free = answer_prompts(model, tokenizer, template, prompts, GREEDY, 1, "cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert answer_prompts(model, tokenizer, template, prompts, GREEDY, 1, "cpu") == free
+        assert "".join(stream(model, tokenizer, template, prompts[1], GREEDY, "cpu")) == free[1].text
+    assert "".join(stream(model, tokenizer, template, prompts[1], GREEDY, "cpu")) == free[1].text
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_turn_begins_with_a_special_token(name):
+    """An answer ends at its end token or eos, and at the token that begins any turn; by no text."""
+    tokenizer = build("bytes", name)
+    template = ChatTemplate(tokenizer, (FOLDER / f"{name}.jinja").read_text(), name)
+    ending = Ending(tokenizer, template)
+    assert set(ending.stop_ids) == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(TEMPLATES[name][2])}
+    begins = {"llama3": "<|start_header_id|>", "gemma": "<start_of_turn>"}.get(name, "<|im_start|>")
+    if name == "mistral":  # [INST] is text in this one
+        assert ending.turn_texts == ["[INST]", "[/INST]"] and not ending.turn_ids
+    else:
+        assert set(ending.turn_ids) == {tokenizer.convert_tokens_to_ids(begins)} and not ending.turn_texts
+
+
+CASES = [  # template, what the model says, what is shown
+    ("plain", "striker\nUser: and then?\nAssistant: coach", "striker"),
+    ("plain", "User: what is", ""),
+    ("plain", " striker\n\nAssistant: again", "striker"),
+    ("plain", "Users: many\nThe User: me\nUse", "Users: many\nThe User: me\nUse"),
+    ("plain", "one\nUs", "one\nUs"),
+    ("alpaca", "striker\n\n### Instruction:\nmore", "striker"),
+    ("alpaca", "### Explanation: it is\n### Response: it", "### Explanation: it is"),
+    ("alpaca", "a # b ## c ### Response", "a # b ## c ### Response"),
+    ("plain", "coffee ☕ and 😀 tea", "coffee ☕ and 😀 tea"),
+]
+
+
+@pytest.mark.parametrize(("name", "said", "shown"), CASES)
+@pytest.mark.parametrize("ends", [False, True], ids=["goes on", "ends"])
+def test_invented_turns_never_show(loaded, name, said, shown, ends):
+    """Nor any beginning of one while it streams, nor half a character; beside a row that goes on (pad == eos)."""
+    model, tokenizer, _ = loaded["llama"]
+    template = choose_template(tokenizer, name)
+    script = tokenizer(said, add_special_tokens=False)["input_ids"]
+    whole = shown.strip() == said.strip()
+    script += [tokenizer.eos_token_id] * ends
+    prompts = prompts_of(template)[:2]
+    settings = Sampling(do_sample=False, max_new_tokens=len(script))
+    longer = tokenizer("goal team coach " * 40, add_special_tokens=False)["input_ids"]
+    with saying(model, [longer, script]):  # the longest prompt is the first row
+        other, answer = answer_prompts(model, tokenizer, template, prompts[::-1], settings, 2, "cpu")
+    assert (answer.text, answer.stopped) == (shown, whole and ends)
+    assert other.text.startswith("goal team coach") and not other.stopped
+    with saying(model, [script]):
+        pieces = list(stream(model, tokenizer, template, prompts[0], settings, "cpu"))
+    assert "".join(pieces) == shown and all(pieces)
+    grown = ["".join(pieces[:n]) for n in range(len(pieces))]
+    assert all(shown.startswith(text) and "\ufffd" not in text for text in grown)
+
+
+def test_running_text_keeps_its_blanks(loaded):
+    """Without a template, nothing is cut or stripped, and only the end token ends the text."""
+    model, tokenizer, _ = loaded["qwen"]
+    script = tokenizer(" goal\nUser: team \n", add_special_tokens=False)["input_ids"]
+    with saying(model, [[*script, tokenizer.eos_token_id]]):
+        (answer,) = answer_prompts(model, tokenizer, None, [[5, 6]], GREEDY, 1, "cpu")
+    assert (answer.text, answer.stopped) == (" goal\nUser: team \n", True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_answer_fits_into_the_models_positions(loaded, family):
+    """Near their end a row goes alone, so that its neighbours do not change it; behind it there is an error."""
+    model, tokenizer, template = loaded[family]
+    long, short = [5] * 506, prompts_of(template)[0]
+    found = answer_prompts(model, tokenizer, template, [short, long], GREEDY, 8, "cpu")
+    assert len(found[1].ids) <= 6
+    assert found[0] == answer_prompts(model, tokenizer, template, [short], GREEDY, 8, "cpu")[0]
+    with pytest.raises(InputError, match="512 tokens leaves no room for an answer: the model sees 512"):
+        answer_prompts(model, tokenizer, template, [[5] * 512], GREEDY, 8, "cpu")
+    with pytest.raises(InputError, match="leaves no room"):
+        list(stream(model, tokenizer, template, [5] * 512, GREEDY, "cpu"))
+    assert prompt_room(model, Sampling(max_new_tokens=100)) == 412
+    assert prompt_room(model, Sampling(max_new_tokens=500)) == 256
+
+
+def test_settings_are_the_models_own_unless_given(loaded):
+    """A setting of a draw asks for drawing; do_sample false and temperature 0 take the likeliest token."""
+    model, tokenizer, template = loaded["llama"]
+    ending = Ending(tokenizer, template)
+
+    def settings(**given):
+        return generation_settings(model, Sampling(**given), ending, 2)
+
+    plain = settings()
+    assert (plain.do_sample, plain.max_new_tokens, plain.eos_token_id) == (False, 256, ending.ids)
+    assert settings(top_p=0.9).do_sample and settings(temperature=0.5).temperature == 0.5
+    assert not settings(temperature=0.0).do_sample
+    own = model.generation_config
+    try:
+        model.generation_config = transformers.GenerationConfig(
+            do_sample=True, temperature=0.6, top_k=7, repetition_penalty=1.2, max_new_tokens=33, num_beams=4
+        )
+        found = settings(top_k=0)
+        assert (found.do_sample, found.temperature, found.top_k) == (True, 0.6, 0)
+        assert (found.repetition_penalty, found.max_new_tokens, found.num_beams) == (1.2, 33, 1)
+        assert not settings(do_sample=False).do_sample and not settings(temperature=0.0).do_sample
+        assert model.generation_config.num_beams == 4  # not changed
+    finally:
+        model.generation_config = own
+    for given in ({"do_sample": False, "top_p": 0.5}, {"do_sample": False, "temperature": 0.5},
+                  {"do_sample": True, "temperature": 0.0}):  # fmt: skip
+        with pytest.raises(InputError, match="--do_sample"):
+            check_sampling(Sampling(**given))
+    check_sampling(Sampling(do_sample=False, temperature=0.0))
+
+
+def test_draws_follow_the_seed(loaded):
+    model, tokenizer, template = loaded["mistral"]
+    prompts = prompts_of(template)
+
+    def drawn(seed):
+        settings = Sampling(temperature=1.5, top_p=0.95, top_k=0, max_new_tokens=8, seed=seed)
+        return [answer.ids for answer in answer_prompts(model, tokenizer, template, prompts, settings, 8, "cpu")]
+
+    assert drawn(1) == drawn(1) != drawn(2)
+
+
+def test_a_stream_can_be_closed_and_hands_on_errors(loaded, monkeypatch):
+    """Closed, it ends its thread at the next token; an error in the thread is one for who reads."""
+    model, tokenizer, template = loaded["gemma"]
+    before = threading.active_count()
+    words = tokenizer("goal team coach " * 200, add_special_tokens=False)["input_ids"]
+    with saying(model, [words]) as steps:
+        pieces = stream(model, tokenizer, template, [5, 6, 7], Sampling(max_new_tokens=400), "cpu")
+        assert next(pieces) and next(pieces)
+        pieces.close()
+    assert len(steps) < 400
+    assert threading.active_count() == before
+    monkeypatch.setattr(generation, "_generate", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(stream(model, tokenizer, template, [5], GREEDY, "cpu"))
+    assert threading.active_count() == before
