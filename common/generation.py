@@ -244,7 +244,7 @@ def _generate(
     settings: Any,
     ending: Ending,
     device: Any,
-    follow: Callable[[Sequence[int]], bool] = lambda new: False,
+    follow: Callable[[Sequence[int]], bool] | None = None,
 ) -> torch.Tensor:
     """The new tokens of every row, [rows, tokens], with anything behind the first stop.
 
@@ -268,11 +268,12 @@ def _generate(
     class Stop(transformers.StoppingCriteria):
         def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
             new = input_ids[:, longest:].tolist()
-            over = follow(new[0])
+            over = follow is not None and follow(new[0])
             return torch.tensor([over or ending.in_turn(ids) for ids in new], device=input_ids.device)
 
     inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-    stopping = transformers.StoppingCriteriaList([Stop()])
+    watched = follow is not None or ending.turn_texts  # else the stop ids are enough, and no token leaves the device
+    stopping = transformers.StoppingCriteriaList([Stop()] if watched else [])
     output = model.generate(**inputs, generation_config=settings, stopping_criteria=stopping)
     return output[:, longest:]
 
