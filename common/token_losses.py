@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-CHUNK = 2**23  # logits that are held at a time: 32 MB in fp32
+CHUNK = 2**22  # logits that are held at a time: 16 MB in fp32
 
 
 class TokenLosses(nn.Module):
