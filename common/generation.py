@@ -6,6 +6,7 @@ An answer ends at a stop id of the chat template, or where the model begins a tu
 import contextlib
 import copy
 import queue
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -93,16 +94,21 @@ class Ending:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _cut(self, text: str) -> int | None:
-        """Where a turn begins in the text; the text's start counts as that of a line."""
-        found = [("\n" + text).find(turn) for turn in self.turn_texts]
-        return max(0, min(at for at in found if at >= 0) - 1) if max(found, default=-1) >= 0 else None
+        """Where a turn begins in the text: at the start of a line, blanks aside, if the template begins one for it."""
+        ways = [
+            f"(?:^|\n)[ \t]*{re.escape(turn[1:])}" if turn[0] == "\n" else re.escape(turn) for turn in self.turn_texts
+        ]
+        found = re.search("|".join(ways), text) if ways else None
+        return found and found.start()
 
     def _held(self, text: str) -> int:
         """How many characters at the text's end may change, or become a turn's beginning."""
         half = len(text) - len(text.rstrip("\ufffd"))  # bytes of a character whose other bytes follow
-        line = "\n" + text
-        starts = [n for turn in self.turn_texts for n in range(1, len(turn)) if line.endswith(turn[:n])]
-        return min(len(text), max([half, *starts]))
+        held = [n for turn in self.turn_texts for n in range(1, len(turn)) if text.endswith(turn[:n])]
+        line = text.rpartition("\n")[2]
+        if any(turn[0] == "\n" and turn[1:].startswith(line.lstrip(" \t")) for turn in self.turn_texts):
+            held.append(len(line) + 1)
+        return min(len(text), max([half, *held]))
 
 
 def _openings(template: ChatTemplate) -> list[str]:

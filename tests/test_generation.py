@@ -156,6 +156,8 @@ def test_a_turn_begins_with_a_special_token(name):
 CASES = [  # template, what the model says, what is shown
     ("plain", "striker\nUser: and then?\nAssistant: coach", "striker"),
     ("plain", "User: what is", ""),
+    ("plain", " Assistant: goal", ""),
+    ("plain", "striker\n  User: what is", "striker"),
     ("plain", " striker\n\nAssistant: again", "striker"),
     ("plain", "Users: many\nThe User: me\nUse", "Users: many\nThe User: me\nUse"),
     ("plain", "one\nUs", "one\nUs"),
@@ -222,7 +224,7 @@ def test_what_streams_is_never_taken_back(loaded, name, monkeypatch):
             said = max(said, shown, key=len)
             assert final.startswith(said), (text, said, final)
         assert ending.text(ids) == final  # what follows a turn's beginning does not matter
-        assert not any(turn in "\n" + final for turn in ending.turn_texts)
+        assert not any(line.strip().startswith(turn[1:]) for line in final.split("\n") for turn in ending.turn_texts)
         assert ending.in_turn(ids[:until]) == (ending._cut(text) is not None)
         cut += ending.in_turn(ids[:until])
     assert 50 < cut < 1000
