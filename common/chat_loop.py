@@ -57,6 +57,8 @@ class Chat:
                     self.ask(text[1:] if text.startswith("//") else text)
             except InputError as error:
                 print(f"error: {error}", flush=True)
+            except KeyboardInterrupt:  # between two answers
+                print("(Ctrl-D or /quit ends)", flush=True)
 
     def ask(self, question: str) -> None:
         """Answers a question; one that gets no word of an answer does not stay."""
@@ -176,6 +178,8 @@ def answer_lines(answer: Callable[[str], Iterator[str]]) -> None:
                 show(answer(text))
             except InputError as error:
                 print(f"error: {error}", flush=True)
+            except KeyboardInterrupt:
+                print("(Ctrl-D or /quit ends)", flush=True)
 
 
 def show(pieces: Iterator[str]) -> tuple[str, bool]:

@@ -6,6 +6,7 @@ An answer ends at a stop id of the chat template, or where the model begins a tu
 import contextlib
 import copy
 import queue
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -93,16 +94,21 @@ class Ending:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _cut(self, text: str) -> int | None:
-        """Where a turn begins in the text; the text's start counts as that of a line."""
-        found = [("\n" + text).find(turn) for turn in self.turn_texts]
-        return max(0, min(at for at in found if at >= 0) - 1) if max(found, default=-1) >= 0 else None
+        """Where a turn begins in the text: at the start of a line, blanks aside, if the template begins one for it."""
+        ways = [
+            f"(?:^|\n)[ \t]*{re.escape(turn[1:])}" if turn[0] == "\n" else re.escape(turn) for turn in self.turn_texts
+        ]
+        found = re.search("|".join(ways), text) if ways else None
+        return found and found.start()
 
     def _held(self, text: str) -> int:
         """How many characters at the text's end may change, or become a turn's beginning."""
         half = len(text) - len(text.rstrip("\ufffd"))  # bytes of a character whose other bytes follow
-        line = "\n" + text
-        starts = [n for turn in self.turn_texts for n in range(1, len(turn)) if line.endswith(turn[:n])]
-        return min(len(text), max([half, *starts]))
+        held = [n for turn in self.turn_texts for n in range(1, len(turn)) if text.endswith(turn[:n])]
+        line = text.rpartition("\n")[2]
+        if any(turn[0] == "\n" and turn[1:].startswith(line.lstrip(" \t")) for turn in self.turn_texts):
+            held.append(len(line) + 1)
+        return min(len(text), max([half, *held]))
 
 
 def _openings(template: ChatTemplate) -> list[str]:
@@ -244,7 +250,7 @@ def _generate(
     settings: Any,
     ending: Ending,
     device: Any,
-    follow: Callable[[Sequence[int]], bool] = lambda new: False,
+    follow: Callable[[Sequence[int]], bool] | None = None,
 ) -> torch.Tensor:
     """The new tokens of every row, [rows, tokens], with anything behind the first stop.
 
@@ -268,11 +274,12 @@ def _generate(
     class Stop(transformers.StoppingCriteria):
         def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
             new = input_ids[:, longest:].tolist()
-            over = follow(new[0])
+            over = follow is not None and follow(new[0])
             return torch.tensor([over or ending.in_turn(ids) for ids in new], device=input_ids.device)
 
     inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-    stopping = transformers.StoppingCriteriaList([Stop()])
+    watched = follow is not None or ending.turn_texts  # else the stop ids are enough, and no token leaves the device
+    stopping = transformers.StoppingCriteriaList([Stop()] if watched else [])
     output = model.generate(**inputs, generation_config=settings, stopping_criteria=stopping)
     return output[:, longest:]
 

@@ -1,6 +1,7 @@
 """Answers: the same in a batch, alone, streamed and by transformers itself; where they end; which settings hold."""
 
 import contextlib
+import random
 import threading
 
 import pytest
@@ -155,6 +156,8 @@ def test_a_turn_begins_with_a_special_token(name):
 CASES = [  # template, what the model says, what is shown
     ("plain", "striker\nUser: and then?\nAssistant: coach", "striker"),
     ("plain", "User: what is", ""),
+    ("plain", " Assistant: goal", ""),
+    ("plain", "striker\n  User: what is", "striker"),
     ("plain", " striker\n\nAssistant: again", "striker"),
     ("plain", "Users: many\nThe User: me\nUse", "Users: many\nThe User: me\nUse"),
     ("plain", "one\nUs", "one\nUs"),
@@ -186,6 +189,45 @@ def test_invented_turns_never_show(loaded, name, said, shown, ends):
     assert "".join(pieces) == shown and all(pieces)
     grown = ["".join(pieces[:n]) for n in range(len(pieces))]
     assert all(shown.startswith(text) and "\ufffd" not in text for text in grown)
+
+
+@pytest.mark.parametrize("name", ["plain", "alpaca"])
+def test_what_streams_is_never_taken_back(loaded, name, monkeypatch):
+    """Random texts around the beginnings of turns, a character a token: every state is the start of the next one."""
+    _, tokenizer, _ = loaded["llama"]
+    ending = Ending(tokenizer, choose_template(tokenizer, name))
+    monkeypatch.setattr(ending, "_decode", lambda ids: "".join(map(chr, ids)))
+    parts = [
+        "\n",
+        "\n",
+        "\nUs",
+        "er",
+        ":",
+        "User:",
+        "Assistant:",
+        "### ",
+        "\n### Instruction",
+        "Response:",
+        "a",
+        " ",
+        "\ufffd",
+    ]
+    draw, cut = random.Random(0), 0
+    for _ in range(2000):
+        text = "".join(draw.choices(parts, k=draw.randrange(1, 12)))
+        ids = [ord(character) for character in text]
+        until = next((n for n in range(1, len(ids) + 1) if ending.in_turn(ids[:n])), len(ids))
+        final, said = ending.text(ids[:until]), ""
+        for n in range(1, until):
+            shown = ending.text(ids[:n], ended=False)
+            assert shown.startswith(said) or len(shown) < len(said) and said.startswith(shown)
+            said = max(said, shown, key=len)
+            assert final.startswith(said), (text, said, final)
+        assert ending.text(ids) == final  # what follows a turn's beginning does not matter
+        assert not any(line.strip().startswith(turn[1:]) for line in final.split("\n") for turn in ending.turn_texts)
+        assert ending.in_turn(ids[:until]) == (ending._cut(text) is not None)
+        cut += ending.in_turn(ids[:until])
+    assert 50 < cut < 1000
 
 
 def test_running_text_keeps_its_blanks(loaded):

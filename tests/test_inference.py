@@ -49,7 +49,7 @@ def lines(path: Path) -> list[dict]:
 
 @pytest.fixture(scope="session")
 def talks(models, tmp_path_factory) -> dict[str, Path]:
-    """A chat run of every family; `other`: a second one on the base of `llama`, with a system prompt."""
+    """A chat run of every family; `other`: a second one on the base of `llama`, with a system prompt; full; nf4."""
     base = tmp_path_factory.mktemp("talks")
     file = write(base / "rows.jsonl", chats(11))
     test = write(base / "test.jsonl", chats(7, 30))
@@ -59,7 +59,10 @@ def talks(models, tmp_path_factory) -> dict[str, Path]:
         train_chat("--model", models[family], *files, *options, "--output_dir", base / family)
     system = ["--system_prompt", "You coach", "--lora_r", 2, "--seed", 7]
     train_chat("--model", models["llama"], *files, *options, *system, "--output_dir", base / "other")
-    return {name: base / name for name in (*FAMILIES, "other")}
+    train_chat("--model", models["qwen"], *files, *options, "--full_finetuning", "true", "--output_dir", base / "full")
+    quantised = ["--load_in_4bit", "true", "--mixed_precision", "bf16"]
+    train_chat("--model", models["gemma"], *files, *options, *quantised, "--output_dir", base / "nf4")
+    return {name: base / name for name in (*FAMILIES, "other", "full", "nf4")}
 
 
 @pytest.fixture(scope="session")
@@ -128,6 +131,35 @@ def test_one_greedy_answer_everywhere(talks, family, tmp_path, capsys):
 def sum_last(mask: list[int]) -> int:
     """The length of the last answer."""
     return next((n for n, counts in enumerate(reversed(mask)) if not counts), len(mask))
+
+
+@pytest.mark.parametrize("kind", ["full", "nf4"])
+def test_other_kinds_of_weights(talks, kind, tmp_path, capsys):
+    """A model trained whole (by its run folder and its own), and an adapter on a bf16 NF4 base: as evaluate.py."""
+    file = json.loads((talks[kind] / "splits.json").read_text())["sources"]["test"]["name"]
+    more = ["--max_new_tokens", 12, "--per_device_eval_batch_size", 8]
+    run("--run", talks[kind], "--input_file", file, "--output_file", tmp_path / "a.jsonl", *more)
+    run_evaluate("--run", talks[kind], *more, "--output_dir", tmp_path)
+    found = [row["answer"] for row in lines(tmp_path / "a.jsonl")]
+    assert found == [row["prediction"] for row in lines(tmp_path / "predictions.jsonl")] and len(set(found)) > 1
+    folder = talks[kind] / ("model" if kind == "full" else "adapter")
+    run("--run", folder, "--input_file", file, "--output_file", tmp_path / "a.jsonl", *more)
+    assert "has the answers to all 7 rows already" in capsys.readouterr().out
+    run("--run", folder, "--demo", "--max_new_tokens", 3)
+    assert capsys.readouterr().out.count("[base]") == (0 if kind == "full" else 5)
+    if kind == "full":
+        with pytest.raises(InputError, match="has no adapter, all its weights were trained"):
+            run("--compare", talks[kind], "base", "--prompt", "x")
+
+
+def test_a_merged_model_answers_as_its_adapter(talks, tmp_path, capsys):
+    model, tokenizer, _ = storage.load_chat_model(talks["mistral"] / "adapter", "cpu")
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    tokenizer.save_pretrained(tmp_path / "merged")
+    for options in (["--run", talks["mistral"]], ["--run", tmp_path / "merged", *PLAIN]):
+        run("goal number 5", *options, "--max_new_tokens", 12)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second
 
 
 def test_an_instruction_through_a_pipe(talks, capsys, monkeypatch):
@@ -417,6 +449,7 @@ def test_other_formats(models, tmp_path, suffix):
         (["--input_file", "blank.csv", "--output_file", "o.jsonl"], "blank.csv, data row 2: nothing is asked"),
         (["--input_file", "in.csv", "--output_file", "o.jsonl", "--id_column", "n"], "there is no column 'n'"),
         (["--input_file", "in.csv", "--output_file", "o.jsonl", "--columns", "instruction=q"], "no column 'q'"),
+        (["--input_file", "twice.csv", "--output_file", "o.jsonl", "--id_column", "n"], "an id is missing or occurs"),
         (["--input_file", "in.csv", "--output_file", "o.jsonl", "--prompt", "x"], "--prompt and --input_file exclude"),
         (["x", "--prompt", "y"], "The instruction is given twice"),
         (["x", "--demo"], "--prompt and --demo exclude each other"),
@@ -440,6 +473,7 @@ def test_bad_input_is_one_paragraph_at_once(tmp_path, options, reason):
     (tmp_path / "in.csv").write_text("text\nHi\n")
     (tmp_path / "blank.csv").write_text("text,n\nHi,1\n,2\n")
     (tmp_path / "empty.csv").write_text("text\n")
+    (tmp_path / "twice.csv").write_text("text,n\nHi,1\nHo,1\n")
     expect_error(run_alone(*options, script="inference.py", cwd=tmp_path), reason)
 
 
