@@ -11,6 +11,7 @@ Without --run: the newest run under outputs/, else the embedded model on the dem
 A classification head cannot generate.
 """
 
+import importlib.util
 import json
 import time
 from dataclasses import dataclass, fields
@@ -103,7 +104,10 @@ def read_options(cls: type[Config] = Config, given: dict[str, Any] | None = None
     run = folder.parent if folder.name in ("adapter", "model") else folder
     saved = read_yaml(run / "config.yaml") if (run / "config.yaml").is_file() else {}
     saved = {name: value for name, value in saved.items() if name not in ("output_dir", "mixed_precision")}
-    saved["task"] = task["task"]
+    kept = {name: task[name] for name in (*CausalConfig.settled, *InstructionConfig.settled) if name in task}
+    kept = {name: value for name, value in {**task["model_options"], **kept}.items() if value is not None}
+    texts = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in kept.items()}
+    saved = {**texts, **saved, "task": task["task"]}  # a copied adapter has task.json alone
     if "labels" in task and "label_columns" not in {**saved, **given}:
         saved["labels"] = task["labels"]
     check_options(given, task["task"], run)
@@ -111,7 +115,8 @@ def read_options(cls: type[Config] = Config, given: dict[str, Any] | None = None
         if given[name] != saved.get(name):
             raise InputError(f"--{name} was settled when {run} was trained: drop it.")
     if "test_file" in given:
-        for name in ("train_file", "validation_file", "dataset_name", "dataset_config"):
+        text = given["test_file"].lower().endswith(".txt")
+        for name in ("train_file", "validation_file", "dataset_name", "dataset_config", *["text_fields"] * text):
             saved.pop(name, None)
         if given.get("split", "test") != "test":
             raise InputError("--test_file is the test split: drop --split.")
@@ -177,6 +182,17 @@ def results_folder(config: Config, folder: Path | None, name: str) -> tuple[Path
     return run, Path(config.output_dir) if config.output_dir else run / "eval" / name
 
 
+def other_file(config: Config, folder: Path | None, other_rows: bool) -> str:
+    """What sets results on other rows than the run's own apart in the name of their folder."""
+    return f"-{Path(config.test_file).stem}" if folder and other_rows and config.test_file else ""
+
+
+def weights_of(config: Config) -> str:
+    """What the base was loaded as; a 4-bit one gives other figures than a 16-bit one."""
+    bits = "4-bit" if config.load_in_4bit else "8-bit" if config.load_in_8bit else "unquantised"
+    return f"{bits} base, mixed precision {config.mixed_precision}"
+
+
 def evaluate_classifier(config: Config, folder: Path | None, other_rows: bool) -> None:
     """Accuracy, F1 and predictions of a classifier, or of a base model that is asked with the prompt."""
     check_classification(config)
@@ -217,14 +233,15 @@ def evaluate_classifier(config: Config, folder: Path | None, other_rows: bool) -
     if accelerator.is_main_process:
         results = {"this run" if folder else "untrained base, as asked": metrics}
         name = config.split if config.decode == "score" else f"{config.split}-generate"
-        run, target = results_folder(config, folder, name)
+        run, target = results_folder(config, folder, name + other_file(config, folder, other_rows))
         if not other_rows:
             results |= rundir.read_json(run / "eval" / config.split / "baselines.json")
             metrics = {**rundir.train_figures(run), **metrics}
         report.write_evaluation(target, classifier, examples, answers, metrics, results, config.split)
         say(accelerator, report.results_table(results, config.split))
         outside = f"{metrics['outside_label_set']} of {metrics['rows']} answers outside the label set"
-        say(accelerator, f"\n{outside}; {metrics['examples_per_second']:.1f} examples/s\nWritten to {target}")
+        speed = f"{metrics['examples_per_second']:.1f} examples/s"
+        say(accelerator, f"\n{outside}; {speed}; {weights_of(config)}\nWritten to {target}")
     loop.finish(accelerator)
 
 
@@ -232,9 +249,13 @@ def evaluate_text(config: Config, folder: Path | None, other_rows: bool) -> None
     """Perplexity of a model on running text."""
     check_causal(config)
     sources = open_sources(config)
+    if folder and not other_rows:
+        named = {split: {"name": source.name, "sha256": source.sha256} for split, source in sources.items()}
+        check_unchanged(config, named)
     path = str(folder) if folder else resolve_model(config.model, config.revision)
 
     from common import attention, collate, loop, modeling, report, storage
+    from common.generation import positions
     from common.metrics import perplexity_metrics
     from common.perplexity import UNTRAINED, continue_text, row_losses
     from common.token_losses import TokenLosses
@@ -249,16 +270,16 @@ def evaluate_text(config: Config, folder: Path | None, other_rows: bool) -> None
         progress = Progress(accelerator, "tokens", sum(source.characters for source in sources.values()), "character")
         data = load_corpus(sources, config, tokenizer, progress)
         progress.close()
-    if folder and not other_rows:
-        check_unchanged(config, data.sources)
     blocks = data.splits[config.split]
     if not len(blocks):
         raise InputError(f"There is no {config.split} text: name one with --test_file.")
     if folder:
         model, _ = storage.load_language_model(folder, accelerator.device, config.mixed_precision)
     else:
-        modeling.check_length(path, config, config.block_size + len(start), "--block_size")
         model = modeling.load_base(path, config, device=accelerator.device)[0].eval()
+    most = positions(model) or config.block_size + len(start)
+    if config.block_size + len(start) > most:
+        raise InputError(f"--block_size {config.block_size}: longer than the {most} positions of the model.")
     if config.document_masking:
         attention.check_document_masking(model, config)
 
@@ -272,15 +293,21 @@ def evaluate_text(config: Config, folder: Path | None, other_rows: bool) -> None
     sample = continue_text(model, tokenizer, config.sample_prompt, accelerator, seed=42)
     if accelerator.is_main_process:
         results = {"this run" if folder else UNTRAINED: metrics}
-        run, target = results_folder(config, folder, config.split)
-        if folder and not other_rows and same_windows(config, run):
+        own = folder is not None and not other_rows and same_windows(config, Path(config.run))
+        windows_name = f"-windows-{config.block_size}-{config.stride or config.block_size}"
+        name = config.split + other_file(config, folder, other_rows)
+        known = folder is not None and (Path(config.run) / "config.yaml").is_file()
+        name += windows_name * (known and not same_windows(config, Path(config.run)))
+        run, target = results_folder(config, folder, name)
+        if own:
             results |= rundir.read_json(run / "eval" / config.split / "baselines.json")
             metrics = {**rundir.train_figures(run), **metrics}
         report.write_perplexity(target, losses, metrics, results, config.split, sample)
         before = f"behind {tokenizer.decode(start)}" if start else "without a BOS token in front"
         windows = f"windows of {config.block_size} tokens, {config.stride or config.block_size} apart, {before}"
         say(accelerator, report.results_table(results, config.split, report.PERPLEXITY))
-        say(accelerator, f"\n{windows}: {metrics['predicted_tokens']:,} tokens predicted\nA sample: {sample}")
+        say(accelerator, f"\n{windows}: {metrics['predicted_tokens']:,} tokens predicted; {weights_of(config)}")
+        say(accelerator, f"A sample: {sample}")
         say(accelerator, f"\nWritten to {target}")
     loop.finish(accelerator)
 
@@ -288,6 +315,9 @@ def evaluate_text(config: Config, folder: Path | None, other_rows: bool) -> None
 def evaluate_chat(config: Config, folder: Path | None, other_rows: bool) -> None:
     """Loss of the reference answers, and greedy answers of the model beside them."""
     check_instructions(config)
+    for package in ("sacrebleu", "rouge_score"):
+        if not importlib.util.find_spec(package):
+            raise InputError(f"{package} is not installed. Run `pip install sacrebleu rouge-score`.")
     data = load_conversations(config, training=False)
     if not data.splits[config.split]:
         raise InputError(f"There are no {config.split} rows: name some with --test_file.")
@@ -299,7 +329,7 @@ def evaluate_chat(config: Config, folder: Path | None, other_rows: bool) -> None
 
     from common import collate, loop, modeling, report, storage
     from common.chat import chat_rows, choose_template
-    from common.generation import answer_prompts
+    from common.generation import answer_prompts, prompt_room
     from common.metrics import perplexity_metrics, text_overlap
     from common.perplexity import UNTRAINED, row_losses
     from common.token_losses import TokenLosses
@@ -325,9 +355,10 @@ def evaluate_chat(config: Config, folder: Path | None, other_rows: bool) -> None
     losses = row_losses(TokenLosses(model), rows, accelerator, batch_size, collator, config.split)
     asked = [conversation.messages[:-1] for conversation in data.splits[config.split]]
     gold = [conversation.messages[-1]["content"] for conversation in data.splits[config.split]]
-    prompts = [template.prompt(messages, config.max_length) for messages in asked]
-    share = range(accelerator.process_index, len(prompts), accelerator.num_processes)
     sampling = Sampling(do_sample=False, max_new_tokens=config.max_new_tokens)
+    room = min(config.max_length, prompt_room(model, sampling) or config.max_length)
+    prompts = [template.prompt(messages, room) for messages in asked]
+    share = range(accelerator.process_index, len(prompts), accelerator.num_processes)
     progress = Progress(accelerator, "answers", len(share))
     with accelerator.autocast():
         answers = answer_prompts(
@@ -341,7 +372,8 @@ def evaluate_chat(config: Config, folder: Path | None, other_rows: bool) -> None
     metrics |= loop.evaluation_cost(len(answers), started, device)
     if accelerator.is_main_process:
         results = {"this run" if folder else UNTRAINED: metrics}
-        run, target = results_folder(config, folder, config.split)
+        name = config.split + other_file(config, folder, other_rows)
+        run, target = results_folder(config, folder, name)
         if folder and not other_rows:
             results |= rundir.read_json(run / "eval" / config.split / "baselines.json")
             metrics = {**rundir.train_figures(run), **metrics}
@@ -354,12 +386,15 @@ def evaluate_chat(config: Config, folder: Path | None, other_rows: bool) -> None
         ]  # fmt: skip
         report.write_answers(target, written, metrics, results, config.split)
         say(accelerator, report.results_table(results, config.split, report.ANSWERS))
-        say(accelerator, f"\n{metrics['examples_per_second']:.1f} examples/s; samples in {target / 'report.md'}")
+        speed = f"{metrics['examples_per_second']:.1f} examples/s"
+        say(accelerator, f"\n{speed}; {weights_of(config)}; samples in {target / 'report.md'}")
     loop.finish(accelerator)
 
 
 def same_windows(config: Config, run: Path) -> bool:
     """Whether the text is read as it was after training, so that the baseline's figures compare."""
+    if not (run / "config.yaml").is_file():
+        return False
     saved = read_yaml(run / "config.yaml")
     return all(str(getattr(config, name)) == saved.get(name, "None") for name in ("block_size", "stride"))
 

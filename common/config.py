@@ -215,6 +215,7 @@ class CausalConfig(TextConfig):
     """causal language modelling"""
 
     demo: ClassVar[str] = "pydoc_topics"
+    settled: ClassVar[tuple[str, ...]] = ("block_size", "document_masking")  # kept in task.json
     block_size: int = option(128, "tokens of a block", at_least=2)
     stride: int | None = option(None, "evaluate in overlapping windows, so many tokens apart", at_least=1)
     document_masking: bool = option(False, "no token sees another document of its block")
@@ -226,6 +227,7 @@ class InstructionConfig(RowConfig):
     """instructions"""
 
     demo: ClassVar[str] = "instructions_demo"
+    settled: ClassVar[tuple[str, ...]] = ("system_prompt", "max_length", "loss_on")
 
     system_prompt: str | None = option(None, "system turn of the conversations that have none")
     chat_template: str | None = option(

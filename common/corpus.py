@@ -24,10 +24,13 @@ from common.files import SPLITS, file_hash, iterate_rows, load_hub, reading
 
 DEMO = "pydoc_topics"  # the language reference that Python's own help() shows; it ships with every Python
 SMALLEST_PIECE, LARGEST_PIECE = 2**10, 2**16  # characters
+ROWS_LOOKED_AT = 1000  # for a column that no row has
 MIN_DOCUMENTS = 10  # with fewer, splits are cut from the end of the text instead of drawn by document
+LEAD = "\n"
 AT_ONCE = 2**22  # characters that are tokenised together
-# Where no tokenizer joins what stands on both sides: at a line's start, white space being part of the word behind it.
-CUT = re.compile(r"(?<=\S\n)(?=\S)|(?<=\n)(?= \S)")
+# Where no tokenizer joins what stands on both sides: in front of a blank and its word; in a text without blanks, at a
+# line's start.
+CUTS = (re.compile(r"(?<=\S)(?= \S)"), re.compile(r"(?<=\S\n)(?=\S)"))
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ class Source:
     sha256: str
     texts: Callable[[], Iterator[tuple[str, bool]]]
     characters: int  # about, for the size of its pieces
-    fields: list[str] | None = None  # the columns that were asked for
+    read_as: tuple[Any, ...] = ()  # what else decides its text: the file type, the columns that were asked for
 
 
 def open_sources(config: Any) -> dict[str, Source]:
@@ -126,6 +129,8 @@ def open_sources(config: Any) -> dict[str, Source]:
     """
     if config.dataset_name:
         sources = _hub_sources(config)
+    elif config.text_fields and not (config.train_file or config.validation_file or config.test_file):
+        raise InputError("--text_fields needs a file or data set: the demo text has no columns.")
     else:
         paths = {"train": config.train_file, "validation": config.validation_file, "test": config.test_file}
         paths = {split: Path(path) for split, path in paths.items() if path}
@@ -152,7 +157,8 @@ def _file_source(path: Path, config: Any) -> Source:
     else:
         texts = lambda path: _row_texts(iterate_rows(path), str(path), config)  # noqa: E731
     with reading(path):
-        return Source(str(path), file_hash(path), lambda: texts(path), path.stat().st_size, config.text_fields)
+        read_as = (path.suffix.lower(), config.text_fields)
+        return Source(str(path), file_hash(path), lambda: texts(path), path.stat().st_size, read_as)
 
 
 def _text_file(path: Path) -> Iterator[tuple[str, bool]]:
@@ -172,36 +178,42 @@ def _hub_sources(config: Any) -> dict[str, Source]:
         for text, ends in texts():
             digest.update(text.encode() + bytes([ends]))
             size += len(text)
-        sources[split] = Source(name, digest.hexdigest(), texts, size, config.text_fields)
+        sources[split] = Source(name, digest.hexdigest(), texts, size, ("hub", config.text_fields))
     return sources
 
 
 def _row_texts(rows: Iterator[dict[str, Any]], source: str, config: Any) -> Iterator[tuple[str, bool]]:
-    """Each row is a document; but one that ends with a line break goes on in the next, as the lines of a file do.
+    """Each row is a document; but one that is a line, with its line break, goes on in the next.
 
     Between such rows, an empty one is a blank line.
     """
-    fields, open_text = config.text_fields, False
+    fields, open_text, lacking, row = config.text_fields, False, set(), {}
     for number, row in enumerate(rows, 1):
         if number == 1:
-            fields = fields or next(
-                (names for names in (["text"], ["title", "abstract"]) if set(names) <= set(row)), None
-            )
-            lacking = [name for name in fields or ["text"] if name not in row]
-            if lacking:
-                raise InputError(
-                    f"{source}: there is no text column {lacking[0]!r}; it has {', '.join(map(str, row))}. "
-                    "Name the text columns with --text_fields."
-                )
+            guesses = (["text"], ["title", "abstract"])
+            fields = fields or next((names for names in guesses if set(names) <= set(row)), ["text"])
+            lacking = set(fields)
+        lacking -= row.keys()
+        if lacking and (number == ROWS_LOOKED_AT or len(lacking) == len(fields)):
+            raise _no_column(source, lacking, row)
         cells = [row.get(name) for name in fields]
         text = "\n".join(str(cell) for cell in cells if cell is not None and cell == cell)  # NaN is not itself
+        text = text.encode("utf-8", "replace").decode()  # JSON can hold halves of a surrogate pair
         if not text:
             text = "\n" * open_text
-        ends = bool(text) and not text.endswith("\n")
-        open_text = text.endswith("\n")
-        yield text, ends
+        open_text = text.endswith("\n") and "\n" not in text[:-1]
+        yield text, bool(text) and not open_text
+    if lacking:
+        raise _no_column(source, lacking, row)
     if open_text:
         yield "", True
+
+
+def _no_column(source: str, lacking: set[str], row: dict[str, Any]) -> InputError:
+    return InputError(
+        f"{source}: there is no text column {min(lacking)!r}; it has {', '.join(map(str, row))}. Name the text columns "
+        "with --text_fields."
+    )
 
 
 def _pieces(source: Source) -> Iterator[tuple[str, bool]]:
@@ -211,7 +223,7 @@ def _pieces(source: Source) -> Iterator[tuple[str, bool]]:
     for text, ends in source.texts():
         rest += text
         while len(rest) > 2 * size:
-            found = CUT.search(rest, size, 2 * size)
+            found = next(filter(None, (cut.search(rest, size, 2 * size) for cut in CUTS)), None)
             end = found.start() if found else 2 * size
             yield rest[:end], False
             rest = rest[end:]
@@ -229,12 +241,12 @@ def tokenise(source: Source, tokenizer: Any, progress: Callable[[int], None]) ->
     """
     rule = (
         source.sha256,
-        source.fields,
+        source.read_as,
         _fingerprint(tokenizer),
         tokenizer.eos_token_id,
         SMALLEST_PIECE,
         LARGEST_PIECE,
-        CUT.pattern,
+        *(cut.pattern for cut in CUTS),
     )
     folder = cache_folder() / "tokens" / hashlib.sha256(repr(rule).encode()).hexdigest()[:32]
     if not folder.exists():
@@ -260,17 +272,20 @@ def _fingerprint(tokenizer: Any) -> str:
 
 def _write_tokens(folder: Path, source: Source, tokenizer: Any, progress: Callable[[int], None]) -> None:
     table = array.array("q")
-    document, waiting, size = 0, [], 0
+    document, waiting, size, inside = 0, [], 0, False
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        options = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
+        return tokenizer(texts, **options)["input_ids"]
+
+    (lead,) = encode([LEAD])
 
     def flush() -> None:
         nonlocal document, waiting, size
-        encoded = tokenizer(
-            [text for text, _ in waiting],
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_attention_mask=False,
-        )["input_ids"]
-        for (text, ends), ids in zip(waiting, encoded, strict=True):
+        # What goes on from another piece is encoded behind a line break: alone, some tokenizers put a blank in front.
+        encoded = encode([LEAD * inside + text for text, _, inside in waiting])
+        for (text, ends, inside), ids in zip(waiting, encoded, strict=True):
+            ids = ids[len(lead) :] if inside and ids[: len(lead)] == lead else ids
             ids = [*ids, tokenizer.eos_token_id] if ends else ids
             np.asarray(ids, dtype=np.uint32).tofile(file)
             table.extend((len(ids), len(text.encode()), len(text.split()), document, ends))
@@ -280,8 +295,8 @@ def _write_tokens(folder: Path, source: Source, tokenizer: Any, progress: Callab
 
     with open(folder / "tokens.bin", "wb") as file:
         for text, ends in _pieces(source):
-            waiting.append((text, ends))
-            size += len(text)
+            waiting.append((text, ends, inside))
+            size, inside = size + len(text), not ends
             if size >= AT_ONCE:
                 flush()
         if waiting:
@@ -297,6 +312,8 @@ def load_corpus(
     Splits that no file gives are cut from train: of at least MIN_DOCUMENTS documents some are drawn by --split_seed;
     of fewer, the end of the text is taken, since a piece from its middle would have its context in training.
     """
+    if tokenizer.eos_token_id is None:
+        raise InputError("The tokenizer has no end token (eos), so documents could not be told apart.")
     report: dict[str, Any] = {"files": {}, "splits": {}}
     tables: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}  # split -> tokens, spans, pieces
     for split, source in sources.items():

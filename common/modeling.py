@@ -18,6 +18,7 @@ import transformers  # noqa: E402
 from peft.tuners.lora import LoraLayer  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES  # noqa: E402
+from transformers.pytorch_utils import Conv1D  # noqa: E402
 
 from common import attention  # noqa: E402
 from common.config import InputError, ModelConfig  # noqa: E402
@@ -204,7 +205,8 @@ def add_lora(model: nn.Module, config: Any, missing: list[str], head: bool) -> n
             "a pass over data, or are drawn anew when the adapter is loaded."
         )
     targets = config.target_modules if config.target_modules != ["all-linear"] else None
-    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in missing}
+    kinds = nn.Linear | Conv1D  # GPT-2's linear layers
+    linear = {name for name, module in model.named_modules() if isinstance(module, kinds) and name not in missing}
     for target in targets or []:
         if not any(f".{name}".endswith(f".{target}") for name in linear):
             known = sorted({name.rpartition(".")[2] for name in linear})

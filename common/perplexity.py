@@ -49,11 +49,12 @@ def row_losses(
 def continue_text(model: nn.Module, tokenizer: Any, prompt: str, accelerator: Any, seed: int) -> str:
     """The prompt and up to SAMPLE_TOKENS tokens behind it, drawn (temperature 0.8, top_p 0.95) by `seed`."""
     model.eval()
-    ids = tokenizer(prompt, return_tensors="pt").to(accelerator.device)
+    ids = tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]
+    inputs = torch.tensor([ids], device=accelerator.device)
     torch.manual_seed(seed)
     with accelerator.autocast():
         output = model.generate(
-            **ids, max_new_tokens=SAMPLE_TOKENS, do_sample=True, temperature=0.8, top_p=0.95, top_k=0,
-            pad_token_id=tokenizer.pad_token_id, use_cache=True,
+            inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=SAMPLE_TOKENS, use_cache=True,
+            do_sample=True, temperature=0.8, top_p=0.95, top_k=0, pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
     return tokenizer.decode(output[0], skip_special_tokens=True)

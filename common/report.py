@@ -25,7 +25,8 @@ PERPLEXITY = {
 }  # fmt: skip
 SEED_COLUMNS = {
     "epochs": "epochs", "train_loss": "train loss", "eval_loss": "eval loss", "accuracy": "accuracy",
-    "f1_micro": "micro-F1", "f1_macro": "macro-F1", "train_runtime": "train s", "eval_runtime": "eval s",
+    "f1_micro": "micro-F1", "f1_macro": "macro-F1", "perplexity": "perplexity",
+    "train_runtime": "train s", "eval_runtime": "eval s",
     "train_steps_per_second": "steps/s", "train_samples_per_second": "samples/s",
 }  # fmt: skip
 

@@ -16,7 +16,8 @@ LAST = ("memory", "weights")
 
 def find_runs(folders: Sequence[Path]) -> list[Path]:
     """The evaluated runs in these folders, at any depth. Raises InputError where there is none."""
-    runs = sorted({file.parents[2] for folder in folders for file in folder.glob("**/eval/test/metrics.json")})
+    found = {file.parents[2] for folder in folders for file in folder.glob("**/eval/test/metrics.json")}
+    runs = sorted(run for run in found if (run / "config.yaml").is_file())  # a base model's evaluation has none
     if not runs:
         raise InputError(f"{', '.join(map(str, folders))}: no run there has test metrics (eval/test/metrics.json).")
     return runs
@@ -34,6 +35,7 @@ def describe(run: Path) -> dict[str, Any]:
     return {
         "run": run.name,
         "model": Path(config["model"]).name,
+        "bits": bits,
         "training": "full" if whole else bits + ("DoRA" if config["use_dora"] == "true" else "LoRA"),
         "r, alpha": "" if whole else f"{config['lora_r']}, {float(config['lora_alpha']):g}",
         "trained": environment["census"]["trainable"],
@@ -69,11 +71,15 @@ def write_table(folders: Sequence[Path], target: Path) -> str:
         ]
         for entry in runs
     ]  # fmt: skip
-    baselines = {name: figures for entry in runs for name, figures in entry["baselines"].items()}
-    for name, figures in baselines.items():
-        if metric in figures:
-            cell = _figure(figures[metric], figures["intervals_95"][metric])
-            rows.append([name, *[""] * (len(COLUMNS) - 1), cell, *[""] * len(LAST)])
+    seen = set()
+    for entry in runs:
+        for name, figures in entry["baselines"].items():
+            if metric in figures:
+                cell = _figure(figures[metric], figures["intervals_95"][metric])
+                row = (name, entry["model"], f"{entry['bits']}base" if "untrained" in name else "", cell)
+                if row not in seen:  # the same base, measured by several runs
+                    rows.append([*row[:3], *[""] * (len(COLUMNS) - 3), cell, *[""] * len(LAST)])
+                seen.add(row)
     text = table(header, rows)
     target.mkdir(parents=True, exist_ok=True)
     (target / "table.md").write_text(text + "\n", encoding="utf-8")

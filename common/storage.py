@@ -42,7 +42,7 @@ def save_weights(model: nn.Module, folder: Path) -> None:
         model.save_pretrained(folder, save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     else:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, save_original_format=False)  # the names that `load_weights` finds in the model
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:

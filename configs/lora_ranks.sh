@@ -9,9 +9,15 @@ set -euo pipefail
 out=${OUT:-outputs/lora_ranks}
 
 run() {
-    name=$1
+    folder=$out/$1
     shift
-    [ -d "$out/$name" ] || accelerate launch train_clm.py "$@" --output_dir "$out/$name"
+    if [ -f "$folder/config.yaml" ]; then
+        [ -f "$folder/eval/test/metrics.json" ] && return
+        set -- "$@" --resume_from_checkpoint "$folder" # it was interrupted
+    else
+        set -- "$@" --output_dir "$folder"
+    fi
+    accelerate launch train_clm.py "$@"
 }
 
 for way in ${WAYS:-full lora nf4}; do

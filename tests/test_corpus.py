@@ -73,6 +73,68 @@ def test_pieces_give_the_tokens_of_the_whole_text(tokenizer, tmp_path):
     assert (entry["bytes"], entry["words"], entry["documents"]) == (len(text.encode()), len(text.split()), 1)
 
 
+def metaspace(folder: Path) -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer of Llama 2's kind: blanks are part of words, and a text gets one in front."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+
+    made = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made.decoder = decoders.Replace("▁", " ")
+    bytes_ = [f"<0x{i:02X}>" for i in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<unk>", "<s>", "</s>", *bytes_])
+    words = [f"{mark}{word}" for word in [*WORDS, *"abcdefghijklmnopqrstuvwxyz.="] for mark in ("", "▁")]
+    made.train_from_iterator(words, trainer)  # one by one: no token spans two words, as in the real ones
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+@pytest.mark.parametrize("kind", ["bytes", "metaspace"])
+@pytest.mark.parametrize("layout", ["lines", "paragraphs", "crlf", "one line"])
+def test_no_layout_is_cut_inside_a_word(tokenizer, tmp_path, kind, layout):
+    """Paragraphs with blank lines, Windows' line ends, a text without any: as if all were tokenised at once."""
+    tokenizer = tokenizer if kind == "bytes" else metaspace(tmp_path)
+    rng = random.Random(3)
+    sentences = [" ".join(rng.choices(WORDS, k=rng.randint(4, 30))) + "." for _ in range(900)]
+    text = {"lines": "\n", "paragraphs": "\n\n", "crlf": "\r\n", "one line": " "}[layout].join(sentences)
+    data = load(tokenizer, train_file=write(tmp_path / "t.txt", text), validation_fraction=0, test_fraction=0)
+    assert joined(data.splits["train"]) == [*plain(tokenizer, text), tokenizer.eos_token_id]
+    assert data.report["splits"]["train"]["words"] == len(text.split())
+
+
+def test_a_file_read_in_another_way_has_other_tokens(tokenizer, tmp_path):
+    rows = "".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(12))
+    whole = {"validation_fraction": 0, "test_fraction": 0}
+    counts = [
+        load(tokenizer, train_file=write(tmp_path / name, rows), **whole).report["splits"]["train"]["documents"]
+        for name in ("t.jsonl", "t.txt", "t.jsonl")
+    ]
+    assert counts == [12, 1, 12]
+
+
+def test_documents_of_several_lines_stay_apart(tokenizer, tmp_path):
+    """A line break at its end does not join a document to the next, unless it is a single line."""
+    rows = "".join(json.dumps({"text": f"def f{i}():\n    return {i}\n"}) + "\n" for i in range(12))
+    data = load(tokenizer, train_file=write(tmp_path / "t.jsonl", rows))
+    assert [entry["documents"] for entry in data.report["splits"].values()] == [10, 1, 1]
+
+
+def test_odd_rows(tokenizer, tmp_path):
+    rows = [{"body": "no title"}, {"title": "half \ud83d pair", "body": "text"}]
+    file = write(tmp_path / "t.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    whole = {"validation_fraction": 0, "test_fraction": 0}
+    data = load(tokenizer, train_file=file, text_fields=["title", "body"], **whole)
+    assert tokenizer.decode(joined(data.splits["train"])) == "no title</s>half ? pair\ntext</s>"
+    with pytest.raises(InputError, match="no text column 'gone'"):
+        load(tokenizer, train_file=file, text_fields=["gone", "body"], **whole)
+    with pytest.raises(InputError, match="the demo text has no columns"):
+        load(tokenizer, text_fields=["body"])
+    endless = transformers.AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    endless.eos_token = None
+    with pytest.raises(InputError, match="no end token"):
+        load(endless, train_file=file, text_fields=["body"])
+
+
 def test_rows_are_documents_and_lines_are_not(tokenizer, tmp_path):
     """A row that ends with a line break goes on in the next, as in hub data sets made of a text's lines."""
     rows = [" = A = \n", "", " first line \n", "second", "a document </s> of its own", None, "third"]
