@@ -117,19 +117,23 @@ def test_set_ups_on_running_text_are_accepted(path):
 
 
 def test_ranks_are_swept(tmp_path):
-    """configs/lora_ranks.sh: one run a way and rank, with the options given, then the table; old runs stay."""
+    """configs/lora_ranks.sh: one run a way and rank, then the table; what is finished stays, the rest goes on."""
     calls = tmp_path / "calls"
     for name in ("accelerate", "python"):
         (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@" >> {calls}\n')
         (tmp_path / name).chmod(0o755)
     out = tmp_path / "out"
-    (out / "lora_r16_a32").mkdir(parents=True)
+    for name in ("lora_r16_a32", "nf4_r8_a16"):  # one is finished, one was interrupted
+        (out / name / "eval" / "test").mkdir(parents=True)
+        (out / name / "config.yaml").touch()
+    (out / "lora_r16_a32" / "eval" / "test" / "metrics.json").touch()
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "OUT": str(out), "RANKS": "8:16 16:32"}
     command = ["bash", str(ROOT / "configs" / "lora_ranks.sh"), "--config", "configs/wikitext_small.yaml"]
     subprocess.run(command, env=environment, check=True, timeout=60)
     *runs, last = calls.read_text().splitlines()
     assert last == f"python -m common.report table {out}"
     assert [Path(run.split()[-1]).name for run in runs] == ["full", "lora_r8_a16", "nf4_r8_a16", "nf4_r16_a32"]
+    assert ["--resume_from_checkpoint" in run for run in runs] == [False, False, True, False]
     for run in runs:
         words = run.split()
         assert words[:3] == ["accelerate", "launch", "train_clm.py"]

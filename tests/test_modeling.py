@@ -32,7 +32,7 @@ def make(path: Path, approach: str = "head", **options) -> tuple[Classifier, tra
     options = {"mixed_precision": "no", "load_in_4bit": False, "lora_r": 4, **options}
     config = train_cls.Config(model=str(path), approach=approach, **options)
     encoder, head = modeling.is_encoder(str(path), config), approach == "head"
-    modeling.resolve_options(config, encoder)
+    modeling.resolve_options(config, encoder, config.approach == "head")
     tokenizer = modeling.load_tokenizer(str(path), config)
     prompt = modeling.classification_prompt(
         tokenizer,
@@ -246,7 +246,7 @@ def test_encoder_neither_generates_nor_is_quantised(encoders, family):
     _, config = make(encoders[family], load_in_4bit=None)
     assert config.load_in_4bit is False
     for options, reason in (
-        ({"approach": "generative"}, "is an encoder and cannot answer in text: use --approach head"),
+        ({"approach": "generative"}, "is an encoder and cannot write text: use train_cls.py with --approach head"),
         ({"load_in_4bit": True}, "unquantised: drop --load_in"),
         ({"load_in_8bit": True}, "unquantised: drop --load_in"),
     ):
