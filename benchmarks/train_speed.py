@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -231,9 +232,9 @@ def plainlora(work: Work, folder: Path) -> tuple[list[float], list[float]]:
         losses.append(loss)
         count(self, loss, targets, lengths, seconds)
 
-    checkpoint.State.count = counted
     settings = script.Config(**own)
-    script.train(settings, load_data(settings), work.path)
+    with mock.patch.object(checkpoint.State, "count", counted):
+        script.train(settings, load_data(settings), work.path)
     return ticks, losses
 
 

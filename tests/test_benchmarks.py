@@ -8,41 +8,60 @@ import pytest
 from conftest import run_script, toy_options, toy_rows, write_csv
 from trained import quick, train
 
-from benchmarks import cost_growth, score_speed, turns
+from benchmarks import cost_growth, score_speed, train_speed, turns
 
 
-def test_other_trainers_reach_the_same_losses(models, tmp_path):
+@pytest.fixture
+def run_here(monkeypatch):
+    """Runs a benchmark with its workers in this process, which saves the start of a dozen others."""
+
+    def run(script, *options):
+        def start(name, **environment):  # what turns.start does
+            results = []
+            for key, value in environment.items():
+                monkeypatch.setenv(key, str(value))
+            called = mock.patch.object(sys, "argv", [*sys.argv, "--worker", name])
+            with called, mock.patch.object(turns, "hand_over", results.append), quick():
+                script.main()
+            return json.loads(json.dumps(results[0]))
+
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        monkeypatch.setattr(turns, "start", start)
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, options)])
+        script.main()
+
+    return run
+
+
+TASKS = {
+    "classification": ["--label_column", "label"],
+    "causal_lm": ["--block_size", "16"],
+    "chat": ["--chat_template", "plain"],
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_other_trainers_reach_the_same_losses(models, tmp_path, run_here, task):
     pytest.importorskip("trl", reason="a peer of the benchmark, in requirements-dev.txt")
-    rows = write_csv(tmp_path / "rows.csv", toy_rows(100))
-    few = ["--rounds", "1", "--warmup", "1", "--updates", "1", "--output_dir", str(tmp_path / "out")]
-    peers = ["--trainers", "plainlora", "plain_loop", "hf_trainer", "trl_tuned"]
-    task = ["--model", str(models["llama"]), "--train_file", str(rows)]
-    run_script("benchmarks/train_speed.py", *task, *few, *peers, timeout=900)
-    [file] = (tmp_path / "out").glob("*.json")
-    table = json.loads(file.read_text())["table"]
-    assert [entry["trainer"] for entry in table] == peers[1:]
+    rows, file = toy_rows(100), tmp_path / {"causal_lm": "text.txt", "chat": "rows.jsonl"}.get(task, "rows.csv")
+    if task == "classification":
+        write_csv(file, rows)
+    elif task == "chat":
+        lines = [json.dumps({"instruction": f"word {row['label']}", "response": row["text"]}) for row in rows]
+        file.write_text("\n".join(lines))
+    else:
+        file.write_text("\n".join(row["text"] for row in rows) * 2)
+    peers = ["plainlora", "hf_trainer", "trl_tuned"] + ["plain_loop"] * (task == "classification")
+    few = ["--rounds", "1", "--warmup", "1", "--updates", "1", "--output_dir", tmp_path / "out"]
+    options = ["--model", models["llama"], "--task", task, "--train_file", file, *TASKS[task], "--trainers", *peers]
+    run_here(train_speed, *options, *few)
+    [written] = (tmp_path / "out").glob("*.json")
+    table = json.loads(written.read_text())["table"]
+    assert [entry["trainer"] for entry in table] == peers
     for entry in table:
         assert entry["largest_loss_difference"] < 1e-4 and entry["ratio_of_plainlora"] > 0
-    assert (tmp_path / "out" / f"{file.stem}.md").is_file() and (tmp_path / "out" / f"{file.stem}.png").is_file()
-
-
-@pytest.mark.parametrize("task", ["causal_lm", "chat"])
-def test_other_trainers_reach_the_same_losses_on_text_and_chats(models, tmp_path, task):
-    pytest.importorskip("trl", reason="a peer of the benchmark, in requirements-dev.txt")
-    rows = toy_rows(100)
-    if task == "chat":
-        lines = [json.dumps({"instruction": f"word {row['label']}", "response": row["text"]}) for row in rows]
-        options = ["--train_file", str(tmp_path / "rows.jsonl"), "--chat_template", "plain"]
-        (tmp_path / "rows.jsonl").write_text("\n".join(lines))
-    else:
-        options = ["--train_file", str(tmp_path / "text.txt"), "--block_size", "16"]
-        (tmp_path / "text.txt").write_text("\n".join(row["text"] for row in rows) * 2)
-    few = ["--rounds", "1", "--warmup", "1", "--updates", "1", "--output_dir", str(tmp_path / "out")]
-    peers = ["--trainers", "plainlora", "hf_trainer", "trl_tuned", "--task", task, "--model", str(models["llama"])]
-    run_script("benchmarks/train_speed.py", *peers, *options, *few, timeout=900)
-    [file] = (tmp_path / "out").glob("*.json")
-    for entry in json.loads(file.read_text())["table"]:
-        assert entry["largest_loss_difference"] < 1e-4 and entry["ratio_of_plainlora"] > 0
+    assert written.with_suffix(".md").is_file() and written.with_suffix(".png").is_file()
 
 
 def test_profile_of_a_step(models):
@@ -50,28 +69,15 @@ def test_profile_of_a_step(models):
     assert len([line for line in shown.splitlines() if line.startswith("| + ")]) == 3
 
 
-def test_scorers_agree_and_every_column_is_filled(models, tmp_path, monkeypatch):
+def test_scorers_agree_and_every_column_is_filled(models, tmp_path, monkeypatch, run_here):
     rows = {"train": toy_rows(30), "test": toy_rows(4, start=30)}
     files = {name: str(write_csv(tmp_path / f"{name}.csv", content)) for name, content in rows.items()}
     run, out = tmp_path / "run", tmp_path / "out"
     learn = ["--model", str(models["llama"]), "--learning_rate", "1e-2", "--max_steps", "150"]
     learn += ["--validation_fraction", "0", "--eval_strategy", "no"]
     train(*learn, *toy_options(files), "--output_dir", str(run))
-
-    def start(name, **environment):  # what turns.start does, but in this process
-        results = []
-        for key, value in environment.items():
-            monkeypatch.setenv(key, str(value))
-        called = mock.patch.object(sys, "argv", [*sys.argv, "--worker", name])
-        with called, mock.patch.object(turns, "hand_over", results.append), quick():
-            score_speed.main()
-        return json.loads(json.dumps(results[0]))
-
-    few = ["--rows", "9", "--slow_rows", "6", "--rounds", "1", "--batch_sizes", "4", "8", "--output_dir", str(out)]
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(turns, "start", start)
-    monkeypatch.setattr(sys, "argv", ["score_speed.py", "--run", str(run), *few])
-    score_speed.main()
+    few = ["--rows", "9", "--slow_rows", "6", "--rounds", "1", "--batch_sizes", "4", "8", "--output_dir", out]
+    run_here(score_speed, "--run", run, *few)
 
     [file] = out.glob("score_*.json")
     table = {entry["scorer"]: entry for entry in json.loads(file.read_text())["table"]}
