@@ -90,7 +90,7 @@ def read_options(cls: type[Config] = Config, given: dict[str, Any] | None = None
     """
     given = parse_given(cls) if given is None else given
     run = Path(given["run"]) if "run" in given else rundir.newest_run()
-    if run is None or not run.is_dir() or (run / "config.json").is_file() and not (run / "task.json").is_file():
+    if rundir.is_base_model(run):
         name = given.get("run", EMBEDDED)
         if given.get("model", name) != name:
             raise InputError(f"--model {given['model']}: evaluate.py takes the model by --run.")
@@ -100,7 +100,7 @@ def read_options(cls: type[Config] = Config, given: dict[str, Any] | None = None
         check_options(given, config.task, name)
         return config, None, True
     folder = rundir.weights_folder(run)
-    task = json.loads((folder / "task.json").read_text(encoding="utf-8"))
+    task = rundir.load_task(folder)
     run = folder.parent if folder.name in ("adapter", "model") else folder
     saved = read_yaml(run / "config.yaml") if (run / "config.yaml").is_file() else {}
     saved = {name: value for name, value in saved.items() if name not in ("output_dir", "mixed_precision")}
@@ -205,7 +205,7 @@ def evaluate_classifier(config: Config, folder: Path | None, other_rows: bool) -
         path = resolve_model(config.model, config.revision)
         check_prompt(config, data, path)
     else:
-        task = json.loads((folder / "task.json").read_text(encoding="utf-8"))
+        task = rundir.load_task(folder)
         check_same_task(task, data)
         config.mixed_precision = config.mixed_precision or task["mixed_precision"]
         if not other_rows:
@@ -260,7 +260,7 @@ def evaluate_text(config: Config, folder: Path | None, other_rows: bool) -> None
     from common.perplexity import UNTRAINED, continue_text, row_losses
     from common.token_losses import TokenLosses
 
-    task = storage.load_task(folder) if folder else {}
+    task = rundir.load_task(folder) if folder else {}
     config.mixed_precision = config.mixed_precision or task.get("mixed_precision")
     modeling.resolve_options(config, encoder=folder is None and modeling.is_encoder(path, config))
     accelerator = loop.start_accelerator(config, [])
@@ -284,8 +284,9 @@ def evaluate_text(config: Config, folder: Path | None, other_rows: bool) -> None
         attention.check_document_masking(model, config)
 
     started = time.perf_counter()
-    collator = partial(collate.collate_numbered_blocks, blocks, start=start, end_id=tokenizer.eos_token_id,
-                       pad_id=tokenizer.pad_token_id, document_masking=config.document_masking)  # fmt: skip
+    collator = partial(collate.collate_numbered, collate.collate_blocks, blocks, start=start,
+                       end_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
+                       document_masking=config.document_masking)  # fmt: skip
     batch_size = config.per_device_eval_batch_size
     losses = row_losses(TokenLosses(model), blocks, accelerator, batch_size, collator, config.split)
     metrics = perplexity_metrics(losses, data.per_token[config.split])
@@ -293,13 +294,11 @@ def evaluate_text(config: Config, folder: Path | None, other_rows: bool) -> None
     sample = continue_text(model, tokenizer, config.sample_prompt, accelerator, seed=42)
     if accelerator.is_main_process:
         results = {"this run" if folder else UNTRAINED: metrics}
-        own = folder is not None and not other_rows and same_windows(config, Path(config.run))
-        windows_name = f"-windows-{config.block_size}-{config.stride or config.block_size}"
+        usual = folder is None or same_windows(config, Path(config.run))
         name = config.split + other_file(config, folder, other_rows)
-        known = folder is not None and (Path(config.run) / "config.yaml").is_file()
-        name += windows_name * (known and not same_windows(config, Path(config.run)))
+        name += "" if usual else f"-windows-{config.block_size}-{config.stride or config.block_size}"
         run, target = results_folder(config, folder, name)
-        if own:
+        if folder and usual and not other_rows:
             results |= rundir.read_json(run / "eval" / config.split / "baselines.json")
             metrics = {**rundir.train_figures(run), **metrics}
         report.write_perplexity(target, losses, metrics, results, config.split, sample)
@@ -334,7 +333,7 @@ def evaluate_chat(config: Config, folder: Path | None, other_rows: bool) -> None
     from common.perplexity import UNTRAINED, row_losses
     from common.token_losses import TokenLosses
 
-    task = storage.load_task(folder) if folder else {}
+    task = rundir.load_task(folder) if folder else {}
     config.mixed_precision = config.mixed_precision or task.get("mixed_precision")
     modeling.resolve_options(config, encoder=folder is None and modeling.is_encoder(path, config))
     accelerator = loop.start_accelerator(config, [])
@@ -351,7 +350,7 @@ def evaluate_chat(config: Config, folder: Path | None, other_rows: bool) -> None
     rows = chat_rows(data, template, config.max_length, config.loss_on)[config.split]
 
     started = time.perf_counter()
-    collator = partial(collate.collate_numbered_chat, rows, pad_id=tokenizer.pad_token_id)
+    collator = partial(collate.collate_numbered, collate.collate_chat, rows, pad_id=tokenizer.pad_token_id)
     losses = row_losses(TokenLosses(model), rows, accelerator, batch_size, collator, config.split)
     asked = [conversation.messages[:-1] for conversation in data.splits[config.split]]
     gold = [conversation.messages[-1]["content"] for conversation in data.splits[config.split]]
@@ -392,9 +391,9 @@ def evaluate_chat(config: Config, folder: Path | None, other_rows: bool) -> None
 
 
 def same_windows(config: Config, run: Path) -> bool:
-    """Whether the text is read as it was after training, so that the baseline's figures compare."""
+    """Whether the text is read as it was after training, so that figures compare; a copied adapter has none to."""
     if not (run / "config.yaml").is_file():
-        return False
+        return True
     saved = read_yaml(run / "config.yaml")
     return all(str(getattr(config, name)) == saved.get(name, "None") for name in ("block_size", "stride"))
 

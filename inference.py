@@ -12,7 +12,6 @@ A chat run answers, a run on running text goes on with a text, a classification 
 Without --run: the newest run under outputs/, else the embedded model.
 """
 
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -99,7 +98,7 @@ def read_options() -> tuple[Config, Path | None, dict[str, Any]]:
         raise InputError("--compare names its runs itself: drop --run.")
     named = given.get("run") or next((run for run in given.get("compare", ()) if run != "base"), None)
     run = Path(named) if named else rundir.newest_run()
-    if run is None or not run.is_dir() or (run / "config.json").is_file() and not (run / "task.json").is_file():
+    if rundir.is_base_model(run):
         name = named or EMBEDDED
         if "compare" in given:
             raise InputError(f"--compare: {name} is no folder of a run. Name runs, and `base` for their base model.")
@@ -109,7 +108,7 @@ def read_options() -> tuple[Config, Path | None, dict[str, Any]]:
         config, folder = from_texts(Config, {**given, "model": name, "task": task["task"]}), None
     else:
         folder = rundir.weights_folder(run)
-        task = json.loads((folder / "task.json").read_text(encoding="utf-8"))
+        task = rundir.load_task(folder)
         for name in sorted(SETTLED & given.keys()):
             raise InputError(f"--{name} was settled when {run} was trained: drop it.")
         saved = folder.parent / "config.yaml" if folder.name in ("adapter", "model") else folder / "config.yaml"
@@ -230,7 +229,7 @@ def compare_folders(config: Config, folder: Path, task: dict[str, Any]) -> list[
         found.append((run, other))
         if other is None:
             continue
-        described = json.loads((other / "task.json").read_text(encoding="utf-8"))
+        described = rundir.load_task(other)
         if described["task"] != task["task"]:
             raise InputError(f"--compare: {run} was trained for {described['task']}, {config.run} for {task['task']}.")
         options, wanted = described["model_options"], task["model_options"]

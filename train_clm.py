@@ -154,8 +154,9 @@ def train(config: Config, sources: dict[str, Source], path: str, another: bool =
             splits = {"pieces cut from train": data.cut}
             rundir.write_start(run_dir, config, given, data, splits, data_report, accelerator.num_processes, census)
     accelerator.wait_for_everyone()
-    collate_blocks = partial(collate.collate_numbered_blocks, start=start, end_id=tokenizer.eos_token_id,
-                             pad_id=tokenizer.pad_token_id, document_masking=config.document_masking)  # fmt: skip
+    collate_blocks = partial(collate.collate_numbered, collate.collate_blocks, start=start,
+                             end_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
+                             document_masking=config.document_masking)  # fmt: skip
 
     def measure(split: str, what: str) -> tuple[list[tuple[float, int]], dict[str, Any]]:
         blocks = data.splits[split]

@@ -151,7 +151,8 @@ def train(config: Config, data: ChatData, path: str, another: bool = False) -> d
             ids = {"ids": {split: [row.id for row in rows] for split, rows in data.splits.items()}}
             rundir.write_start(run_dir, config, given, data, ids, data_report, accelerator.num_processes, census)
     accelerator.wait_for_everyone()
-    collate_chat = partial(collate.collate_numbered_chat, pad_id=tokenizer.pad_token_id, shared_prefix=shared_prefix)
+    collate_chat = partial(collate.collate_numbered, collate.collate_chat, pad_id=tokenizer.pad_token_id,
+                           shared_prefix=shared_prefix)  # fmt: skip
 
     def measure(split: str, what: str) -> dict[str, Any]:
         batch = config.per_device_eval_batch_size

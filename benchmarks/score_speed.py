@@ -19,7 +19,6 @@ or per_label's or generate's. For one label a row, answered in text. Options of 
 """
 
 import contextlib
-import json
 import os
 import statistics
 import sys
@@ -34,6 +33,7 @@ sys.path.insert(0, str(ROOT))
 
 import evaluate  # noqa: E402
 from benchmarks import turns  # noqa: E402
+from common import rundir  # noqa: E402
 from common.config import InputError, check_classification, cli_errors, option, parse_given  # noqa: E402
 from common.data import Example, load_classification, stratified_sample  # noqa: E402
 from common.demo_model import EMBEDDED, resolve_model  # noqa: E402
@@ -175,7 +175,7 @@ def load(config: Config, folder: Path | None) -> tuple[Any, Any, list[Example]]:
         config.full_finetuning = False
         modeling.resolve_options(config, modeling.is_encoder(path, config))
     else:
-        task = json.loads((folder / "task.json").read_text(encoding="utf-8"))
+        task = rundir.load_task(folder)
         evaluate.check_same_task(task, data)
         config.mixed_precision = config.mixed_precision or task["mixed_precision"]
         config.load_in_4bit = task["model_options"]["load_in_4bit"]

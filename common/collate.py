@@ -5,7 +5,7 @@ what all prompts begin with, positions go on after it in every row, and a row se
 are the same, and the prefix is computed once instead of once a row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -191,20 +191,17 @@ def collate_blocks(
     """
     inputs = pad_left([[*start, *block.tokens] for block, _ in rows], pad_id)
     count, length = inputs["input_ids"].shape
-    keep, targets, weights, numbers = [], [], [], []
+    starts = [document_starts(block.tokens, end_id) if document_masking else [] for block, _ in rows]
+    found = []
     for i, (block, counts) in enumerate(rows):
-        begins = set(document_starts(block.tokens, end_id)[1:]) if document_masking else ()
         offset = (i + 1) * length - len(block.tokens)
         for t in range(max(block.seen, 0 if start else 1), len(block.tokens)):
-            if t not in begins:
-                keep.append(offset + t - 1)
-                targets.append(block.tokens[t])
-                weights.append(float(counts))
-                numbers.append(i)
+            if t not in starts[i]:
+                found.append((i, offset + t - 1, block.tokens[t], counts))
     if document_masking:
         document = torch.zeros(count, length, dtype=torch.long)
         for i, (block, _) in enumerate(rows):
-            for begin in document_starts(block.tokens, end_id)[1:]:
+            for begin in starts[i]:
                 column = length - len(block.tokens) + begin
                 document[i, column:] += 1
                 inputs["position_ids"][i, column:] = torch.arange(length - column)
@@ -212,8 +209,7 @@ def collate_blocks(
         real = inputs["attention_mask"][:, None].bool()
         seen = same & real & torch.ones(length, length, dtype=torch.bool).tril()
         inputs["attention_mask"] = (seen | torch.eye(length, dtype=torch.bool))[:, None]  # padding sees itself: no NaN
-    inputs |= {"keep": torch.tensor(keep), "targets": torch.tensor(targets)}
-    return {"inputs": inputs, "weights": torch.tensor(weights), "rows": torch.tensor(numbers)}
+    return _with_targets(inputs, found)
 
 
 def collate_chat(rows: Sequence[tuple[ChatRow, bool]], pad_id: int, shared_prefix: str = "off") -> Batch:
@@ -222,27 +218,24 @@ def collate_chat(rows: Sequence[tuple[ChatRow, bool]], pad_id: int, shared_prefi
     A pack's prefix is what all rows begin with and none is trained on, a long system turn for instance.
     """
     inputs, ends = join([row.front for row, _ in rows], [row.ids for row, _ in rows], pad_id, shared_prefix)
-    keep, targets, weights, numbers = [], [], [], []
+    found = []
     for i, (row, counts) in enumerate(rows):
         first = int(ends[i]) - row.length  # of the flattened batch, the position in front of the row's first token
-        for t, trained in enumerate(row.mask):
-            if trained:
-                keep.append(first + t)
-                targets.append(row.ids[t])
-                weights.append(float(counts))
-                numbers.append(i)
-    inputs |= {"keep": torch.tensor(keep), "targets": torch.tensor(targets)}
-    return {"inputs": inputs, "weights": torch.tensor(weights), "rows": torch.tensor(numbers)}
+        found += [(i, first + t, row.ids[t], counts) for t, trained in enumerate(row.mask) if trained]
+    return _with_targets(inputs, found)
 
 
-def collate_numbered_chat(rows: Sequence[ChatRow], numbers: Sequence[tuple[int, bool]], **options: Any) -> Batch:
-    """`collate_chat` of the rows with these (number, counts) pairs."""
-    return collate_chat([(rows[i], counts) for i, counts in numbers], **options)
+def _with_targets(inputs: dict[str, torch.Tensor], found: Sequence[tuple[int, int, int, bool]]) -> Batch:
+    """found: of every target its row, the position that predicts it, its id, and whether it counts."""
+    rows, keep, targets, counts = torch.tensor(found, dtype=torch.long).reshape(-1, 4).unbind(1)
+    return {"inputs": {**inputs, "keep": keep, "targets": targets}, "weights": counts.float(), "rows": rows}
 
 
-def collate_numbered_blocks(blocks: Sequence[Block], numbers: Sequence[tuple[int, bool]], **options: Any) -> Batch:
-    """`collate_blocks` of the blocks with these (number, counts) pairs."""
-    return collate_blocks([(blocks[i], counts) for i, counts in numbers], **options)
+def collate_numbered(
+    collate: Callable[..., Batch], rows: Sequence[Any], numbers: Sequence[tuple[int, bool]], **options: Any
+) -> Batch:
+    """`collate` (of blocks or chats) of the rows with these (number, counts) pairs."""
+    return collate([(rows[i], counts) for i, counts in numbers], **options)
 
 
 def classification_rows(

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from common.config import DataConfig, InputError
-from common.files import SPLITS, read_files, read_hub
+from common.config import InputError
+from common.files import SPLITS, cut_splits, read_files, read_hub
 
 DEMO = Path(__file__).parent.parent / "data" / "instructions_demo"
 SHAPES = {  # name -> the columns that make a row one of this shape; the first that fits is taken
@@ -67,10 +67,10 @@ def load_conversations(config: Any, training: bool = True, demo: Path = DEMO) ->
     for split, rows in tables.items():
         report["rows"][split], report["shapes"][split] = {"read": len(rows)}, {}
         splits[split] = _conversations(rows, sources[split]["name"], renamed, config, report, split)
-    splits = _cut(splits, config, report) if "train" in splits else splits
+    splits = cut_splits(splits, config, report, _draw) if "train" in splits else splits
     for split, limit in (("train", config.max_train_samples), ("validation", config.max_eval_samples)):
         if limit and len(splits.get(split, ())) > limit:
-            splits[split] = [splits[split][i] for i in _draw(len(splits[split]), limit, config.split_seed)]
+            splits[split] = [splits[split][i] for i in _draw(splits[split], limit, config.split_seed)]
     _count(splits, report)
     return ChatData({split: splits.get(split, []) for split in SPLITS}, sources, report)
 
@@ -282,27 +282,8 @@ def _text(cell: Any, where: str) -> str:
     return "" if _empty(cell) else str(cell)
 
 
-def _draw(total: int, count: int, seed: int) -> list[int]:
-    return sorted(int(i) for i in np.random.default_rng(seed).permutation(total)[:count])
-
-
-def _cut(splits: dict[str, list], config: DataConfig, report: dict) -> dict[str, list[Conversation]]:
-    """Cuts the splits that no file gives from the training rows, test first, both by --split_seed."""
-    rest, total, result = splits["train"], len(splits["train"]), dict(splits)
-    for split, fraction in (("test", config.test_fraction), ("validation", config.validation_fraction)):
-        if split in splits or not fraction:
-            continue
-        count = round(total * fraction)
-        if not 0 < count < len(rest):
-            raise InputError(
-                f"The training file's {total} rows are too few to cut {fraction:.0%} for {split}: "
-                f"give --{split}_file, or set --{split}_fraction 0."
-            )
-        chosen = set(_draw(len(rest), count, config.split_seed))
-        result[split] = [row for i, row in enumerate(rest) if i in chosen]
-        rest = [row for i, row in enumerate(rest) if i not in chosen]
-        report.setdefault("cut_from_train", {})[split] = count
-    return {**result, "train": rest}
+def _draw(rows: Sequence[Any], count: int, seed: int) -> list[int]:
+    return sorted(int(i) for i in np.random.default_rng(seed).permutation(len(rows))[:count])
 
 
 def _count(splits: dict[str, list[Conversation]], report: dict) -> None:

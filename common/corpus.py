@@ -375,5 +375,5 @@ def _cut(pieces: np.ndarray, given: set[str], config: Any) -> dict[str, np.ndarr
 
 
 def document_starts(tokens: Sequence[int], end_id: int) -> list[int]:
-    """Where documents begin in a block: at its start, and behind every end token but one at its very end."""
-    return [0, *(i + 1 for i, token in enumerate(tokens[:-1]) if token == end_id)]
+    """Where further documents begin in a block: behind every end token but one at its very end."""
+    return [i + 1 for i, token in enumerate(tokens[:-1]) if token == end_id]

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from common.config import ClassificationConfig, DataConfig, InputError, TextConfig, why_unreadable
-from common.files import SPLITS, read_files, read_hub
+from common.config import ClassificationConfig, InputError, TextConfig, why_unreadable
+from common.files import SPLITS, cut_splits, read_files, read_hub
 
 SEPARATOR = ", "  # between the labels of an instruction, and of a multi-label answer
 MIN_COMBINATION = 10  # rows; rarer label combinations are one stratum when a split is cut
@@ -69,7 +69,7 @@ def load_classification(config: Any, training: bool = True) -> ClassificationDat
                 f"{sources['train']['name']}: all {len(examples['train'])} rows {found}, so there is nothing to tell "
                 f"apart. Is {'--label_columns' if config.label_columns else '--label_column'} right?"
             )
-    examples = _cut(examples, config, report) if "train" in examples else examples
+    examples = cut_splits(examples, config, report, stratified_sample) if "train" in examples else examples
     for split, limit in (("train", config.max_train_samples), ("validation", config.max_eval_samples)):
         if limit and len(examples.get(split, ())) > limit:
             chosen = stratified_sample(examples[split], limit, config.split_seed)
@@ -305,27 +305,6 @@ def _examples(
     if not examples:
         raise InputError(f"{source}: no row has any text in {', '.join(fields)}. Is --text_fields right?")
     return examples
-
-
-def _cut(examples: dict[str, list[Example]], config: DataConfig, report: dict) -> dict[str, list[Example]]:
-    """Cuts the splits that no file gives from the training rows, test first, both by --split_seed."""
-    rest = examples["train"]
-    total = len(rest)
-    result = dict(examples)
-    for split, fraction in (("test", config.test_fraction), ("validation", config.validation_fraction)):
-        if split in examples or not fraction:
-            continue
-        count = round(total * fraction)
-        if not 0 < count < len(rest):
-            raise InputError(
-                f"The training file's {total} rows are too few to cut {fraction:.0%} for {split}: "
-                f"give --{split}_file, or set --{split}_fraction 0."
-            )
-        chosen = set(stratified_sample(rest, count, config.split_seed))
-        result[split] = [example for i, example in enumerate(rest) if i in chosen]
-        rest = [example for i, example in enumerate(rest) if i not in chosen]
-        report.setdefault("cut_from_train", {})[split] = count
-    return {**result, "train": rest}
 
 
 def _count(examples: dict[str, list[Example]], labels: list[str], report: dict) -> None:

@@ -7,7 +7,7 @@ import contextlib
 import csv
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -219,3 +219,27 @@ def read_files(config: DataConfig, demo: Path = DEMO) -> tuple[dict, dict]:
     paths = {split: path for split, path in paths.items() if path}
     tables = {split: read_rows(path) for split, path in paths.items()}
     return tables, {split: {"name": path, "sha256": file_hash(path)} for split, path in paths.items()}
+
+
+def cut_splits(
+    splits: dict[str, list], config: DataConfig, report: dict, draw: Callable[[list, int, int], Sequence[int]]
+) -> dict[str, list]:
+    """Cuts the splits that no file gives from the training rows, test first, both by --split_seed.
+
+    draw(rows, count, seed): the numbers of the rows to take. The counts are noted in `report`.
+    """
+    rest, total, result = splits["train"], len(splits["train"]), dict(splits)
+    for split, fraction in (("test", config.test_fraction), ("validation", config.validation_fraction)):
+        if split in splits or not fraction:
+            continue
+        count = round(total * fraction)
+        if not 0 < count < len(rest):
+            raise InputError(
+                f"The training file's {total} rows are too few to cut {fraction:.0%} for {split}: "
+                f"give --{split}_file, or set --{split}_fraction 0."
+            )
+        chosen = set(draw(rest, count, config.split_seed))
+        result[split] = [row for i, row in enumerate(rest) if i in chosen]
+        rest = [row for i, row in enumerate(rest) if i not in chosen]
+        report.setdefault("cut_from_train", {})[split] = count
+    return {**result, "train": rest}

@@ -6,8 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from common.config import InputError
-
 RESAMPLES = 1000
 
 
@@ -118,14 +116,11 @@ def text_overlap(answers: Sequence[str], references: Sequence[str], seed: int = 
 
     rouge_l: mean F1 of the longest common word sequence (Lin, 2004; of a-z and 0-9 alone, as the rouge-score package
     reads words), with a 95 % bootstrap interval over the rows; chrf: character n-grams (Popovic, 2015) and bleu:
-    word n-grams (Papineni et al., 2002), over the corpus, by sacrebleu with its defaults. Raises InputError where a
-    package is missing.
+    word n-grams (Papineni et al., 2002), over the corpus, by sacrebleu with its defaults.
     """
-    try:
-        import sacrebleu
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError as error:
-        raise InputError(f"{error.name} is not installed. Run `pip install sacrebleu rouge-score`.") from None
+    import sacrebleu
+    from rouge_score.rouge_scorer import RougeScorer
+
     scorer = RougeScorer(["rougeL"])
     shared = np.array([100 * scorer.score(r, a)["rougeL"].fmeasure for r, a in zip(references, answers, strict=True)])
     drawn = np.random.default_rng(seed).integers(len(shared), size=(RESAMPLES, len(shared)))

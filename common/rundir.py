@@ -14,6 +14,7 @@ from common.config import InputError, dump_config
 from common.runlog import describe_environment
 
 OUTPUTS = Path("outputs")
+TASK_FILE = "task.json"  # in a folder of trained weights
 
 # Options that change nothing about a run's numbers, or only together with the rows per update.
 FREE_OPTIONS = {
@@ -160,9 +161,21 @@ def train_figures(run_dir: Path) -> dict[str, Any]:
 
 def newest_run() -> Path | None:
     """The run folder under outputs/ whose trained weights are the newest."""
-    found = list(OUTPUTS.glob("**/task.json"))
+    found = list(OUTPUTS.glob(f"**/{TASK_FILE}"))
     found = [path for path in found if path.parent.name in ("adapter", "model")]
     return max(found, key=lambda path: path.stat().st_mtime).parent.parent if found else None
+
+
+def is_base_model(path: Path | None) -> bool:
+    """Whether --run names no run but a base model: a hub id, or a folder that holds a model alone."""
+    if path is None or not path.is_dir():
+        return True
+    return (path / "config.json").is_file() and not (path / TASK_FILE).is_file()
+
+
+def load_task(folder: Path) -> dict[str, Any]:
+    """What a folder of trained weights says of its use."""
+    return json.loads((folder / TASK_FILE).read_text(encoding="utf-8"))
 
 
 def weights_folder(run: Path) -> Path:
@@ -170,7 +183,7 @@ def weights_folder(run: Path) -> Path:
     for name in ("adapter", "model"):
         recover(run / name)
     for folder in (run, run / "adapter", run / "model"):
-        if (folder / "task.json").is_file():
+        if (folder / TASK_FILE).is_file():
             return folder
     raise InputError(f"--run {run}: no trained weights there (no adapter/task.json or model/task.json).")
 

@@ -22,9 +22,8 @@ from common.modeling import (
     load_tokenizer,
     stored_model,
 )
+from common.rundir import TASK_FILE, load_task
 from common.scoring import Classifier
-
-TASK_FILE = "task.json"
 
 
 @dataclass
@@ -109,11 +108,6 @@ def _model_card(task: str, use: str, config: Any) -> str:
         f"# {config.model}, fine-tuned\n\n{trained} Learning rate {config.learning_rate:g}, seed {config.seed}; all "
         f"options are in `config.yaml` of the run folder, the measured quality in `eval/`.\n\n{use}\n"
     )
-
-
-def load_task(folder: Path) -> dict[str, Any]:
-    """task.json of a folder of trained weights."""
-    return json.loads((folder / TASK_FILE).read_text(encoding="utf-8"))
 
 
 def trained_options(task: dict[str, Any], mixed_precision: str | None = None) -> TrainedOptions:

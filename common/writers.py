@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common import generation, modeling, storage
+from common import generation, modeling, rundir, storage
 from common.chat import ChatTemplate, choose_template
 from common.config import InputError, Sampling
 from common.conversations import Message
@@ -117,7 +117,7 @@ def load_compared(
         elif other == folder:
             writers.append((run, first))
         else:
-            found = storage.load_task(other)
+            found = rundir.load_task(other)
             tokenizer = modeling.load_tokenizer(str(other), storage.trained_options(found))
             template = first.template
             if template and not config.chat_template:

@@ -62,6 +62,27 @@ def weights(folder: Path) -> dict[str, Any]:
     return load_file(folder / "adapter_model.safetensors")
 
 
+def assert_same_updates(one: Path, other: Path) -> None:
+    """Two runs made the same updates, up to the order in which numbers are added."""
+    import torch
+
+    for a, b in zip(log_lines(one), log_lines(other), strict=True):
+        assert (a["loss"], a["grad_norm"]) == pytest.approx((b["loss"], b["grad_norm"]), rel=1e-5)
+        assert a["learning_rate"] == b["learning_rate"]
+    found = weights(other / "adapter")
+    for name, tensor in weights(one / "adapter").items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def assert_same_bits(one: Path, other: Path) -> None:
+    """Two runs logged the same figures and ended with the same weights, bit for bit."""
+    import torch
+
+    assert log_lines(one) == log_lines(other)
+    expected = weights(other / "adapter")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(one / "adapter").items())
+
+
 def stop_at(
     monkeypatch: pytest.MonkeyPatch,
     owner: Any,
