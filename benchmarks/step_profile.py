@@ -47,7 +47,7 @@ def main() -> None:
     import transformers
     from peft.tuners.lora import LoraLayer
 
-    from common import attention
+    from common import attention, lean
     from common.demo_model import resolve_model
     from common.loop import token_loss
     from common.report import table
@@ -67,10 +67,11 @@ def main() -> None:
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     last = torch.arange(config.tokens - ANSWER - 1, config.tokens)
 
-    def step(positions: bool, ours: bool, autocast_alone: bool) -> None:
+    def step(positions: bool, ours: bool, autocast_alone: bool, kept_less: bool = False) -> None:
         model.set_attn_implementation(attention.NAME if ours else "sdpa")
         for layer in layers:
             layer.cast_input_dtype_enabled = not autocast_alone
+        (lean.use if kept_less else lean.undo)(model)
         with torch.autocast("cpu", torch.bfloat16):
             output = model(**inputs, logits_to_keep=last if positions else ANSWER + 1)
             loss = token_loss(output.logits, batch)
@@ -82,6 +83,7 @@ def main() -> None:
         "+ answer positions, no copies of the vocabulary matrix": lambda: step(True, False, False),
         "+ grouped attention": lambda: step(True, True, False),
         "+ casts left to autocast": lambda: step(True, True, True),
+        "+ norms and gates that keep less": lambda: step(True, True, True, True),
     }
     size = model.config.hidden_size, model.config.intermediate_size
     left, right = torch.randn(config.rows * config.tokens, size[0]).bfloat16(), torch.randn(*size).bfloat16()

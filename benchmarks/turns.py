@@ -43,10 +43,10 @@ def in_turns(environments: dict[str, dict[str, Any]], rounds: int) -> dict[str, 
 
 @contextlib.contextmanager
 def as_others(model: Any) -> Iterator[None]:
-    """Inside the block the model computes as it does for others: transformers' attention, PEFT's casts."""
+    """Inside the block the model computes as it does for others: transformers' own layers, PEFT's casts."""
     from peft.tuners.lora import LoraLayer
 
-    from common import attention
+    from common import attention, lean
 
     adapted, own = [m for m in model.modules() if isinstance(m, LoraLayer)], model.config._attn_implementation
 
@@ -57,8 +57,10 @@ def as_others(model: Any) -> Iterator[None]:
             model.set_attn_implementation(name)
 
     switch(True, "sdpa")
+    lean.undo(model)
     yield
     switch(False, own)
+    lean.use(model)
 
 
 def bars(names: Sequence[str], values: Sequence[float], label: str) -> Any:

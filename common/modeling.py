@@ -20,7 +20,7 @@ from torch import nn  # noqa: E402
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES  # noqa: E402
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 
-from common import attention  # noqa: E402
+from common import attention, lean  # noqa: E402
 from common.config import InputError, ModelConfig  # noqa: E402
 from common.prompts import ClassificationPrompt  # noqa: E402
 from common.token_losses import TokenLosses  # noqa: E402
@@ -188,6 +188,7 @@ def load_base(
     model.config.use_cache = False
     if not config.attn_implementation:
         attention.use(model)
+    lean.use(model)
     for module in model.modules():
         # On CPUs with AVX512-BF16, bitsandbytes repacks a layer's weights at its first pass in eval mode, and then has
         # no gradient: training would go on after an evaluation with broken gradients, and only a warning.
