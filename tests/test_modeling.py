@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator
 from conftest import FAMILIES, ROOT, toy_rows
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -294,6 +295,30 @@ def test_census_counts_what_is_packed_in_4_bit(models, family):
     )
     assert groups["trained whole", "float32"] == len(LABELS) * 32
     assert {"LoRA", "base", "trained whole"} == {group for group, _ in groups}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_quantised_weights_are_loaded_where_they_stay(models, family, monkeypatch):
+    """CORRECTNESS 21: onto the device of the process that asks, whole, and nothing moves them afterwards."""
+    config = train_cls.Config(model=str(models[family]), mixed_precision="no")
+    modeling.resolve_options(config, encoder=False)
+    asked = []
+
+    def record(path: str, **options) -> None:
+        asked.append(options["device_map"])
+        raise OSError("enough")
+
+    with monkeypatch.context() as patch, pytest.raises(InputError):
+        patch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", record)
+        modeling.load_base(config.model, config, device=torch.device("cuda", 1))
+    assert asked == [{"": torch.device("cuda", 1)}]
+    model, missing = modeling.load_base(config.model, config, device="cpu")
+    packed = {name: p.data_ptr() for name, p in model.named_parameters() if hasattr(p, "quant_state")}
+    model = modeling.add_lora(model, config, missing, head=False)
+    placement = [not config.load_in_4bit, True]  # as the scripts have it
+    model, _ = Accelerator(cpu=True).prepare(model, make_optimizer(model, config), device_placement=placement)
+    after = {p.data_ptr() for p in model.parameters() if hasattr(p, "quant_state")}
+    assert packed and set(packed.values()) == after
 
 
 @pytest.mark.parametrize("option", [
