@@ -9,7 +9,8 @@
 Every measurement is a fresh process, trainers take turns, and the figure is the median of the rounds' ratios. All train
 on the same tokens with the same LoRA, AdamW and constant learning rate; others take one of their own ways through the
 rows for speed, and our order where losses are compared. Peers: the loop one writes first under PEFT, transformers'
-Trainer, and TRL's SFTTrainer, as it comes and tuned. Needs requirements-dev.txt.
+Trainer, and TRL's SFTTrainer, as it comes and tuned. Needs requirements-dev.txt. `--trainers plainlora whole_logits`
+shows what it saves that we never hold the logits of all tokens (causal_lm and chat).
 
 Losses are compared over 30 updates of the same rows in fp32, in a model cut to two layers, and on short rows: prompts
 leave out the list of labels, and rows are cut to --check_max_length; blocks of text stay as they are. Others compute
@@ -42,7 +43,7 @@ from common.config import (  # noqa: E402
     parse_config,
 )
 
-TRAINERS = ("plainlora", "plain_loop", "hf_trainer", "trl_default", "trl_tuned")
+TRAINERS = ("plainlora", "plain_loop", "hf_trainer", "trl_default", "trl_tuned")  # and whole_logits
 CHECKED = (1, 10, 30)  # updates at which losses are compared
 
 
@@ -238,6 +239,14 @@ def plainlora(work: Work, folder: Path) -> tuple[list[float], list[float]]:
     return ticks, losses
 
 
+def whole_logits(work: Work, folder: Path) -> tuple[list[float], list[float]]:
+    """Our script with the logits of all targets at once, for what the chunks of common/token_losses.py save."""
+    from common import token_losses
+
+    with mock.patch.object(token_losses, "_head_gives_logits", lambda model: False):
+        return plainlora(work, folder)
+
+
 def load(work: Work, folder: Path) -> tuple[list[float], list[float]]:
     """The model and its adapter alone, for the memory that all share."""
     adapted(work)
@@ -387,8 +396,8 @@ def trl_tuned(work: Work, folder: Path) -> tuple[list[float], list[float]]:
     return trl(work, folder, gradient_checkpointing=False, train_sampling_strategy="group_by_length")
 
 
-WORKERS = {"load": load, "plainlora": plainlora, "plain_loop": plain_loop, "hf_trainer": hf_trainer,
-           "trl_default": trl_default, "trl_tuned": trl_tuned}  # fmt: skip
+WORKERS = {"load": load, "plainlora": plainlora, "whole_logits": whole_logits, "plain_loop": plain_loop,
+           "hf_trainer": hf_trainer, "trl_default": trl_default, "trl_tuned": trl_tuned}  # fmt: skip
 
 
 def write(config: Config, table: list[dict[str, Any]]) -> None:

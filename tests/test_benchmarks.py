@@ -53,6 +53,7 @@ def test_other_trainers_reach_the_same_losses(models, tmp_path, run_here, task):
     else:
         file.write_text("\n".join(row["text"] for row in rows) * 2)
     peers = ["plainlora", "hf_trainer", "trl_tuned"] + ["plain_loop"] * (task == "classification")
+    peers += ["whole_logits"] * (task == "causal_lm")
     few = ["--rounds", "1", "--warmup", "1", "--updates", "1", "--output_dir", tmp_path / "out"]
     options = ["--model", models["llama"], "--task", task, "--train_file", file, *TASKS[task], "--trainers", *peers]
     run_here(train_speed, *options, *few)
