@@ -6,22 +6,35 @@ import re
 import shlex
 import subprocess
 from collections import Counter
+from inspect import signature
 from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from conftest import ROOT
+from runs import PLAIN, fresh_accelerator  # noqa: F401
+from trained import quick
 
 import train_clm
+import train_sft
 from common import prepare
-from common.config import InputError, check_causal, check_classification, check_loop, parse_config
+from common.config import (
+    InputError,
+    check_causal,
+    check_classification,
+    check_instructions,
+    check_loop,
+    parse_config,
+)
+from common.conversations import load_conversations
 from common.data import load_classification
 from common.files import SPLITS
 from train_cls import Config
 
 RUNS = sorted((ROOT / "configs").glob("*_llama.yaml"))
 TEXT_RUNS = sorted((ROOT / "configs").glob("wikitext_*.yaml"))
+CHAT_RUNS = sorted((ROOT / "configs").glob("sft_*.yaml"))
 PROFILES = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
 AMAZON = ["books", "music", "electronics", "toys & games", "movies & tv"]
 
@@ -102,6 +115,7 @@ def test_every_configuration_is_accepted_and_explained(path):
 def test_configurations_are_listed():
     """The parametrised tests see the files."""
     assert [path.stem for path in RUNS] == ["amazon_llama", "arxiv_llama"]
+    assert [path.stem for path in CHAT_RUNS] == ["sft_bitext", "sft_finetome", "sft_mistral"]
     assert [path.stem for path in PROFILES] == ["cpu", "multi_gpu", "one_gpu"]
 
 
@@ -114,6 +128,74 @@ def test_set_ups_on_running_text_are_accepted(path):
     assert (config.block_size, config.learning_rate) == (128, 2e-4)
     assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (4, 8)
     assert str(path.relative_to(ROOT)) in path.read_text()
+
+
+def chat_commands(name: str) -> list[list[str]]:
+    """The commands in the comment of a set-up on conversations: what stands behind `python -m` and the script."""
+    comment = (ROOT / "configs" / f"{name}.yaml").read_text().replace("\\\n#", "")
+    lines = re.findall(r"^#   (?:python -m|accelerate launch) (.*)", comment, re.M)
+    return [shlex.split(line)[1:] for line in lines]
+
+
+def read_command(options: list[str]) -> train_sft.Config:
+    """The options as seen from the repository, checked."""
+    at = options.index("--config") + 1
+    config = parse_config(train_sft.Config, [*options[:at], str(ROOT / options[at]), *options[at + 1 :]])
+    check_loop(config)
+    check_instructions(config)
+    return config
+
+
+def test_set_ups_on_conversations_are_the_reference():
+    """Issue 5, in the order of the commands in the comments; every value of it stands in the file or the command."""
+    mistral, own_rows = map(read_command, chat_commands("sft_mistral"))
+    assert mistral.model == "mistralai/Mistral-7B-v0.1" and mistral.max_length == 512
+    assert (mistral.lora_r, mistral.lora_alpha, mistral.num_train_epochs) == (16, 32, 3)
+    assert mistral.lr_scheduler_type == "cosine" and mistral.warmup_ratio > 0 and not mistral.max_steps
+    assert (mistral.train_file, own_rows.train_file) == (None, "alpaca.json")
+    source, *finetome = chat_commands("sft_finetome")
+    small, large = map(read_command, finetome)
+    assert source == ["finetome"] and signature(prepare.BUILDERS["finetome"]).parameters["max_rows"].default == 1000
+    assert (small.model, small.lora_r) == ("meta-llama/Llama-3.2-1B", 8)
+    assert (large.model, large.lora_r) == ("meta-llama/Llama-3.2-3B", 16)
+    assert [(run.max_steps, run.save_strategy, run.save_steps) for run in (small, large)] == [
+        (100, "steps", 25), (150, "steps", 50)
+    ]  # fmt: skip
+    source, command = chat_commands("sft_bitext")
+    assert source == ["bitext"] and signature(prepare.BUILDERS["bitext"]).parameters["max_rows"].default == 5000
+    bitext = read_command(command)
+    assert bitext.max_steps == 200
+    for run in (mistral, small, large, bitext):
+        assert (run.learning_rate, run.per_device_train_batch_size, run.gradient_accumulation_steps) == (2e-4, 2, 4)
+
+
+def test_set_ups_on_conversations_train(models, tmp_path, monkeypatch, capsys):
+    """On the files that the builders write from stand-ins, with a tiny model in place of the gated one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    turns = [{"from": "human", "value": "Frage"}, {"from": "gpt", "value": "Answer"}]
+    finetome = [{"conversations": turns, "source": "s", "score": 4.5} for _ in range(40)]
+    bitext = [{"instruction": f"q{i}", "response": "a", "category": "ORDER", "intent": "ab"[i % 2]} for i in range(40)]
+    for name, rows in (("finetome", finetome), ("bitext", bitext)):
+        prepare.main([name, "--source", str(write_source(tmp_path / f"{name}_source", rows))])
+        written = shlex.split(capsys.readouterr().out.splitlines()[-1])[3:]
+        command = chat_commands(f"sft_{name}")[1]
+        printed, config = parse_config(train_sft.Config, written), read_command(command)
+        assert {split: getattr(config, f"{split}_file") for split in SPLITS} == {
+            split: getattr(printed, f"{split}_file") for split in SPLITS
+        }
+        small = ["--model", models["llama"], "--max_length", "96", "--max_steps", "2", "--output_dir", tmp_path / name]
+        config = read_command([*command, *PLAIN[: PLAIN.index("--lora_r")], *map(str, small)])
+        with quick():
+            figures = train_sft.train(config, load_conversations(config), config.model)
+        assert figures["rows"] == 4
+
+
+@pytest.mark.parametrize("path", CHAT_RUNS, ids=lambda path: path.stem)
+def test_set_ups_on_conversations_are_explained(path):
+    comment, options = path.read_text().split("\n\n", 1)
+    assert "not been run here" in comment and str(path.relative_to(ROOT)) in comment
+    assert "not in the reference" in options
 
 
 def test_ranks_are_swept(tmp_path):
