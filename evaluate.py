@@ -281,7 +281,7 @@ def evaluate_text(config: Config, folder: Path | None, other_rows: bool) -> None
     if config.block_size + len(start) > most:
         raise InputError(f"--block_size {config.block_size}: longer than the {most} positions of the model.")
     if config.document_masking:
-        attention.check_document_masking(model, config)
+        attention.check_masks(model, config, "document_masking", config.block_size)
 
     started = time.perf_counter()
     collator = partial(collate.collate_numbered, collate.collate_blocks, blocks, start=start,

@@ -105,7 +105,7 @@ def train(config: Config, sources: dict[str, Source], path: str, another: bool =
     set_seed(config.seed)  # the adapter's first weights depend on the seed alone
     model, missing = modeling.load_base(path, config, device=accelerator.device)
     if config.document_masking:
-        attention.check_document_masking(model, config)
+        attention.check_masks(model, config, "document_masking", config.block_size)
     if not config.full_finetuning:
         model = modeling.add_lora(model, config, missing, head=False)
     if config.gradient_checkpointing:

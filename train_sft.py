@@ -47,6 +47,7 @@ class Config(ModelConfig, LoraArguments, LoopConfig, DataConfig, PackConfig, Ins
 
     max_length: int = option(512, "tokens of a conversation", at_least=2)
     num_train_epochs: float = option(3, "passes over the training rows", at_least=0)
+    packing: bool = option(False, "rows of a micro-batch behind each other in one sequence, without padding")
     metric_for_best_model: Literal["eval_loss", "perplexity"] = option(
         "eval_loss", "validation metric that chooses the best weights"
     )
@@ -99,7 +100,9 @@ def train(config: Config, data: ChatData, path: str, another: bool = False) -> d
     # --- model
     set_seed(config.seed)  # the adapter's first weights depend on the seed alone
     model, missing = modeling.load_base(path, config, device=accelerator.device)
-    shared_prefix = attention.resolve_shared_prefix(model, config, encoder=False)
+    if config.packing:
+        attention.check_masks(model, config, "packing", config.max_length)
+    shared_prefix = "off" if config.packing else attention.resolve_shared_prefix(model, config, encoder=False)
     if not config.full_finetuning:
         model = modeling.add_lora(model, config, missing, head=False)
     if config.gradient_checkpointing:
@@ -128,7 +131,8 @@ def train(config: Config, data: ChatData, path: str, another: bool = False) -> d
     inner = accelerator.unwrap_model(model).model
     say(accelerator, f"{total} updates of {rows_per_update} rows; {accelerator.num_processes} process(es) on "
         f"{accelerator.device.type}, {torch.get_num_threads()} thread(s) each; "
-        f"{collate.describe_prefix([row.front for row in rows], lengths, batch_size, shared_prefix)}")  # fmt: skip
+        f"{collate.describe_prefix([row.front for row in rows], lengths, batch_size, shared_prefix)}"
+        f"{'; batches without padding' * config.packing}")  # fmt: skip
     if config.dry_run:
         loop.finish(accelerator, model, optimizer, another=another)
         return {}
@@ -152,7 +156,7 @@ def train(config: Config, data: ChatData, path: str, another: bool = False) -> d
             rundir.write_start(run_dir, config, given, data, ids, data_report, accelerator.num_processes, census)
     accelerator.wait_for_everyone()
     collate_chat = partial(collate.collate_numbered, collate.collate_chat, pad_id=tokenizer.pad_token_id,
-                           shared_prefix=shared_prefix)  # fmt: skip
+                           shared_prefix=shared_prefix, packing=config.packing)  # fmt: skip
 
     def measure(split: str, what: str) -> dict[str, Any]:
         batch = config.per_device_eval_batch_size
@@ -239,6 +243,8 @@ def main() -> None:
     config = parse_config(Config)
     check_loop(config)
     check_instructions(config)
+    if config.packing and config.shared_prefix == "on":
+        raise InputError("--packing true and --shared_prefix on exclude each other: drop one.")
     runs = runs_of(config)
     chosen_trackers(config.report_to)
     data = load_conversations(config)

@@ -1,17 +1,22 @@
-"""Attention of our own, under transformers' interface: shared-prefix packs, and fast products in bf16 on a CPU.
+"""Attention of our own, under transformers' interface: packs, padding-free batches, fast products in bf16 on a CPU.
 
 A pack is one sequence `[prefix][row 1][row 2]...` in which every row sees the prefix and itself: what all rows share is
 computed once. Its mask is not the square of the sequence but [rows, 1, row, prefix + row], and tells all there is to
 know: each row attends to the prefix's keys and its own, which costs no more than rows that stand alone.
+
+A padding-free batch is one sequence `[row 1][row 2]...` in which a row sees itself alone. Its mask is that of the rows
+below each other, padded on the right, as int32 [rows, 1, 1, longest row]: 1 where a row has a token.
 
 On CPUs torch's fused kernel multiplies bf16 at a fraction of the speed of a plain product, and transformers copies keys
 and values of grouped-query attention once a query head. `grouped_attention` stacks the query heads of a group as
 further rows of two batched products instead. It holds the scores, so long sequences stay with torch's kernel.
 """
 
+import logging
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -21,6 +26,9 @@ from common.config import InputError
 
 NAME = "plainlora"
 MAX_SCORES = 2**24  # rows x heads x queries x keys: 32 MB a layer
+
+# torch 2.13 warns every program that makes a nested tensor of a change that does not concern it.
+logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 
 
 def grouped_attention(
@@ -62,7 +70,7 @@ def _attend(
 ) -> tuple[torch.Tensor, None]:
     """Attention of rows that stand alone, the faster way."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    plain = not dropout and not any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "cache"))
+    plain = not dropout and _is_usual(kwargs)
     if attention_mask is not None:
         masked = attention_mask.dtype == torch.bool
     else:
@@ -76,6 +84,52 @@ def _attend(
     )
 
 
+def _is_usual(kwargs: dict[str, Any]) -> bool:
+    """Whether the attention is a softmax of scaled scores and nothing else."""
+    return all(kwargs.get(name) is None for name in ("softcap", "position_bias", "cache"))
+
+
+def jagged_attention(
+    query: torch.Tensor,  # [1, heads, tokens, size], row behind row
+    key: torch.Tensor,  # [1, key-value heads, tokens, size]
+    value: torch.Tensor,  # [1, key-value heads, tokens, size]
+    lengths: torch.Tensor,  # [rows], at least 1
+    longest: int,
+    scaling: float | None,
+    dropout: float = 0.0,
+) -> torch.Tensor:  # [1, tokens, heads, size]
+    """Causal attention of rows of unequal length in one kernel, for CUDA. `longest` spares a wait for the device."""
+    offsets = F.pad(lengths.cumsum(0), (1, 0))
+    group = query.shape[1] // key.shape[1]  # the kernels train with as many key heads as query heads only
+    rows = [
+        torch.nested.nested_tensor_from_jagged(
+            tensor[0].transpose(0, 1).contiguous(), offsets, min_seqlen=1, max_seqlen=longest
+        ).transpose(1, 2)
+        for tensor in (query, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1))
+    ]
+    output = F.scaled_dot_product_attention(*rows, dropout_p=dropout, scale=scaling, is_causal=True)
+    return output.transpose(1, 2).values()[None]
+
+
+def _attend_apart(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of the rows of a padding-free batch: in one kernel on CUDA, elsewhere one after another."""
+    lengths = attention_mask.sum(3).flatten()
+    if query.is_cuda and _is_usual(kwargs):
+        return jagged_attention(query, key, value, lengths, attention_mask.shape[3], scaling, dropout), None
+    kwargs |= {"dropout": dropout, "scaling": scaling, "is_causal": True}
+    rows = zip(*(tensor.split(lengths.tolist(), 2) for tensor in (query, key, value)), strict=True)
+    return torch.cat([_attend(module, *row, None, **kwargs)[0] for row in rows], 1), None
+
+
 def _forward(
     module: nn.Module,
     query: torch.Tensor,  # [rows, heads, queries, size]; of a pack: [1, heads, prefix + rows x row, size]
@@ -84,6 +138,8 @@ def _forward(
     attention_mask: torch.Tensor | None,  # of a pack, which has several rows: [rows, 1, row, prefix + cached + row]
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:  # [rows, queries, heads, size]
+    if attention_mask is not None and attention_mask.dtype == torch.int32:
+        return _attend_apart(module, query, key, value, attention_mask, **kwargs)
     if attention_mask is None or attention_mask.shape[2] == query.shape[2]:
         return _attend(module, query, key, value, attention_mask, **kwargs)
     rows, _, row, width = attention_mask.shape
@@ -143,11 +199,14 @@ def takes_packs(model: nn.Module, length: int) -> bool:
     return not changing and _why_no_packs(model.config, False, model._is_stateful, length) is None
 
 
-def check_document_masking(model: nn.Module, config: Any) -> None:
-    """Raises InputError where a mask of our own does not keep the documents of a block apart."""
-    reason = _why_no_packs(model.config, False, model._is_stateful, config.block_size)
+def check_masks(model: nn.Module, config: Any, option: str, length: int) -> None:
+    """Raises InputError where masks of our own do not keep apart what `--option` puts into one sequence.
+
+    length: tokens that see each other at most.
+    """
+    reason = _why_no_packs(model.config, False, model._is_stateful, length)
     if reason:
-        raise InputError(f"--document_masking true: not with {config.model}, because {reason}.")
+        raise InputError(f"--{option} true: not with {config.model}, because {reason}.")
 
 
 def _layer_types(config: Any) -> set[str]:

@@ -2,7 +2,8 @@
 
 Rows stand in a padded batch, or in a shared-prefix pack: one sequence `[prefix][row 1][row 2]...`, where the prefix is
 what all prompts begin with, positions go on after it in every row, and a row sees the prefix and itself. The numbers
-are the same, and the prefix is computed once instead of once a row.
+are the same, and the prefix is computed once instead of once a row. Conversations can also stand in a padding-free
+batch, one behind the other in one sequence, and none sees another.
 """
 
 from collections.abc import Callable, Sequence
@@ -88,6 +89,20 @@ def pack(sequences: Sequence[Sequence[int]], prefix: int, pad_id: int) -> dict[s
         "input_ids": torch.cat([shared, rows["input_ids"].flatten()])[None],
         "attention_mask": mask[:, None],
         "position_ids": torch.cat([torch.arange(prefix), rows["position_ids"].flatten() + prefix])[None],
+    }
+
+
+def flatten(sequences: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+    """A padding-free batch: the sequences behind each other as one, with positions that start anew in each.
+
+    input_ids and position_ids [1, tokens]; attention_mask int32 [sequences, 1, 1, longest], 1 where a sequence has a
+    token (common/attention.py).
+    """
+    lengths = torch.tensor([len(ids) for ids in sequences])
+    return {
+        "input_ids": torch.tensor([[token for ids in sequences for token in ids]]),
+        "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).int()[:, None, None],
+        "position_ids": torch.cat([torch.arange(len(ids)) for ids in sequences])[None],
     }
 
 
@@ -212,12 +227,19 @@ def collate_blocks(
     return _with_targets(inputs, found)
 
 
-def collate_chat(rows: Sequence[tuple[ChatRow, bool]], pad_id: int, shared_prefix: str = "off") -> Batch:
+def collate_chat(
+    rows: Sequence[tuple[ChatRow, bool]], pad_id: int, shared_prefix: str = "off", packing: bool = False
+) -> Batch:
     """Conversations for common/token_losses.py, as `collate_blocks`: a token is a target where the row's mask says so.
 
-    A pack's prefix is what all rows begin with and none is trained on, a long system turn for instance.
+    A pack's prefix is what all rows begin with and none is trained on, a long system turn for instance. packing: a
+    padding-free batch instead.
     """
-    inputs, ends = join([row.front for row, _ in rows], [row.ids for row, _ in rows], pad_id, shared_prefix)
+    sequences = [row.ids for row, _ in rows]
+    if packing:
+        inputs, ends = flatten(sequences), torch.tensor([row.length for row, _ in rows]).cumsum(0) - 1
+    else:
+        inputs, ends = join([row.front for row, _ in rows], sequences, pad_id, shared_prefix)
     found = []
     for i, (row, counts) in enumerate(rows):
         first = int(ends[i]) - row.length  # of the flattened batch, the position in front of the row's first token
