@@ -288,7 +288,7 @@ def evaluate_text(config: Config, folder: Path | None, other_rows: bool) -> None
                        end_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
                        document_masking=config.document_masking)  # fmt: skip
     batch_size = config.per_device_eval_batch_size
-    losses = row_losses(TokenLosses(model), blocks, accelerator, batch_size, collator, config.split)
+    losses = row_losses(TokenLosses(model), blocks.lengths, accelerator, batch_size, collator, config.split)
     metrics = perplexity_metrics(losses, data.per_token[config.split])
     metrics |= loop.evaluation_cost(len(blocks), started, accelerator.device)
     sample = continue_text(model, tokenizer, config.sample_prompt, accelerator, seed=42)
@@ -351,7 +351,8 @@ def evaluate_chat(config: Config, folder: Path | None, other_rows: bool) -> None
 
     started = time.perf_counter()
     collator = partial(collate.collate_numbered, collate.collate_chat, rows, pad_id=tokenizer.pad_token_id)
-    losses = row_losses(TokenLosses(model), rows, accelerator, batch_size, collator, config.split)
+    lengths = [row.length for row in rows]
+    losses = row_losses(TokenLosses(model), lengths, accelerator, batch_size, collator, config.split)
     asked = [conversation.messages[:-1] for conversation in data.splits[config.split]]
     gold = [conversation.messages[-1]["content"] for conversation in data.splits[config.split]]
     sampling = Sampling(do_sample=False, max_new_tokens=config.max_new_tokens)

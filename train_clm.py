@@ -65,7 +65,7 @@ def evaluate(
     from common.perplexity import row_losses
 
     started = time.perf_counter()
-    losses = row_losses(model, blocks, accelerator, batch_size, collator, what)
+    losses = row_losses(model, blocks.lengths, accelerator, batch_size, collator, what)
     return losses, perplexity_metrics(losses, per_token) | evaluation_cost(len(blocks), started, accelerator.device)
 
 

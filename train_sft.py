@@ -65,7 +65,7 @@ def evaluate(model: Any, rows: Any, accelerator: Any, batch_size: int, collator:
     from common.perplexity import row_losses
 
     started = time.perf_counter()
-    losses = row_losses(model, rows, accelerator, batch_size, collator, what)
+    losses = row_losses(model, [row.length for row in rows], accelerator, batch_size, collator, what)
     return perplexity_metrics(losses) | evaluation_cost(len(rows), started, accelerator.device)
 
 

@@ -17,7 +17,7 @@ SAMPLE_TOKENS = 60
 @torch.inference_mode()
 def row_losses(
     model: nn.Module,
-    rows: Sequence[Any],
+    lengths: Sequence[int],
     accelerator: Any,
     batch_size: int,
     collate: Callable[[list[tuple[int, bool]]], Batch],
@@ -25,10 +25,12 @@ def row_losses(
 ) -> list[tuple[float, int]]:
     """(nats, predicted tokens) of every row, in their order, on every process.
 
-    model: a TokenLosses. collate: (row number, True) pairs -> batch, whose `rows` say which row a target belongs to.
+    model: a TokenLosses. lengths: tokens of each row; a batch has rows of like lengths. collate: (row number, True)
+    pairs -> batch, whose `rows` say which row a target belongs to.
     """
     model = accelerator.unwrap_model(model).eval()
-    share = range(accelerator.process_index, len(rows), accelerator.num_processes)
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])  # the most memory is asked for first
+    share = order[accelerator.process_index :: accelerator.num_processes]
     progress = Progress(accelerator, what, len(share))
     results = []
     for start in range(0, len(share), batch_size):
