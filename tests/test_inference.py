@@ -18,7 +18,7 @@ import pytest
 import torch
 import transformers
 from conftest import FAMILIES, ROOT, build_model, run_script, toy_rows, write_csv
-from runs import fresh_accelerator  # noqa: F401
+from runs import fresh_accelerator, timeless  # noqa: F401
 from test_bad_input import expect_error
 from test_bad_input import run as run_alone
 from test_train_sft import chats, write
@@ -358,6 +358,28 @@ def test_two_processes_write_one_processes_file(models, trained, questions, tmp_
         assert two.pop("probabilities") == pytest.approx(one.pop("probabilities"), abs=1e-6)
         assert two == one
     assert len(lines(tmp_path / "two.jsonl")) == 45 and len(labelled[1]) == 15
+
+
+@pytest.mark.parametrize("rows", [7, 1])
+def test_evaluation_by_two_processes_is_that_of_one(talks, tmp_path, rows):
+    """CORRECTNESS 13, 23: evaluate.py on a chat run; one process has more and longer prompts than the other, or all.
+
+    Greedy answers of different length are written by each for itself, so nobody waits for the other's tokens.
+    """
+    file = write(tmp_path / "rows.jsonl", chats(rows, 30))
+    options = ["--run", str(talks["mistral"]), "--test_file", file, "--max_new_tokens", "20"]
+    options += ["--per_device_eval_batch_size", "1", "--output_dir"]
+    run_evaluate(*options, tmp_path / "one")
+    script = tmp_path / "two.py"  # torchrun would take --run for an option of its own; `accelerate launch` does not
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport evaluate\n"
+                      f"sys.argv[1:] = {[*options, str(tmp_path / 'two')]!r}\nevaluate.main()\n")  # fmt: skip
+    run_script(str(script), processes=2, timeout=120)
+    one, two = (timeless(json.loads((tmp_path / name / "metrics.json").read_text())) for name in ("one", "two"))
+    assert one.keys() == two.keys() and one["answers"] == rows
+    for name, intervals in one.pop("intervals_95").items():
+        assert two["intervals_95"][name] == pytest.approx(intervals, rel=1e-5)
+    assert {name: two[name] for name in one} == pytest.approx(one, rel=1e-5)
+    assert lines(tmp_path / "two" / "predictions.jsonl") == lines(tmp_path / "one" / "predictions.jsonl")
 
 
 def test_an_answer_file_belongs_to_its_input(models, questions, tmp_path, monkeypatch):
