@@ -37,24 +37,40 @@ def grouped_attention(
     value: torch.Tensor,  # [rows, key-value heads, keys, size]
     mask: torch.Tensor | None,  # [rows or 1, 1, queries, keys], True where a query sees a key; None: causal
     scaling: float,
+    prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:  # [rows, queries, heads, size]
     """softmax(query @ key^T * scaling + mask) @ value, in the tensors' own dtype.
 
+    prefix: (key, value), each [1, key-value heads, length, size], of what stands in front of every row and is seen by
+    all its queries: one product for all rows, and no copy for each.
     Keys are centred first: a shift of all keys shifts all scores of a query alike, which the softmax does not see, and
     scores that a bias of the keys has made large would lose their digits in bf16.
     """
-    key = key - key.mean(2, keepdim=True)
     rows, heads, queries, size = query.shape
     shared, keys = key.shape[1], key.shape[2]
     if mask is None:
         mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
     bias = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
     bias = bias.masked_fill(~mask, torch.finfo(query.dtype).min)
-    stacked = (query * scaling).reshape(rows * shared, -1, size)  # heads of a group are neighbours
-    scores = torch.bmm(stacked, key.reshape(rows * shared, keys, size).transpose(1, 2))
-    weights = (scores.view(rows, heads, queries, keys) + bias).softmax(-1)
-    output = torch.bmm(weights.view(rows * shared, -1, keys), value.reshape(rows * shared, keys, -1))
-    return output.view(rows, heads, queries, -1).transpose(1, 2)
+    centre = (prefix[0] if prefix else key).mean(2, keepdim=True)
+    stacked = (query * scaling).reshape(rows, shared, -1, size)  # heads of a group are neighbours
+    scores = torch.bmm(stacked.flatten(0, 1), (key - centre).reshape(rows * shared, keys, size).transpose(1, 2))
+    scores = scores.view(rows, heads, queries, keys) + bias
+    if prefix:
+        first = _all_rows(stacked, (prefix[0] - centre).transpose(2, 3))
+        scores = torch.cat([first.reshape(rows, heads, queries, -1), scores], 3)
+    weights = scores.softmax(-1)
+    output = torch.bmm(weights[..., -keys:].reshape(rows * shared, -1, keys), value.reshape(rows * shared, keys, -1))
+    if prefix:
+        output = output.view(rows, shared, -1, size)
+        output = output + _all_rows(weights[..., :-keys].reshape(rows, shared, -1, prefix[1].shape[2]), prefix[1])
+    return output.reshape(rows, heads, queries, -1).transpose(1, 2)
+
+
+def _all_rows(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """[rows, heads, n, k] @ [1, heads, k, m] as one product a head."""
+    rows, _, n, _ = left.shape
+    return torch.bmm(left.transpose(0, 1).flatten(1, 2), right[0]).unflatten(1, (rows, n)).transpose(0, 1)
 
 
 def _attend(
@@ -66,19 +82,27 @@ def _attend(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of rows that stand alone, the faster way."""
+    """Attention of rows that stand alone, or all behind one `prefix` (`grouped_attention`), the faster way."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    plain = not dropout and _is_usual(kwargs)
     if attention_mask is not None:
         masked = attention_mask.dtype == torch.bool
     else:
         masked = causal and query.shape[2] in (1, key.shape[2])  # a static cache has empty places behind the queries
-    scores = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
-    if query.dtype == torch.bfloat16 and query.device.type == "cpu" and plain and masked and scores <= MAX_SCORES:
+    before = prefix[0].shape[2] if prefix else 0
+    scores = query.shape[:3].numel() * (before + key.shape[2])
+    here = query.dtype == torch.bfloat16 and query.device.type == "cpu"
+    if here and masked and scores <= MAX_SCORES and not dropout and _is_usual(kwargs):
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return grouped_attention(query, key, value, attention_mask, scaling), None
+        mask = attention_mask if attention_mask is None else attention_mask[..., before:]
+        return grouped_attention(query, key, value, mask, scaling, prefix), None
+    if prefix:
+        key, value = (
+            torch.cat([first.expand(len(rest), -1, -1, -1), rest], 2)
+            for first, rest in zip(prefix, (key, value), strict=True)
+        )
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
     )
@@ -151,9 +175,10 @@ def _forward(
 
     first_q, query = split(query, query.shape[2] - rows * row)  # the whole prefix, or none of it, if it was cached
     (first_k, key), (first_v, value) = split(key, prefix), split(value, prefix)
-    key = torch.cat([first_k.expand(rows, -1, -1, -1), key], 2)
-    value = torch.cat([first_v.expand(rows, -1, -1, -1), value], 2)
-    rest = _attend(module, query, key, value, attention_mask, **kwargs)[0].flatten(0, 1)[None]
+    rest, _ = _attend(
+        module, query, key, value, attention_mask, prefix=(first_k, first_v) if prefix else None, **kwargs
+    )
+    rest = rest.flatten(0, 1)[None]
     if not first_q.shape[2]:
         return rest, None
     first, _ = _attend(module, first_q, first_k, first_v, None, **{**kwargs, "is_causal": True})

@@ -49,6 +49,39 @@ def test_equals_torch_in_output_and_gradients(shared, queries, keys, masked):
         torch.testing.assert_close(mine.grad, other.grad)
 
 
+@pytest.mark.parametrize("shared", [1, 2, 6])
+def test_a_prefix_is_the_same_as_a_copy_of_it_in_every_row(shared):
+    """Output and every gradient; the mask is that of a row's own keys."""
+    mask = left_padded(4, 9)
+    torch.manual_seed(1)
+    first = [torch.randn(1, shared, 5, SIZE, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    q, k, v = rows = tensors(4, 9, shared, torch.float64)
+    ours = attention.grouped_attention(q, k, v, mask, 0.3, prefix=tuple(first))
+    joined = [torch.cat([a.expand(ROWS, -1, -1, -1), b], 2) for a, b in zip(first, (k, v), strict=True)]
+    wide = torch.cat([torch.ones(ROWS, 1, 4, 5, dtype=torch.bool), mask], 3)
+    theirs = F.scaled_dot_product_attention(q, *joined, attn_mask=wide, scale=0.3, enable_gqa=True).transpose(1, 2)
+    torch.testing.assert_close(ours, theirs)
+    weight = torch.randn_like(theirs)
+    expected = torch.autograd.grad((theirs * weight).sum(), [*rows, *first])
+    for mine, other in zip(torch.autograd.grad((ours * weight).sum(), [*rows, *first]), expected, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pack_in_bf16_is_its_padded_batch(models, family):
+    """As near as bf16 lets it: the same answers' probabilities."""
+    rows = [(AnswerRow([*range(3, 33), *range(40, 40 + n)], [7, 2]), True) for n in (9, 4, 6)]
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        models[family], dtype=torch.bfloat16, attn_implementation=attention.NAME
+    )
+    likely = []
+    for shared_prefix in ("off", "on"):
+        batch = collate_answers(rows, pad_id=2, shared_prefix=shared_prefix)
+        logits = model(**batch["inputs"], use_cache=False).logits.float()
+        likely.append(logits.reshape(3, 3, -1).softmax(-1))
+    assert (likely[0] - likely[1]).abs().max() < 3e-2
+
+
 def test_a_bias_of_the_keys_costs_no_digits():
     """Qwen2's keys have one; in bf16, scores of several hundred would differ by whole units."""
     q, k, v = (tensor.detach() for tensor in tensors(40, 40, 2, torch.float32))
