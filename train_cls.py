@@ -60,14 +60,24 @@ def loss_of(model: Any, batch: dict[str, Any]) -> Any:
     return token_loss(output.logits, batch)
 
 
-def evaluate(classifier: Any, examples: Sequence[Example], accelerator: Any, batch_size: int, what: str) -> tuple:
-    """Answers to `examples` in their order, and their metrics: sums and counts over all ranks, no means of means."""
+def evaluate(
+    classifier: Any,
+    examples: Sequence[Example],
+    accelerator: Any,
+    batch_size: int,
+    what: str,
+    probabilities: bool = False,
+) -> tuple:
+    """Answers to `examples` in their order, and their metrics: sums and counts over all ranks, no means of means.
+
+    probabilities: of every label, which the metrics do not need and which cost most of the time.
+    """
     from common.loop import evaluation_cost
     from common.metrics import summarise
     from common.scoring import predict
 
     started = time.perf_counter()
-    answers = predict(classifier, examples, accelerator, batch_size, what)
+    answers = predict(classifier, examples, accelerator, batch_size, what, probabilities=probabilities)
     metrics = summarise(answers, [example.labels for example in examples], classifier.prompt.labels)
     return answers, metrics | evaluation_cost(len(examples), started, accelerator.device)
 
@@ -224,7 +234,7 @@ def train(config: Config, data: ClassificationData, path: str, another: bool = F
     storage.load_weights(classifier.model, best)  # what was saved is what is measured
     figures = {"epochs": state.update / plan.updates_per_epoch, **state.summary(flops)}
     log.write(state.update, figures)
-    answers, metrics = evaluate_rows(classifier, test, what="test") if test else ([], {})
+    answers, metrics = evaluate_rows(classifier, test, what="test", probabilities=True) if test else ([], {})
     if accelerator.is_main_process:
         if test:
             results = {"this run": metrics, **results}

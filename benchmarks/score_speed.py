@@ -6,9 +6,10 @@
     python benchmarks/score_speed.py --run RUN --device cuda --rows 2000 --slow_rows 100 --warmup_rows 64 \
         --batch_sizes 16 64 256
 
-plainlora: our scoring (common/scoring.py). pipeline: transformers' text-generation pipeline, greedy, row by row, the
-label looked for in what it wrote. generate: greedy too, in padded batches of similar length. per_label: the
-log-likelihood of every label, each behind the whole prompt, in batches; ours should answer as its argmax does.
+plainlora: our scoring (common/scoring.py), every label's probability to 1e-6; plainlora_answers: the likeliest label
+alone, which is what the others give. pipeline: transformers' text-generation pipeline, greedy, row by row, the label
+looked for in what it wrote. generate: greedy too, in padded batches of similar length. per_label: the log-likelihood of
+every label, each behind the whole prompt, in batches; ours should answer as its argmax does.
 All get the same prompts. Peers run under transformers' own attention, with the adapter merged into a base that is not
 quantised; those in batches, and ours, take the fastest of --batch_sizes, tried on as many rows as the largest holds.
 
@@ -129,7 +130,10 @@ def measure(config: Config, folder: Path | None) -> dict[str, Any]:
         few = stratified_sample([examples[i] for i in rows], min(config.slow_rows, len(rows)), config.split_seed)
         rows = [rows[i] for i in few]
     examples = [examples[i] for i in rows]
-    peer, quantised = config.worker != "plainlora", getattr(classifier.model.config, "quantization_config", None)
+    peer, quantised = (
+        not config.worker.startswith("plainlora"),
+        getattr(classifier.model.config, "quantization_config", None),
+    )
     if peer and isinstance(classifier.model, peft.PeftModel) and not quantised:
         classifier.model = classifier.model.merge_and_unload()
     classifier.model.config.use_cache = peer
@@ -189,10 +193,17 @@ def load(config: Config, folder: Path | None) -> tuple[Any, Any, list[Example]]:
     return accelerator, storage.load_classifier(folder, accelerator.device, config.mixed_precision), examples
 
 
-def plainlora(classifier: Any, examples: Sequence[Example], accelerator: Any, size: int) -> list[int | None]:
-    from common.scoring import predict
+def plainlora(
+    classifier: Any, examples: Sequence[Example], accelerator: Any, size: int, probabilities: bool = True
+) -> list[int | None]:
+    from common.scoring import classify
 
-    return [answer.labels[0] for answer in predict(classifier, examples, accelerator, size, "score")]
+    answers = classify(classifier, examples, accelerator, size, labelled=False, probabilities=probabilities)
+    return [answer.labels[0] for answer in answers]
+
+
+def plainlora_answers(classifier: Any, examples: Sequence[Example], accelerator: Any, size: int) -> list[int | None]:
+    return plainlora(classifier, examples, accelerator, size, probabilities=False)
 
 
 def pipeline(classifier: Any, examples: Sequence[Example], accelerator: Any, size: int) -> list[int | None]:
@@ -248,7 +259,13 @@ def per_label(classifier: Any, examples: Sequence[Example], accelerator: Any, si
     return scores.argmax(1).tolist()
 
 
-SCORERS = {"plainlora": plainlora, "pipeline": pipeline, "generate": generate, "per_label": per_label}
+SCORERS = {
+    "plainlora": plainlora,
+    "plainlora_answers": plainlora_answers,
+    "pipeline": pipeline,
+    "generate": generate,
+    "per_label": per_label,
+}
 
 
 def write(config: Config, table: list[dict[str, Any]], precision: str) -> None:

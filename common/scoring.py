@@ -24,6 +24,7 @@ from common.runlog import Progress
 from common.trie import Node, Search, Trie, build_trie, log_sum
 
 TOLERANCE = 1e-6  # of a probability
+NODES_AT_ONCE = 12  # of a row, in a pass on a CPU
 
 
 @dataclass
@@ -60,11 +61,12 @@ def predict(
     batch_size: int,
     what: str,
     decode: str = "score",
+    probabilities: bool = True,
 ) -> list[Answer]:
     """The answers to `examples`, in their order, on every process.
 
     Processes share the rows, and results are gathered by row number, so that none is counted twice. decode: `score`
-    the labels, or `generate` text greedily.
+    the labels, or `generate` text greedily. probabilities: as of `score_labels`.
     """
     share = range(accelerator.process_index, len(examples), accelerator.num_processes)
     answers = classify(
@@ -74,6 +76,7 @@ def predict(
         batch_size,
         Progress(accelerator, what, len(share)),
         decode,
+        probabilities=probabilities,
     )
     gathered = gather_object(list(zip(share, answers, strict=True)))
     return [answer for _, answer in sorted(gathered, key=lambda pair: pair[0])]
@@ -87,6 +90,7 @@ def classify(
     progress: Callable[[int], None] = lambda rows: None,
     decode: str = "score",
     labelled: bool = True,
+    probabilities: bool = True,
 ) -> list[Answer]:
     """The answers of this process alone to `examples`, in their order; labelled: they have a gold answer."""
     prompt, pad_id = classifier.prompt, classifier.tokenizer.pad_token_id
@@ -103,7 +107,7 @@ def classify(
         if decode == "generate":
             return generate_answers(model, classifier.tokenizer, prompt, ids, **options)
         options |= {"thresholds": classifier.thresholds, "pad_id": pad_id}
-        return score_labels(model, prompt, ids, gold=gold, **options)
+        return score_labels(model, prompt, ids, gold=gold, probabilities=probabilities, **options)
 
 
 def batches(lengths: Sequence[int], size: int, longest: int | None = None) -> Iterator[list[int]]:
@@ -132,12 +136,14 @@ def score_labels(
     device: Any,
     progress: Callable[[int], None] = lambda rows: None,
     exhaustive: bool = False,
+    probabilities: bool = True,
 ) -> list[Answer]:
     """The answers of a generative classifier to rendered `prompts`, in their order.
 
     One label a row: probabilities are those of the label strings, their end included, normalised over the set; the
     answer is the likeliest. Several: `_chain`. Probabilities are right to TOLERANCE; exhaustive: to the model's own
-    precision. gold: the right labels, for the loss. batch_size: a batch holds as many tokens as so many of the longest
+    precision. probabilities false: the same answers with less work, and of one label a row no probabilities.
+    gold: the right labels, for the loss. batch_size: a batch holds as many tokens as so many of the longest
     prompts, its labels' tokens included, and up to eight times as many rows.
     """
     model.eval()
@@ -149,13 +155,15 @@ def score_labels(
     pieces = [*prompt.first_ids, *prompt.next_ids, prompt.end_ids]
     options = {"alphabet": sorted({token for ids in pieces for token in ids}), "pad_id": pad_id, "device": device}
     tries = functools.cache(functools.partial(_trie, prompt))
-    tolerance = 0.0 if exhaustive else TOLERANCE
+    tolerance = 0.0 if exhaustive else TOLERANCE if probabilities or prompt.multi_label else math.inf
+    # Rows that ask for less are padded: on a CPU that costs what tokens cost, on a GPU less than a further pass.
+    width = NODES_AT_ONCE if torch.device(device).type == "cpu" else None
     answers: list[Answer | None] = [None] * len(prompts)
     most = sum(len(ids) for ids in pieces)  # tokens that may be computed behind a prompt
     for rows in batches([len(ids) - shared + most for ids in prompts], batch_size, longest):
         some = [prompts[i] for i in rows]
         batch = Prompts(model, some, prefix=prefix, **options) if packs else PlainPrompts(model, some, **options)
-        talks = {}
+        talks, queues = {}, {}
         for j, (i, root) in enumerate(zip(rows, batch.roots, strict=True)):
             known = root.walk(prompt.label_ids(gold[i])).path() if gold is not None else []
             if prompt.multi_label:
@@ -166,16 +174,18 @@ def score_labels(
             wanted = {}
             for j, talk in list(talks.items()):
                 try:
-                    wanted[j] = next(talk)
+                    queue = queues.get(j) or next(talk)
                 except StopIteration as end:
                     answers[rows[j]] = end.value
                     del talks[j]
+                else:
+                    wanted[j], queues[j] = queue[:width], queue[width:] if width else []
             if wanted:
                 batch.compute(wanted)
         if gold is not None:
             for i, root in zip(rows, batch.roots, strict=True):
                 _note_loss(answers[i], root, prompt.label_ids(gold[i]), prompt.end_ids)
-        del batch, talks, root  # with the keys and values, before the next ones are made
+        del batch, talks, queues, root  # with the keys and values, before the next ones are made
         progress(len(rows))
     return answers
 
@@ -194,10 +204,11 @@ def _trie(prompt: ClassificationPrompt, first: int, going_on: bool) -> Trie:
 def _single(root: Node, trie: Trie, known: list[Node], tolerance: float) -> Iterator[list[Node]]:
     search = Search(root, trie)
     yield from search.run(tolerance, known)
+    if tolerance == math.inf:
+        return Answer((search.best(),), [])
     logs = search.scores()
     total = log_sum(logs)
-    probabilities = [math.exp(log - total) for log in logs]
-    return Answer((max(range(len(logs)), key=logs.__getitem__),), probabilities)
+    return Answer((search.best(),), [math.exp(log - total) for log in logs])
 
 
 def _chain(

@@ -94,7 +94,8 @@ class Search:
 
     A branch is left out once all that are left out hold no more than `tolerance` of the probability of the candidates
     found: whatever they are, no candidate's normalised probability moves by more. Their candidates share the branch's
-    probability, which is an upper bound. tolerance 0: nothing is left out.
+    probability, which is an upper bound. The likeliest candidate is always among those found. tolerance 0: nothing is
+    left out; infinite: all but what might be likelier than the likeliest.
     """
 
     def __init__(self, root: Node, trie: Trie) -> None:
@@ -126,6 +127,10 @@ class Search:
             logs |= dict.fromkeys(numbers, -negative - math.log(len(numbers)))
         return [logs[number] for number in range(len(logs))]
 
+    def best(self) -> int:
+        """The number of the likeliest candidate."""
+        return max(sorted(self.found), key=self.found.__getitem__)
+
     def left_out(self) -> float:
         """The log-probability of all that was not computed."""
         return log_sum([-item[0] for item in self.frontier])
@@ -140,6 +145,8 @@ class Search:
         if self.taken:  # what is next is taken with them unless their outcome may well settle it
             best = max(*(item[0] for item in self.taken), *self.found.values(), -math.inf)
             return -self.frontier[0][0] < best + math.log(tolerance)
+        if -self.frontier[0][0] >= max(self.found.values(), default=-math.inf):
+            return False
         return self.left_out() <= log_sum(list(self.found.values())) + math.log(tolerance)
 
     def _take(self) -> list[Node]:

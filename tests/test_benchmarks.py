@@ -83,12 +83,12 @@ def test_scorers_agree_and_every_column_is_filled(models, tmp_path, monkeypatch,
     [file] = out.glob("score_*.json")
     table = {entry["scorer"]: entry for entry in json.loads(file.read_text())["table"]}
     counts = {name: entry["rows"] for name, entry in table.items()}
-    assert counts == {"plainlora": 9, "pipeline": 6, "generate": 9, "per_label": 6}
+    assert counts == {"plainlora": 9, "plainlora_answers": 9, "pipeline": 6, "generate": 9, "per_label": 6}
     for entry in table.values():
         assert entry["agreement_with_per_label"] == 1 and entry["outside_label_set"] == 0 and entry["accuracy"] > 0.6
         assert entry["ratio_of_plainlora"] > 0 and entry["examples_per_second"] > 0
     lines = (out / f"{file.stem}.md").read_text().splitlines()
-    assert len(lines) == 6 and all(cell.strip() for cell in lines[-1].split("|")[1:-1])
+    assert len(lines) == 7 and all(cell.strip() for cell in lines[-1].split("|")[1:-1])
     assert (out / f"{file.stem}.png").is_file()
 
     # no ratio where accuracy is lost

@@ -44,10 +44,10 @@ def prompt_of(tokenizer, multi_label=False, **fields):
     return modeling.classification_prompt(tokenizer, False, multi_label=multi_label, **options)
 
 
-def score(model, prompt, texts=TEXTS, batch_size=4, gold=None, thresholds=None, exhaustive=True):
+def score(model, prompt, texts=TEXTS, batch_size=4, gold=None, thresholds=None, exhaustive=True, **options):
     prompts = [prompt.prompt(text).ids for text in texts]
     thresholds = thresholds or [0.5] * len(prompt.labels)
-    options = {"thresholds": thresholds, "batch_size": batch_size, "pad_id": 2, "device": "cpu"}
+    options |= {"thresholds": thresholds, "batch_size": batch_size, "pad_id": 2, "device": "cpu"}
     options["exhaustive"] = exhaustive
     return scoring.score_labels(model, prompt, prompts, gold=gold, **options)
 
@@ -88,6 +88,9 @@ def test_scores_equal_one_sequence_per_label(models, family, packs):
     for answer, quick in zip(answers, score(model, prompt, exhaustive=False), strict=True):
         assert quick.labels == answer.labels
         assert quick.probabilities == pytest.approx(answer.probabilities, abs=2e-6)
+    assert [a.labels for a in score(model, prompt, exhaustive=False, probabilities=False)] == [
+        a.labels for a in answers
+    ]
     assert expected.exp().sum(1).max() <= 1  # CORRECTNESS 29: with its end, no label is a part of another
 
 

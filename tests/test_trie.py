@@ -76,6 +76,21 @@ def test_scores_are_those_of_the_sum_over_everything(count, sharp):
             assert model.computed < len(nodes) / 2
 
 
+@pytest.mark.parametrize("sharp", [0.5, 3.0, 12.0])
+@pytest.mark.parametrize("count", [4, 77, 1000])
+@pytest.mark.parametrize("tolerance", [0.5, math.inf])
+def test_the_likeliest_is_right_whatever_the_tolerance(count, sharp, tolerance):
+    """Even where nearly nothing else is known, and all are about equally likely."""
+    model = Model(12, sharp)
+    candidates = [(ids, (END,)) for ids in labels(count, seed=count + 1)]
+    search = Search(model.root(), build_trie(candidates))
+    model.run(search.run(tolerance))
+    few, exact = model.computed, [model.brute(*candidate) for candidate in candidates]
+    assert exact[search.best()] == max(exact)
+    model.run(search.run(0.0))
+    assert few < model.computed or count == 4
+
+
 def test_candidates_that_were_left_out_share_their_branch():
     model = Model(12, 12.0)
     candidates = [(ids, (END,)) for ids in labels(300, seed=1)]
