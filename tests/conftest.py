@@ -2,6 +2,7 @@
 
 import csv
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -167,14 +168,21 @@ def run_script(name: str, *options: str, cwd: Path | None = None, processes: int
         command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
         command += ["--master_port", str(29500 + os.getpid() % 1000)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(
+    process = subprocess.Popen(
         [*command, str(ROOT / name), *options],
         cwd=cwd or ROOT,
         env=environment,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=timeout,
+        start_new_session=True,
     )
+    try:
+        output, errors = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # torchrun's workers as well
+        raise
+    result = subprocess.CompletedProcess(process.args, process.returncode, output, errors)
     if check and result.returncode:
         raise AssertionError(f"exit code {result.returncode}\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}")
     return result
