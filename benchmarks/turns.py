@@ -53,7 +53,7 @@ def as_others(model: Any) -> Iterator[None]:
     def switch(casts: bool, name: str) -> None:
         for module in adapted:
             module.cast_input_dtype_enabled = casts
-        if own == attention.NAME:
+        if own in (attention.NAME, attention.ALONE):
             model.set_attn_implementation(name)
 
     switch(True, "sdpa")

@@ -186,16 +186,17 @@ def load_base(
     except (ImportError, OSError, ValueError) as error:  # a missing package or weight file, an unknown architecture
         raise InputError(f"--model {config.model} could not be loaded: {error}") from error
     model.config.use_cache = False
-    if not config.attn_implementation:
-        attention.use(model)
-    lean.use(model)
     for module in model.modules():
         # On CPUs with AVX512-BF16, bitsandbytes repacks a layer's weights at its first pass in eval mode, and then has
         # no gradient: training would go on after an evaluation with broken gradients, and only a warning.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    missing = sorted({name.rpartition(".")[0] for name in info["missing_keys"]})
-    return model if quantised else model.to(device or "cpu"), missing
+    if not quantised:
+        model.to(device or "cpu")
+    if not config.attn_implementation:
+        attention.use(model)
+    lean.use(model)
+    return model, sorted({name.rpartition(".")[0] for name in info["missing_keys"]})
 
 
 def add_lora(model: nn.Module, config: Any, missing: list[str], head: bool) -> nn.Module:

@@ -184,27 +184,62 @@ def test_packs_are_off_where_they_would_not_be_the_same_training(models, tmp_pat
     assert resolved(build_model(tmp_path / "long", "mistral", sliding_window=LENGTH)) == "auto"
 
 
-def test_a_recurrent_model_takes_no_packs():
-    config = transformers.LlamaConfig(attn_implementation=attention.NAME)
-    assert attention._why_no_packs(config, False, False, LENGTH) is None
-    assert attention._why_no_packs(config, False, True, LENGTH) == "not all of its layers attend in full"
-    config = transformers.Qwen3_5TextConfig(num_hidden_layers=4, attn_implementation=attention.NAME)
-    assert attention._why_no_packs(config, False, False, LENGTH) == "not all of its layers attend in full"
+PRECISIONS = [{}, {"mixed_precision": "bf16"}, {"load_in_8bit": True, "mixed_precision": "bf16"},
+              {"load_in_4bit": True, "mixed_precision": "bf16", "bnb_4bit_compute_dtype": "bfloat16"}]  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_trial_tells_rounding_from_a_mask_that_is_ignored(models, family, precision):
+    """And leaves the mode and the random numbers of a run as they were."""
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    model, _ = modeling.load_base(str(models[family]), Options(**precision), device="cpu")
+    assert torch.rand(1) == expected and model.config._attn_implementation == attention.NAME
+    assert attention.resolve_shared_prefix(model, Options(), False) == "auto"
+    body, deaf = model.base_model, model.base_model.forward
+    body.forward = lambda attention_mask=None, **inputs: deaf(**inputs)
+    model.set_attn_implementation("sdpa")
+    attention.use(model.train())
+    assert model.training and model.config._attn_implementation == attention.ALONE
+
+
+def odd(kind: str, **changes) -> torch.nn.Module:
+    """A tiny random model of another kind, with attention of ours where it can have it."""
+    shape = {"vocab_size": 600, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**shape, **changes))
+    attention.use(model)
+    return model
+
+
+def test_models_that_no_list_names_take_no_packs(tmp_path):
+    """Doge makes a mask of its own from ours; the loss of a router reads the mask; a state runs through all rows."""
+    odd("DogeConfig").save_pretrained(tmp_path)
+    assert resolved(tmp_path) == "off"
+    with pytest.raises(InputError, match="tiny cannot take packs, because a trial of two rows in a pack failed"):
+        resolved(tmp_path, shared_prefix="on")
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1}
+    assert attention.takes_packs(odd("MixtralConfig", **experts), LENGTH)
+    refused = odd("MixtralConfig", **experts, output_router_logits=True), odd("Qwen3_5TextConfig"), odd("DogeConfig")
+    assert not any(attention.takes_packs(model, LENGTH) for model in refused)
 
 
 def test_windows_of_a_model_for_pictures_are_seen():
     """Gemma 3 keeps its text settings one level down."""
     config = transformers.Gemma3Config(attn_implementation=attention.NAME)
     config.text_config.sliding_window = 100
-    assert "sliding window of 100 tokens" in attention._why_no_packs(config, False, False, LENGTH)
-    assert attention._why_no_packs(config, False, False, 100) is None
+    assert "sliding window of 100 tokens" in attention._why_no_packs(config, False, LENGTH)
+    assert attention._why_no_packs(config, False, 100) is None
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_no_cached_prefix_where_positions_change_with_the_length(kind):
     config = transformers.LlamaConfig(attn_implementation=attention.NAME, max_position_embeddings=100)
     config.rope_parameters = {"rope_type": kind, "original_max_position_embeddings": 64}
-    model = SimpleNamespace(config=config, _is_stateful=False)
+    model = SimpleNamespace(config=config)
     assert attention.takes_packs(model, 64) and not attention.takes_packs(model, 65)
     config.rope_parameters = {"rope_type": "default"}
     assert attention.takes_packs(model, 65)

@@ -94,8 +94,8 @@ def test_scores_equal_one_sequence_per_label(models, family, packs):
     assert expected.exp().sum(1).max() <= 1  # CORRECTNESS 29: with its end, no label is a part of another
 
 
-@pytest.mark.parametrize("kind", ["MistralConfig", "Gemma3TextConfig", "Qwen3_5TextConfig"])
-def test_scores_with_sliding_windows_and_recurrent_states(models, kind):
+@pytest.mark.parametrize("kind", ["MistralConfig", "Gemma3TextConfig", "Qwen3_5TextConfig", "DogeConfig"])
+def test_scores_with_windows_states_and_masks_of_their_own(models, kind):
     """Models that take no packs are scored all the same."""
     shape = json.loads((models["mistral"] / "config.json").read_text())
     shape |= {"sliding_window": 8, "num_hidden_layers": 4, "architectures": None, "model_type": None}
@@ -105,6 +105,8 @@ def test_scores_with_sliding_windows_and_recurrent_states(models, kind):
     with torch.no_grad():
         for parameter in (p for p in model.parameters() if p.ndim > 1):
             parameter.normal_(std=0.2)
+    attention.use(model)
+    assert not attention.takes_packs(model, 100)
     tokenizer = load(models, "mistral")[1]
     prompt = prompt_of(tokenizer)
     prompts = [prompt.prompt(text).ids for text in TEXTS[:2]]
