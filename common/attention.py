@@ -198,12 +198,16 @@ def use(model: nn.Module) -> None:
 
     Not where layers attend in ways of their own (an index, a state), which they do under the names they know only.
     """
-    layers = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
-    usual = layers <= {"full_attention", "sliding_attention"}
-    if usual and model.config._attn_implementation == "sdpa" and model._supports_attention_backend:
+    if _is_usual(model) and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(NAME)
         if not _packs_work(model):
             model.set_attn_implementation(ALONE)
+
+
+def _is_usual(model: nn.Module) -> bool:
+    layers = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    known = model._supports_attention_backend and not model._is_stateful
+    return known and layers <= {"full_attention", "sliding_attention"}
 
 
 @torch.no_grad()
@@ -248,7 +252,12 @@ def resolve_shared_prefix(model: nn.Module, config: Any, encoder: bool) -> str:
 
 
 def takes_packs(model: nn.Module, length: int) -> bool:
-    """Whether sequences up to `length` may be computed as packs, in several passes, by a causal language model.
+    """Whether sequences up to `length` may be computed as packs, in several passes, by a causal language model."""
+    return keeps_keys(model, length) and _why_no_packs(model.config, False, length) is None
+
+
+def keeps_keys(model: nn.Module, length: int) -> bool:
+    """Whether the keys and values of one pass serve the next, in sequences up to `length`.
 
     Some rotary embeddings change with the largest position of a pass, and passes must agree.
     """
@@ -256,7 +265,7 @@ def takes_packs(model: nn.Module, length: int) -> bool:
     rope = getattr(config, "rope_parameters", None) or {}
     known = rope.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", length)
     changing = rope.get("rope_type") in ("longrope", "dynamic") and length > known
-    return not changing and _why_no_packs(model.config, False, length) is None
+    return not changing and _is_usual(model) and model.config._attn_implementation != ALONE
 
 
 def check_masks(model: nn.Module, config: Any, option: str, length: int) -> None:

@@ -114,39 +114,58 @@ class Prompts:
 
 
 class PlainPrompts:
-    """The same for models that take no packs: every token is computed with all that stands before it."""
+    """The same for models that take no packs: every branch behind a prompt is a row of its own.
+
+    cached: the prompts' keys and values are kept; else each branch is computed with its prompt.
+    """
 
     def __init__(
-        self, model: nn.Module, prompts: Sequence[Sequence[int]], alphabet: Sequence[int], pad_id: int, device: Any
+        self,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        alphabet: Sequence[int],
+        pad_id: int,
+        device: Any,
+        cached: bool,
     ) -> None:
-        self.model, self.prompts, self.alphabet = model, prompts, list(alphabet)
-        self.pad_id, self.device = pad_id, device
+        self.model, self.alphabet, self.pad_id, self.device, self.cached = model, list(alphabet), pad_id, device, cached
         self.roots = [Node() for _ in prompts]
-        self._run([(ids, [root]) for ids, root in zip(prompts, self.roots, strict=True)])
+        self.prompts = pad_left(prompts, pad_id)
+        self.states: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._run([(row, []) for row in range(len(prompts))])
 
     def compute(self, wanted: dict[int, list[Node]]) -> None:
         """Fills in the nodes of each row."""
-        sequences = []
+        branches = []
         for row, nodes in wanted.items():
             parents = {id(node.parent) for node in nodes}
-            for node in nodes:
-                if id(node) not in parents:
-                    path = node.path()
-                    sequences.append(([*self.prompts[row], *(step.token for step in path)], path))
-        for i in range(0, len(sequences), len(self.roots)):  # as many at once as there are prompts
-            self._run(sequences[i : i + len(self.roots)])
+            branches += [(row, node.path()) for node in nodes if id(node) not in parents]
+        for i in range(0, len(branches), len(self.roots)):  # as many at once as there are prompts
+            self._run(branches[i : i + len(self.roots)])
 
-    def _run(self, sequences: list[tuple[list[int], list[Node]]]) -> None:
-        """Full sequences, with the nodes at the end of each."""
-        inputs = {k: v.to(self.device) for k, v in pad_left([ids for ids, _ in sequences], self.pad_id).items()}
-        last = max(len(nodes) for _, nodes in sequences)
-        keep = torch.arange(-last, 0, device=self.device) + inputs["input_ids"].shape[1]
-        logits = self.model(**inputs, use_cache=False, logits_to_keep=keep).logits
-        fill(
-            [node for _, nodes in sequences for node in nodes],
-            torch.cat([row[last - len(nodes) :] for row, (_, nodes) in zip(logits, sequences, strict=True)]),
-            self.alphabet,
-        )
+    def _run(self, branches: Sequence[tuple[int, list[Node]]]) -> None:
+        """Rows with the nodes behind their prompts, none for the prompts themselves."""
+        rows, longest = torch.tensor([row for row, _ in branches]), max(len(path) for _, path in branches)
+        behind = [[node.token for node in path] + [self.pad_id] * (longest - len(path)) for _, path in branches]
+        behind = torch.tensor(behind, dtype=torch.long)  # what is behind a row's last token is seen by none
+        ids = torch.cat([self.prompts["input_ids"][rows], behind], 1)
+        mask = torch.cat([self.prompts["attention_mask"][rows], torch.ones_like(behind)], 1)
+        kept = self.prompts["input_ids"].shape[1] if self.states else 0
+        cache = DynamicCache([(key[rows], value[rows]) for key, value in self.states]) if self.cached else None
+        last = max(1, longest)
+        logits = self.model(
+            input_ids=ids[:, kept:].to(self.device),
+            attention_mask=mask.to(self.device),
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, kept:].to(self.device),
+            past_key_values=cache,
+            use_cache=self.cached,
+            logits_to_keep=torch.arange(ids.shape[1] - kept - last, ids.shape[1] - kept, device=self.device),
+        ).logits
+        if self.cached and not self.states:
+            self.states = [(layer.keys, layer.values) for layer in cache.layers]
+        nodes = [path or [self.roots[row]] for row, path in branches]
+        parts = [row[: len(path)] for row, path in zip(logits, nodes, strict=True)]
+        fill([node for path in nodes for node in path], torch.cat(parts), self.alphabet)
 
 
 def fill(nodes: Sequence[Node], logits: torch.Tensor, alphabet: list[int]) -> None:

@@ -154,15 +154,18 @@ def score_labels(
     prefix = prefix_states(model, prompts[0][:shared], device) if shared else ()
     pieces = [*prompt.first_ids, *prompt.next_ids, prompt.end_ids]
     options = {"alphabet": sorted({token for ids in pieces for token in ids}), "pad_id": pad_id, "device": device}
+    if packs:
+        ask = functools.partial(Prompts, model, prefix=prefix, **options)
+    else:
+        ask = functools.partial(PlainPrompts, model, cached=attention.keeps_keys(model, longest + answer), **options)
     tries = functools.cache(functools.partial(_trie, prompt))
     tolerance = 0.0 if exhaustive else TOLERANCE if probabilities or prompt.multi_label else math.inf
     # Rows that ask for less are padded: on a CPU that costs what tokens cost, on a GPU less than a further pass.
-    width = NODES_AT_ONCE if torch.device(device).type == "cpu" else None
+    width = NODES_AT_ONCE if packs and torch.device(device).type == "cpu" else None
     answers: list[Answer | None] = [None] * len(prompts)
     most = sum(len(ids) for ids in pieces)  # tokens that may be computed behind a prompt
     for rows in batches([len(ids) - shared + most for ids in prompts], batch_size, longest):
-        some = [prompts[i] for i in rows]
-        batch = Prompts(model, some, prefix=prefix, **options) if packs else PlainPrompts(model, some, **options)
+        batch = ask([prompts[i] for i in rows])
         talks, queues = {}, {}
         for j, (i, root) in enumerate(zip(rows, batch.roots, strict=True)):
             known = root.walk(prompt.label_ids(gold[i])).path() if gold is not None else []

@@ -239,7 +239,7 @@ def test_windows_of_a_model_for_pictures_are_seen():
 def test_no_cached_prefix_where_positions_change_with_the_length(kind):
     config = transformers.LlamaConfig(attn_implementation=attention.NAME, max_position_embeddings=100)
     config.rope_parameters = {"rope_type": kind, "original_max_position_embeddings": 64}
-    model = SimpleNamespace(config=config)
+    model = SimpleNamespace(config=config, _is_stateful=False, _supports_attention_backend=True)
     assert attention.takes_packs(model, 64) and not attention.takes_packs(model, 65)
     config.rope_parameters = {"rope_type": "default"}
     assert attention.takes_packs(model, 65)

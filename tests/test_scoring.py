@@ -94,9 +94,12 @@ def test_scores_equal_one_sequence_per_label(models, family, packs):
     assert expected.exp().sum(1).max() <= 1  # CORRECTNESS 29: with its end, no label is a part of another
 
 
-@pytest.mark.parametrize("kind", ["MistralConfig", "Gemma3TextConfig", "Qwen3_5TextConfig", "DogeConfig"])
-def test_scores_with_windows_states_and_masks_of_their_own(models, kind):
-    """Models that take no packs are scored all the same."""
+KINDS = [("MistralConfig", True), ("Gemma3TextConfig", True), ("Qwen3_5TextConfig", False), ("DogeConfig", False)]
+
+
+@pytest.mark.parametrize(("kind", "cached"), KINDS)
+def test_scores_with_windows_states_and_masks_of_their_own(models, kind, cached):
+    """Models that take no packs are scored all the same, and a prompt is computed once where its keys can be kept."""
     shape = json.loads((models["mistral"] / "config.json").read_text())
     shape |= {"sliding_window": 8, "num_hidden_layers": 4, "architectures": None, "model_type": None}
     config = getattr(transformers, kind)(**{name: value for name, value in shape.items() if value is not None})
@@ -108,11 +111,15 @@ def test_scores_with_windows_states_and_masks_of_their_own(models, kind):
     attention.use(model)
     assert not attention.takes_packs(model, 100)
     tokenizer = load(models, "mistral")[1]
-    prompt = prompt_of(tokenizer)
-    prompts = [prompt.prompt(text).ids for text in TEXTS[:2]]
+    prompt, texts = prompt_of(tokenizer), TEXTS[2:4]
+    prompts = [prompt.prompt(text).ids for text in texts]
     expected = [[slow(model, ids, prompt.answer([k])) for k in range(5)] for ids in prompts]
-    for answer, logs in zip(score(model, prompt, TEXTS[:2]), torch.tensor(expected), strict=True):
+    shapes: list[torch.Size] = []
+    model.register_forward_pre_hook(lambda _, args, inputs: shapes.append(inputs["input_ids"].shape), with_kwargs=True)
+    for answer, logs in zip(score(model, prompt, texts, batch_size=8), torch.tensor(expected), strict=True):
         assert answer.probabilities == pytest.approx(logs.softmax(0).tolist(), abs=1e-5)
+    assert len(prompts[0]) != len(prompts[1]) and shapes[0] == (2, max(map(len, prompts)))
+    assert len(shapes) > 1 and (max(width for _, width in shapes[1:]) < 8 < shapes[0][1]) == cached
 
 
 def decide(model, prompt, ids: list[int], thresholds: list[float]) -> tuple[tuple[int, ...], list[float]]:
