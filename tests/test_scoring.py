@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from conftest import FAMILIES, ROOT, run_script, toy_rows
+from conftest import SHARED as REAL_DATA
 from runs import fresh_accelerator  # noqa: F401
 
 import train_cls
@@ -18,6 +19,7 @@ from common import attention, modeling, scoring, trie
 from common.collate import AnswerRow, HeadRow, collate_answers
 from common.config import ModelConfig
 from common.data import Example
+from common.files import read_rows
 from common.loop import count_targets
 from common.metrics import confusion_matrix, summarise
 from common.prompts import GENERATIVE_TEMPLATE, HEAD_TEMPLATE
@@ -92,6 +94,29 @@ def test_scores_equal_one_sequence_per_label(models, family, packs):
         a.labels for a in answers
     ]
     assert expected.exp().sum(1).max() <= 1  # CORRECTNESS 29: with its end, no label is a part of another
+
+
+@pytest.mark.skipif(not REAL_DATA.exists(), reason="real data lie beside the project")
+def test_scores_of_real_rows_equal_one_sequence_per_label(models):
+    """500 questions to a bank, labels of which many begin alike: scores to 1e-4, the same answer in every row."""
+    rows = read_rows(str(REAL_DATA / "banking77" / "test.csv"))
+    model, tokenizer = load(models, "llama")
+    labels = sorted({row["label_name"] for row in rows if row["label_name"].startswith("car")})
+    prompt = prompt_of(tokenizer, labels=labels, template="A question:\n{text}\nIts topic: {label}")
+    answers = [prompt.answer([k]) for k in range(len(labels))]
+    longest = max(map(len, answers))
+    padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids in answers])
+    counts = torch.tensor([[1.0] * len(ids) + [0.0] * (longest - len(ids)) for ids in answers])
+    texts = [row["text"] for row in rows[::6][:500]]
+    exact, quick = score(model, prompt, texts, 32), score(model, prompt, texts, 32, exhaustive=False)
+    for text, answer, other in zip(texts, exact, quick, strict=True):
+        front = torch.tensor([prompt.prompt(text).ids] * len(labels))
+        with torch.no_grad():  # every label behind the whole prompt, padded on the right, which no token sees
+            logits = model(torch.cat([front, padded[:, :-1]], 1), use_cache=False, logits_to_keep=longest).logits
+        logs = (logits.log_softmax(2).gather(2, padded[:, :, None])[:, :, 0] * counts).sum(1).log_softmax(0)
+        assert (torch.tensor(answer.probabilities, dtype=torch.double).log() - logs).abs().max() < 1e-4
+        assert answer.labels == other.labels == (logs.argmax().item(),)
+        assert other.probabilities == pytest.approx(answer.probabilities, abs=2e-6)
 
 
 KINDS = [("MistralConfig", True), ("Gemma3TextConfig", True), ("Qwen3_5TextConfig", False), ("DogeConfig", False)]
