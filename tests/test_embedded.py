@@ -3,9 +3,12 @@
 import json
 
 import pytest
+import torch
 from conftest import run_script
 from runs import log_lines
+from test_packs import assert_same, make
 
+from common.collate import AnswerRow
 from common.config import InputError
 from common.demo_model import EMBEDDED, resolve_model
 
@@ -32,6 +35,13 @@ def test_demo_learns_in_4_bit_and_is_the_same_after_reload(model, tmp_path):
     assert again["rows"] == 50
     for name in ("accuracy", "f1_macro", "eval_loss"):
         assert again[name] == trained[name], name
+
+
+def test_packs_have_the_padded_batch_s_loss_and_gradients(model):
+    """Through 30 layers of trained weights, in fp32, with an adapter that is not zero."""
+    draw = torch.Generator().manual_seed(0)
+    prefix, *texts = (torch.randint(1000, 40000, (n,), generator=draw).tolist() for n in (40, 3, 12, 4, 7, 5, 9, 3))
+    assert_same(make(model), [AnswerRow(prefix + text, text[:2] + [2], 1.0 + len(text) % 3) for text in texts])
 
 
 def test_it_answers_and_stops(model, tmp_path):

@@ -57,7 +57,8 @@ def wide_models(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def equal_runs(models, wide_models, tmp_path_factory) -> Path:
-    """Folder of runs big and small (in this process), and two (2 processes), by family and approach.
+    """Folder of runs big (padded batches) and small (in this process), and two (2 processes, packs), by family and
+    approach.
 
     Also `resumed`, runs of one process that were stopped after checkpoint 2 of 6 and gone on with by two, and NF4 ones.
     """
@@ -67,9 +68,11 @@ def equal_runs(models, wide_models, tmp_path_factory) -> Path:
     for family, model in models.items():
         for approach in APPROACHES:
             name = f"{family}_{approach}"
-            train(*options_of(model, file, approach, 4, 1), "--output_dir", folder / "big" / name)
+            alone = ["--shared_prefix", "off", "--output_dir", folder / "big" / name]
+            train(*options_of(model, file, approach, 4, 1), *alone)
             train(*options_of(model, file, approach, 2, 2), "--output_dir", folder / "small" / name)
-            jobs.append([*options_of(model, file, approach, 2, 1), "--output_dir", folder / "two" / name])
+            packs = ["--shared_prefix", "on", "--output_dir", folder / "two" / name]
+            jobs.append([*options_of(model, file, approach, 2, 1), *packs])
     for family, approach in FAMILY_APPROACHES:
         run = folder / "resumed" / family
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
@@ -96,7 +99,10 @@ def close(one: float, other: float) -> bool:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("cut", ["small", "two"])
 def test_accumulation_and_processes_change_nothing(equal_runs, cut, family, approach):
-    """CORRECTNESS 8, 9, 31: (4, 1, 1 process) == (2, 2, 1) == (2, 1, 2), unequal lengths, last update of 3 rows."""
+    """CORRECTNESS 8, 9, 31: (4, 1, 1 process) == (2, 2, 1) == (2, 1, 2), unequal lengths, last update of 3 rows.
+
+    The first without packs, the last with: they are the same training.
+    """
     one, other = equal_runs / "big" / f"{family}_{approach}", equal_runs / cut / f"{family}_{approach}"
     lines, others = log_lines(one), log_lines(other)
     assert len(lines) == 6 and lines[0]["grad_norm"] > 0
