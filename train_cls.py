@@ -52,12 +52,12 @@ class Config(ModelConfig, LoraArguments, LoopConfig, DataConfig, PackConfig, Cla
 
 def loss_of(model: Any, batch: dict[str, Any]) -> Any:
     """The SUM of weight x loss over the targets of one micro-batch. Change this one first."""
-    from common.loop import label_loss, token_loss
+    from common.loop import label_loss
 
     output = model(**batch["inputs"])
-    if "pool" in batch["inputs"]:  # a classification head
+    if "pool" in batch["inputs"]:  # the logits of a classification head
         return label_loss(output, batch)
-    return token_loss(output.logits, batch)
+    return (output * batch["weights"]).sum()
 
 
 def evaluate(
@@ -91,6 +91,7 @@ def train(config: Config, data: ClassificationData, path: str, another: bool = F
     from common.checkpoint import State, load_checkpoint, register_hooks, save_best, save_checkpoint
     from common.plan import Plan
     from common.scoring import Classifier
+    from common.token_losses import TokenLosses
 
     given = rundir.options_hash(config)
     resume = rundir.find_resume(config) if config.resume_from_checkpoint else None
@@ -129,8 +130,7 @@ def train(config: Config, data: ClassificationData, path: str, another: bool = F
         model = modeling.add_lora(model, config, missing, head)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if head:
-        model = modeling.HeadClassifier(model, encoder)
+    model = modeling.HeadClassifier(model, encoder) if head else TokenLosses(model)
     if config.torch_compile:
         model.compile(dynamic=True)
     census = modeling.census(model)
@@ -151,7 +151,8 @@ def train(config: Config, data: ClassificationData, path: str, another: bool = F
     accelerator.register_for_checkpointing(scheduler)
     register_hooks(accelerator)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    classifier = Classifier(accelerator.unwrap_model(model), prompt, tokenizer, head, encoder, [0.5] * len(data.labels))
+    inner = accelerator.unwrap_model(model)
+    classifier = Classifier(inner if head else inner.model, prompt, tokenizer, head, encoder, [0.5] * len(data.labels))
     say(accelerator, f"{total} updates of {rows_per_update} rows; {accelerator.num_processes} process(es) on "
         f"{accelerator.device.type}, {torch.get_num_threads()} thread(s) each; "
         f"{collate.describe_prefix([row.prompt for row in rows], lengths, batch_size, shared_prefix)}")  # fmt: skip

@@ -84,8 +84,8 @@ def measure(model: Any, tokenizer: Any, config: Config, labels: int, text_tokens
     import torch
 
     from common import collate, modeling, scoring
-    from common.loop import token_loss
     from common.prompts import GENERATIVE_TEMPLATE
+    from common.token_losses import TokenLosses
 
     names = [f"{first} {second}" for second in SECOND.split() for first in FIRST.split()][:labels]
     prompt = modeling.classification_prompt(
@@ -99,6 +99,7 @@ def measure(model: Any, tokenizer: Any, config: Config, labels: int, text_tokens
     ]
     data = [collate.AnswerRow(ids, prompt.answer([draw.randrange(labels)])) for ids in prompts]
     targets = sum(len(row.answer) for row in data)
+    losses = TokenLosses(model)
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=0.0)  # all ways are measured with the same weights
     options = {"batch_size": rows, "device": config.device}
@@ -114,7 +115,7 @@ def measure(model: Any, tokenizer: Any, config: Config, labels: int, text_tokens
         shared_prefix, pairs = "on" if way == "pack" else "off", [(i, True) for i in numbers]
         batch = collate.collate_rows(data, pairs, pad_id=pad_id, shared_prefix=shared_prefix)
         batch = collate.to_device(batch, config.device)
-        return token_loss(model(**batch["inputs"]).logits, batch) / targets
+        return losses(**batch["inputs"]).sum() / targets
 
     def update(way: str) -> float:
         size, total = rows if way == "pack" else config.micro_batch, 0.0

@@ -44,13 +44,14 @@ def main() -> None:
     config = parse_config(Config)
     import peft
     import torch
+    import torch.nn.functional as F
     import transformers
     from peft.tuners.lora import LoraLayer
 
     from common import attention, lean
     from common.demo_model import resolve_model
-    from common.loop import token_loss
     from common.report import table
+    from common.token_losses import TokenLosses
 
     model = transformers.AutoModelForCausalLM.from_pretrained(resolve_model(config.model, None), dtype=torch.bfloat16)
     model.config.use_cache = False
@@ -63,9 +64,10 @@ def main() -> None:
     mask = torch.ones_like(ids)
     mask[0, : config.tokens // 10] = 0  # one row is shorter, so that a mask is needed
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-    batch = {"targets": ids[:, :ANSWER], "weights": torch.ones(config.rows, ANSWER)}
+    targets = ids[:, -ANSWER:].flatten()
+    keep = torch.arange(ids.numel()).view_as(ids)[:, -ANSWER - 1 : -1].flatten()  # the positions that predict them
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    last = torch.arange(config.tokens - ANSWER - 1, config.tokens)
+    losses = TokenLosses(model)
 
     def step(positions: bool, ours: bool, autocast_alone: bool, kept_less: bool = False) -> None:
         model.set_attn_implementation(attention.NAME if ours else "sdpa")
@@ -73,8 +75,11 @@ def main() -> None:
             layer.cast_input_dtype_enabled = not autocast_alone
         (lean.use if kept_less else lean.undo)(model)
         with torch.autocast("cpu", torch.bfloat16):
-            output = model(**inputs, logits_to_keep=last if positions else ANSWER + 1)
-            loss = token_loss(output.logits, batch)
+            if positions:
+                loss = losses(keep, targets, **inputs).sum()
+            else:
+                logits = model(**inputs, logits_to_keep=ANSWER + 1).logits[:, :-1]
+                loss = F.cross_entropy(logits.float().flatten(0, 1), targets, reduction="sum")
         loss.backward()
         model.zero_grad()
 
@@ -97,7 +102,7 @@ def main() -> None:
     rate = 100 * 2 * left.shape[0] * size[0] * size[1] / statistics.median(seconds.pop("product"))
     weights = [(name, p.numel() * (6 if p.requires_grad else 4)) for name, p in model.named_parameters()]
     blocks = sum(flops for name, flops in weights if "embed" not in name and "lm_head" not in name)
-    head = 4 * model.get_output_embeddings().weight.numel() * (ANSWER + 1) / config.tokens
+    head = 4 * model.get_output_embeddings().weight.numel() * ANSWER / config.tokens
     flops = config.rows * config.tokens * (blocks + head)
     rows, first = [], None
     for name, values in seconds.items():

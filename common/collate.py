@@ -1,4 +1,4 @@
-"""Rows -> tensors. Every batch has `inputs` for the model, and `targets` and `weights` of one shape for the loss.
+"""Rows -> tensors. Every batch has `inputs` for the model, and for the loss the `weights` of its targets.
 
 Rows stand in a padded batch, or in a shared-prefix pack: one sequence `[prefix][row 1][row 2]...`, where the prefix is
 what all prompts begin with, positions go on after it in every row, and a row sees the prefix and itself. The numbers
@@ -134,23 +134,15 @@ def describe_prefix(
 
 
 def collate_answers(rows: Sequence[tuple[AnswerRow, bool]], pad_id: int, shared_prefix: str = "off") -> Batch:
-    """Prompts with their answers; targets and weights [rows, longest answer], weight 0 where there is no target.
-
-    The model returns logits only where an answer's token is predicted (`logits_to_keep`): as positions, because for a
-    number torch slices the hidden states, and then multiplies by one copy of the vocabulary matrix a row.
-    """
-    longest = max(len(row.answer) for row, _ in rows)
+    """Prompts with their answers for common/token_losses.py, as `collate_blocks`: the answers' tokens are targets."""
     inputs, ends = join(
         [row.prompt for row, _ in rows], [row.prompt + row.answer for row, _ in rows], pad_id, shared_prefix
     )
-    kept = torch.arange(-longest, 1)
-    keep = (ends[:, None] + kept).flatten() if len(inputs["input_ids"]) == 1 else ends[0] + kept
-    targets = torch.zeros(len(rows), longest, dtype=torch.long)
-    weights = torch.zeros(len(rows), longest)
+    found = []
     for i, (row, counts) in enumerate(rows):
-        targets[i, longest - len(row.answer) :] = torch.tensor(row.answer)
-        weights[i, longest - len(row.answer) :] = row.weight * counts
-    return {"inputs": {**inputs, "logits_to_keep": keep}, "targets": targets, "weights": weights}
+        first = int(ends[i]) - len(row.answer)  # of the flattened batch, the position of the prompt's last token
+        found += [(i, first + t, token, row.weight * counts) for t, token in enumerate(row.answer)]
+    return _with_targets(inputs, found)
 
 
 def collate_head(
@@ -247,10 +239,11 @@ def collate_chat(
     return _with_targets(inputs, found)
 
 
-def _with_targets(inputs: dict[str, torch.Tensor], found: Sequence[tuple[int, int, int, bool]]) -> Batch:
-    """found: of every target its row, the position that predicts it, its id, and whether it counts."""
-    rows, keep, targets, counts = torch.tensor(found, dtype=torch.long).reshape(-1, 4).unbind(1)
-    return {"inputs": {**inputs, "keep": keep, "targets": targets}, "weights": counts.float(), "rows": rows}
+def _with_targets(inputs: dict[str, torch.Tensor], found: Sequence[tuple[int, int, int, float]]) -> Batch:
+    """found: of every target its row, the position that predicts it, its id, and its weight."""
+    *numbers, weights = torch.tensor(found, dtype=torch.double).reshape(-1, 4).unbind(1)
+    rows, keep, targets = (column.long() for column in numbers)
+    return {"inputs": {**inputs, "keep": keep, "targets": targets}, "weights": weights.float(), "rows": rows}
 
 
 def collate_numbered(

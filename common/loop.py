@@ -41,18 +41,6 @@ def start_accelerator(config: Any, trackers: list[str]) -> Accelerator:
     return accelerator
 
 
-def token_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Sum of weight x cross-entropy over the supervised tokens.
-
-    logits: L + 1 positions of each row, [rows, L + 1, vocabulary] or, of a pack, [1, rows x (L + 1), vocabulary];
-    position i predicts target i.
-    """
-    targets = batch["targets"]
-    logits = logits.reshape(len(targets), -1, logits.shape[-1])
-    losses = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten(), reduction="none")
-    return (losses * batch["weights"].flatten()).sum()
-
-
 def label_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Sum of weight x loss over rows (one label: cross-entropy) or rows x labels (several: binary cross-entropy).
 

@@ -1,6 +1,5 @@
 """The cross-entropy of tokens without the logits of all of them in memory at once."""
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,8 +34,12 @@ class TokenLosses(nn.Module):
     ) -> torch.Tensor:  # [targets], nats, fp32
         base = _base(self.model)
         if not self.chunked:
-            logits = self.model(**inputs, use_cache=False).logits.flatten(0, 1)[keep]
-            return F.cross_entropy(logits.float(), targets, reduction="none")
+            length = inputs["input_ids"].shape[1]
+            columns, places = (keep % length).unique(return_inverse=True)
+            logits = self.model(**inputs, use_cache=False, logits_to_keep=columns).logits
+            if logits.shape[1] == length:  # a few models return all, whatever they are asked for
+                logits = logits[:, columns]
+            return F.cross_entropy(logits[keep // length, places].float(), targets, reduction="none")
         hidden = _body(base)(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[keep]
         head = base.get_output_embeddings()
         size = max(1, CHUNK // head.weight.shape[0])
@@ -95,10 +98,10 @@ def _head_gives_logits(model: nn.Module) -> bool:
     head = base.get_output_embeddings()
     if head is None or not hasattr(base, base.base_model_prefix):
         return False
-    training = base.training
+    training, dtype = base.training, base.dtype
+    ids = torch.arange(4, device=head.weight.device)[None]
     base.eval()
-    with model.disable_adapter() if isinstance(model, peft.PeftModel) else contextlib.nullcontext():
-        ids = torch.arange(4, device=head.weight.device)[None]
+    with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):  # adapters are in fp32
         hidden = _body(base)(input_ids=ids, use_cache=False).last_hidden_state
         same = torch.equal(head(hidden), base(input_ids=ids, use_cache=False).logits)
     base.train(training)

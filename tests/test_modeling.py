@@ -22,6 +22,7 @@ from common.config import InputError
 from common.loop import make_optimizer
 from common.prompts import GENERATIVE_TEMPLATE, HEAD_TEMPLATE
 from common.scoring import Classifier, score_head, score_labels
+from common.token_losses import TokenLosses
 
 LABELS = ["sport", "science", "music"]
 TEXTS = [row["text"] for row in toy_rows(2)]
@@ -60,10 +61,11 @@ def step(classifier: Classifier, config: train_cls.Config, updates: int = 2) -> 
         batch = collate_head([(HeadRow(ids, k), True) for ids, k in rows], 2, encoder=classifier.encoder)
     else:
         batch = collate_answers([(AnswerRow(ids, prompt.answer([k])), True) for ids, k in rows], 2)
-    classifier.model.train()
+    model = classifier.model if classifier.head else TokenLosses(classifier.model)
+    model.train()
     for _ in range(updates):
         with torch.autocast("cpu", torch.bfloat16, enabled=config.mixed_precision == "bf16"):
-            loss = train_cls.loss_of(classifier.model, batch)
+            loss = train_cls.loss_of(model, batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -18,6 +18,7 @@ import train_cls
 from common import attention, collate, modeling
 from common.collate import AnswerRow, HeadRow, collate_rows, common_prefix, pays
 from common.config import InputError
+from common.token_losses import TokenLosses
 
 LENGTH = 120
 PREFIX = list(range(5, 42))
@@ -59,7 +60,7 @@ def make(path, head: str | None = None, checkpointing: bool = False, **options) 
             parameter.data.normal_(std=0.1)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return (modeling.HeadClassifier(model, False) if head else model).train()
+    return (modeling.HeadClassifier(model, False) if head else TokenLosses(model)).train()
 
 
 def rows_of(count: int, kind: str) -> list:
@@ -122,16 +123,18 @@ def test_a_row_sees_the_prefix_and_itself(models, family):
     model = make(models[family]).eval()
     rows = [(row, True) for row in rows_of(5, "answer")]
 
-    def logits(changed: int | None = None) -> torch.Tensor:
-        """[rows, answer positions, vocabulary], after one token of row `changed` was replaced."""
+    def logits(changed: int | None = None) -> list[torch.Tensor]:
+        """Of every row [answer's tokens, vocabulary], after one token of row `changed` was replaced."""
         some = list(rows)
         if changed is not None:
             prompt = list(rows[changed][0].prompt)
             prompt[-1] = 599 if prompt[-1] != 599 else 598
             some[changed] = (dataclasses.replace(rows[changed][0], prompt=prompt), True)
         batch = collate.collate_answers(some, pad_id=2, shared_prefix="on")
+        keep, _ = batch["inputs"].pop("keep"), batch["inputs"].pop("targets")
         with torch.no_grad():
-            return model(**batch["inputs"]).logits[0].unflatten(0, (len(some), -1))
+            found = model.model(**batch["inputs"]).logits[0, keep]
+        return [found[batch["rows"] == i] for i in range(len(some))]
 
     before = logits()
     for changed in range(len(rows)):
@@ -287,6 +290,6 @@ def test_transformers_hands_a_pack_s_mask_through(models):
         layer.register_forward_pre_hook(
             lambda module, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
         )
-    batch = collate.collate_answers([(row, True) for row in rows_of(3, "answer")], pad_id=2, shared_prefix="on")
-    model(**batch["inputs"])
-    assert len(seen) == 2 and all(mask is batch["inputs"]["attention_mask"] for mask in seen)
+    inputs = collate.pack([row.prompt for row in rows_of(3, "answer")], len(PREFIX), pad_id=2)
+    model(**inputs)
+    assert len(seen) == 2 and all(mask is inputs["attention_mask"] for mask in seen)

@@ -23,6 +23,7 @@ from common.files import read_rows
 from common.loop import count_targets
 from common.metrics import confusion_matrix, summarise
 from common.prompts import GENERATIVE_TEMPLATE, HEAD_TEMPLATE
+from common.token_losses import TokenLosses
 
 # A label that begins another one, shared first tokens, one token and several.
 LABELS = ["match", "match goal", "match coach", "sport", "quark enzyme violin"]
@@ -227,7 +228,7 @@ def test_evaluation_loss_is_the_training_loss(models, family, multi_label, packs
         assert (answer.targets, answer.correct) == (len(row.answer), right)
     batch = collate_answers([(row, True) for row in rows], pad_id=2)
     with torch.no_grad():
-        loss = train_cls.loss_of(model, batch) / count_targets([batch])
+        loss = train_cls.loss_of(TokenLosses(model), batch) / count_targets([batch])
     assert summarise(answers, gold, LABELS)["eval_loss"] == pytest.approx(loss.item(), abs=1e-5)
 
 

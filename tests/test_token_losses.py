@@ -6,6 +6,7 @@ import torch.nn.functional as F
 import transformers
 from conftest import FAMILIES
 from peft import LoraConfig, get_peft_model
+from test_packs import PRECISIONS, make
 
 from common import token_losses
 from common.token_losses import TokenLosses
@@ -78,7 +79,24 @@ def test_lora_on_the_head_itself_is_trained():
     ],
 )
 def test_a_model_that_changes_its_logits_keeps_its_own_way(kind, changes):
-    compare(adapted(small(kind, **changes), target_modules="all-linear"), 60, chunked=False)
+    """At the columns of the batch that predict something, or, if it knows no such choice, at all."""
+    base, seen = small(kind, **changes), []
+    model = adapted(base, target_modules="all-linear")
+    compare(model, 60, chunked=False)
+    base.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape)))
+    inputs, _, targets = batch(60)
+    TokenLosses(model)(torch.tensor([20, 22, LENGTH + 22]), targets[:3], **inputs)
+    assert seen[-1] == (3, 2, 60)
+    forward = base.forward
+    base.forward = lambda logits_to_keep=0, **inputs: forward(**inputs)
+    compare(model, 60, chunked=False)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_head_is_known_in_every_precision(models, family, precision):
+    """The trial compares bits; adapters in fp32 and quantised layers must not hide that they are the same."""
+    assert make(models[family], **precision).chunked
 
 
 def test_checkpointing_and_an_update_without_a_target(models):
