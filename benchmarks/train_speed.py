@@ -10,7 +10,7 @@ Every measurement is a fresh process, trainers take turns, and the figure is the
 on the same tokens with the same LoRA, AdamW and constant learning rate; others take one of their own ways through the
 rows for speed, and our order where losses are compared. Peers: the loop one writes first under PEFT, transformers'
 Trainer, and TRL's SFTTrainer, as it comes and tuned. Needs requirements-dev.txt. `--trainers plainlora whole_logits`
-shows what it saves that we never hold the logits of all tokens (causal_lm and chat).
+shows what it saves that we never hold the logits of all tokens.
 
 Losses are compared over 30 updates of the same rows in fp32, in a model cut to two layers, and on short rows: prompts
 leave out the list of labels, and rows are cut to --check_max_length; blocks of text stay as they are. Others compute

@@ -149,7 +149,8 @@ def _attend_apart(
 ) -> tuple[torch.Tensor, None]:
     """Attention of the rows of a padding-free batch: in one kernel on CUDA, elsewhere one after another."""
     lengths = attention_mask.sum(3).flatten()
-    if query.is_cuda and _is_plain(kwargs):
+    sizes = query.shape[-1], value.shape[-1]
+    if query.is_cuda and _is_plain(kwargs) and all(size % 8 == 0 for size in sizes):  # what the kernels take
         return jagged_attention(query, key, value, lengths, attention_mask.shape[3], scaling, dropout), None
     kwargs |= {"dropout": dropout, "scaling": scaling, "is_causal": True}
     rows = zip(*(tensor.split(lengths.tolist(), 2) for tensor in (query, key, value)), strict=True)

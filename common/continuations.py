@@ -160,7 +160,7 @@ class PlainPrompts:
             past_key_values=cache,
             use_cache=self.cached,
             logits_to_keep=torch.arange(ids.shape[1] - kept - last, ids.shape[1] - kept, device=self.device),
-        ).logits
+        ).logits[:, -last:]  # a few models return all, whatever they are asked for
         if self.cached and not self.states:
             self.states = [(layer.keys, layer.values) for layer in cache.layers]
         nodes = [path or [self.roots[row]] for row, path in branches]

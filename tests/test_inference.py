@@ -555,7 +555,10 @@ class Terminal:
     def __init__(self, folder: Path, *options) -> None:
         environment = {**os.environ, "TERM": "dumb", "HF_HUB_OFFLINE": "1"}
         command = [str(ROOT / "inference.py"), *map(str, options)]
-        self.child = pexpect.spawn(sys.executable, command, cwd=folder, env=environment, encoding="utf-8", timeout=90)
+        self.child = pexpect.spawn(
+            sys.executable, command, cwd=folder, env=environment, encoding="utf-8", timeout=90,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores Ctrl-C
+        )  # fmt: skip
         self.child.setwinsize(50, 1000)
 
     def line(self, text: str, *expected: str) -> str:

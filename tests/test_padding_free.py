@@ -64,7 +64,7 @@ def test_rows_stand_behind_each_other():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients_are_those_of_the_padded_batch(models, family, count, options):
     """fp32, LoRA B not zero."""
-    model, rows = TokenLosses(make(models[family], **options)), chat_rows(count)
+    model, rows = make(models[family], **options), chat_rows(count)
     loss, gradients = measure(model, rows, packing=True)
     expected, wanted = measure(model, rows, packing=False)
     assert loss == pytest.approx(expected, rel=1e-5)
@@ -77,7 +77,7 @@ def test_loss_and_gradients_are_those_of_the_padded_batch(models, family, count,
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_row_sees_itself_alone(models, family):
     """CORRECTNESS 28: a changed row moves its own losses; in one long sequence it would move those behind it too."""
-    model, rows = TokenLosses(make(models[family]).eval()), chat_rows(5)
+    model, rows = make(models[family]).eval(), chat_rows(5)
 
     def losses(changed: int | None = None) -> list[torch.Tensor]:
         some = list(rows)
@@ -101,7 +101,7 @@ def test_a_row_sees_itself_alone(models, family):
 def test_transformers_hands_the_mask_through(models, family, checkpointing):
     """What padding-free batches rest on: a four-dimensional mask, square or not, reaches every layer as it is."""
     seen = []
-    model = TokenLosses(make(models[family], checkpointing=checkpointing))
+    model = make(models[family], checkpointing=checkpointing)
     for layer in model.model.get_decoder().layers:
         layer.self_attn.register_forward_pre_hook(
             lambda module, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
@@ -182,7 +182,7 @@ def test_the_kernel_equals_rows_one_by_one(dtype, tolerance, heads):
 @needs_gpu
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_on_a_gpu_computes_the_padded_batch_s_losses(models, family):
-    model, losses = TokenLosses(make(models[family])).cuda(), []
+    model, losses = make(models[family]).cuda(), []
     for packing in (True, False):
         batch = collate.collate_chat([(row, True) for row in chat_rows(7)], 2, packing=packing)
         losses.append(model(**collate.to_device(batch, torch.device("cuda"))["inputs"]))

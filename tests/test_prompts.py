@@ -132,10 +132,11 @@ def test_label_masks_come_from_lengths_not_from_ids(tokenizers, kind):
     batch = collate_rows(trained, [(i, True) for i in range(len(rows))], pad_id=tokenizers[kind].pad_token_id)
     inputs = batch["inputs"]
     for i, row in enumerate(trained):
-        n = len(row.answer)
-        assert batch["weights"][i].tolist() == [0] * (batch["weights"].shape[1] - n) + [1] * n
-        assert batch["targets"][i, -n:].tolist() == row.answer == inputs["input_ids"][i, -n:].tolist()
-        assert batch["targets"][i, -1] == tokenizers[kind].eos_token_id
+        own = batch["rows"] == i
+        assert batch["weights"][own].tolist() == [1] * len(row.answer)
+        assert inputs["targets"][own].tolist() == row.answer
+        assert inputs["input_ids"].flatten()[inputs["keep"][own] + 1].tolist() == row.answer
+        assert row.answer[-1] == tokenizers[kind].eos_token_id
         assert inputs["attention_mask"][i].sum() == row.length
         assert inputs["input_ids"][i, -row.length :].tolist() == row.prompt + row.answer
 
