@@ -258,8 +258,11 @@ def is_adapted(model: nn.Module) -> bool:
 @contextlib.contextmanager
 def without_adapter(model: nn.Module):
     """The untrained base inside the block."""
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     with model.disable_adapter() if isinstance(model, peft.PeftModel) else contextlib.nullcontext():
         yield
+    for parameter in frozen:  # PEFT makes all of an adapter trainable when it is switched on again
+        parameter.requires_grad_(False)
 
 
 def unpacked_size(parameter: nn.Parameter) -> int:

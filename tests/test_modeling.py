@@ -323,6 +323,16 @@ def test_quantised_weights_are_loaded_where_they_stay(models, family, monkeypatc
     assert packed and set(packed.values()) == after
 
 
+def test_a_look_at_the_base_leaves_frozen_adapters_frozen(models):
+    """PEFT makes them trainable; README's change for fewer adapted layers would get its backward pass back."""
+    model = make(models["llama"], approach="generative")[0].model
+    model.get_decoder().layers[0].requires_grad_(False)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    with modeling.without_adapter(model):
+        pass
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before and len(set(before.values())) == 2
+
+
 @pytest.mark.parametrize("option", [
     {"use_dora": True}, {"use_rslora": True}, {"init_lora_weights": "gaussian"}, {"init_lora_weights": "false"},
     {"init_lora_weights": "orthogonal"}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"},
