@@ -148,12 +148,12 @@ def test_scores_with_windows_states_and_masks_of_their_own(models, kind, cached)
     assert len(shapes) > 1 and (max(width for _, width in shapes[1:]) < 8 < shapes[0][1]) == cached
 
 
-def test_a_model_that_returns_all_logits_is_read_at_their_ends(models):
+def test_a_model_that_returns_all_logits_is_read_at_their_ends(models, monkeypatch):
     """Some take `logits_to_keep` and do not mind it."""
     model, tokenizer = load(models, "llama", packs=False)
     prompt = prompt_of(tokenizer)
     wanted, forward = score(model, prompt), model.forward
-    model.forward = lambda logits_to_keep, **inputs: forward(**inputs)
+    monkeypatch.setattr(model, "forward", lambda logits_to_keep, **inputs: forward(**inputs))
     for answer, right in zip(score(model, prompt), wanted, strict=True):
         assert answer.probabilities == pytest.approx(right.probabilities, abs=1e-6)
 
