@@ -160,10 +160,10 @@ def score_labels(
         ask = functools.partial(PlainPrompts, model, cached=attention.keeps_keys(model, longest + answer), **options)
     tries = functools.cache(functools.partial(_trie, prompt))
     tolerance = 0.0 if exhaustive else TOLERANCE if probabilities or prompt.multi_label else math.inf
-    # Rows that ask for less are padded: on a CPU that costs what tokens cost, on a GPU less than a further pass.
-    width = NODES_AT_ONCE if packs and torch.device(device).type == "cpu" else None
     answers: list[Answer | None] = [None] * len(prompts)
     most = sum(len(ids) for ids in pieces)  # tokens that may be computed behind a prompt
+    # Rows that ask for less are padded: on a CPU that costs what tokens cost, on a GPU less than a further pass.
+    width = NODES_AT_ONCE if packs and torch.device(device).type == "cpu" else most
     for rows in batches([len(ids) - shared + most for ids in prompts], batch_size, longest):
         batch = ask([prompts[i] for i in rows])
         talks, queues = {}, {}
@@ -182,7 +182,7 @@ def score_labels(
                     answers[rows[j]] = end.value
                     del talks[j]
                 else:
-                    wanted[j], queues[j] = queue[:width], queue[width:] if width else []
+                    wanted[j], queues[j] = queue[:width], queue[width:]
             if wanted:
                 batch.compute(wanted)
         if gold is not None:
