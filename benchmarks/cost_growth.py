@@ -145,10 +145,11 @@ def measure(model: Any, tokenizer: Any, config: Config, labels: int, text_tokens
                     results["losses"][way] = update(way)
                 else:
                     answer(way)
-            if config.device == "cuda":
-                torch.cuda.synchronize()
+                if config.device == "cuda":
+                    torch.cuda.synchronize()
+                seconds = time.perf_counter() - started
             if number:  # the first warms up
-                results["speeds"][way].append(rows / (time.perf_counter() - started))
+                results["speeds"][way].append(rows / seconds)
     return results
 
 

@@ -65,6 +65,7 @@ def main() -> None:
         given["run"] = given.pop("model", EMBEDDED)
     config, folder, _ = evaluate.read_options(Config, given)
     check_classification(config)
+    turns.use_device(config.device)
     config.scorers, config.batch_sizes = config.scorers or list(SCORERS), config.batch_sizes or [8, 32]
     if unknown := set(config.scorers) - set(SCORERS):
         raise InputError(f"--scorers {' '.join(unknown)}: there are {', '.join(SCORERS)}.")

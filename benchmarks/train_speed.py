@@ -37,6 +37,7 @@ from common.config import (  # noqa: E402
     CausalConfig,
     ClassificationConfig,
     DataConfig,
+    InputError,
     InstructionConfig,
     cli_errors,
     option,
@@ -87,6 +88,9 @@ def main() -> None:
     config = parse_config(Config)
     config.trainers = config.trainers or list(TRAINERS)
     config.validation_fraction = config.test_fraction = 0.0
+    if config.rows_per_update % min(config.micro_batch, config.rows_per_update):
+        raise InputError(f"--rows_per_update {config.rows_per_update}: not a multiple of --micro_batch.")
+    turns.use_device(config.device)
     if config.worker:
         turns.hand_over(measure(config))
         return
@@ -100,13 +104,13 @@ def main() -> None:
     for name in config.trainers:
         speeds = [result["examples_per_second"] for result in rounds[name]]
         ratios = [a["examples_per_second"] / b for a, b in zip(rounds[ours], speeds, strict=True)]
-        apart = max((abs(a - b) for a, b in zip(losses[ours], losses[name], strict=True)), default=0) if losses else 0
+        apart = max(abs(a - b) for a, b in zip(losses[ours], losses[name], strict=True)) if losses else None
         table.append(
             {
                 "trainer": name,
                 "examples_per_second": statistics.median(speeds),
                 "all_rounds": speeds,
-                f"ratio_of_{ours}": statistics.median(ratios) if apart <= 2e-4 else None,
+                f"ratio_of_{ours}": statistics.median(ratios) if not losses or apart <= 2e-4 else None,
                 "memory_over_the_model_mb": statistics.median(r["memory"] - base for r in rounds[name]) / 2**20,
                 "largest_loss_difference": apart,
             }
@@ -225,7 +229,7 @@ def plainlora(work: Work, folder: Path) -> tuple[list[float], list[float]]:
     own |= {"per_device_train_batch_size": config.rows_per_update, "max_steps": work.updates, "eval_strategy": "no"}
     own |= {"save_strategy": "no", "report_to": ["none"], "output_dir": str(folder / "run"), "warmup_ratio": 0.0}
     own |= {"lr_scheduler_type": "constant", "weight_decay": 0.0}
-    own |= {"mixed_precision": "no", "load_in_4bit": False} if work.checking else {}
+    own |= {"mixed_precision": "no", "load_in_4bit": False} if work.checking else {"mixed_precision": "bf16"}
     count = checkpoint.State.count
 
     def counted(self: Any, loss: float, targets: float, lengths: list[int], seconds: float) -> None:
@@ -412,7 +416,7 @@ def write(config: Config, table: list[dict[str, Any]]) -> None:
             entry["trainer"], f"{entry['examples_per_second']:.2f}",
             ", ".join(f"{value:.2f}" for value in entry["all_rounds"]),
             f"{ratio:.2f}" if ratio else "losses differ", f"{entry['memory_over_the_model_mb']:.0f}",
-            f"{entry['largest_loss_difference']:.1e}",
+            "not compared" if entry["largest_loss_difference"] is None else f"{entry['largest_loss_difference']:.1e}",
         ])  # fmt: skip
     header = ["trainer", "examples/s", "rounds", f"{first} is faster by", "MB over the model", "loss difference"]
     label = f"examples/s, {config.rows_per_update} rows per update, {kind}, {config.device}"

@@ -12,6 +12,12 @@ from typing import Any
 RESULT = "RESULT "
 
 
+def use_device(device: str) -> None:
+    """Hides the GPUs from what is started for a CPU: our scripts, and transformers' pipelines, would take one."""
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def start(name: str, **environment: Any) -> dict[str, Any]:
     """What this script hands over (`hand_over`) when it is started again with `--worker name`."""
     settings = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
@@ -58,9 +64,11 @@ def as_others(model: Any) -> Iterator[None]:
 
     switch(True, "sdpa")
     lean.undo(model)
-    yield
-    switch(False, own)
-    lean.use(model)
+    try:
+        yield
+    finally:
+        switch(False, own)
+        lean.use(model)
 
 
 def bars(names: Sequence[str], values: Sequence[float], label: str) -> Any:
