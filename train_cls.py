@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from common import rundir
 from common.config import (
+    RESUME,
     ClassificationConfig,
     DataConfig,
     InputError,
@@ -103,6 +104,7 @@ def train(config: Config, data: ClassificationData, path: str, another: bool = F
     # --- data
     shots, examples = draw_few_shot(data, config)
     validation, test = data.splits["validation"], data.splits["test"]
+    modeling.check_length(path, config, config.max_length, "--max_length")
     tokenizer = modeling.load_tokenizer(path, config)
     prompt = modeling.classification_prompt(
         tokenizer,
@@ -268,5 +270,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with cli_errors():
+    with cli_errors(RESUME):
         main()

@@ -64,7 +64,7 @@ def grouped_attention(
     weights = scores.softmax(-1)
     output = torch.bmm(weights[..., -keys:].reshape(rows * shared, -1, keys), value.reshape(rows * shared, keys, -1))
     if prefix:
-        output = output.view(rows, shared, -1, size)
+        output = output.view(rows, shared, -1, value.shape[-1])
         output = output + _all_rows(weights[..., :-keys].reshape(rows, shared, -1, prefix[1].shape[2]), prefix[1])
     return output.reshape(rows, heads, queries, -1).transpose(1, 2)
 
@@ -249,6 +249,7 @@ def resolve_shared_prefix(model: nn.Module, config: Any, encoder: bool) -> str:
         raise InputError(f"--shared_prefix on: {config.model} cannot take packs, because {reason}.")
     dropout = config.lora_dropout > 0 and not config.full_finetuning
     dropout |= any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+    dropout |= bool(getattr(model.config.get_text_config(), "attention_dropout", None))  # in no module of its own
     return "off" if reason or dropout and config.shared_prefix == "auto" else config.shared_prefix
 
 

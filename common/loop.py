@@ -25,6 +25,8 @@ def start_accelerator(config: Any, trackers: list[str]) -> Accelerator:
     `accelerate launch` gives every CPU process one thread, so threads are set here: the cores this process may use,
     divided by the processes on this machine.
     """
+    if config.mixed_precision == "fp16" and not torch.accelerator.is_available():
+        raise InputError("fp16 (--mixed_precision, or as trained) needs a GPU. Set --mixed_precision bf16 or no.")
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # without it, several CPU processes would each train alone
         mixed_precision=config.mixed_precision,

@@ -47,8 +47,11 @@ def classification_metrics(
     once = np.ones((1, len(exact)))
     values = {name: float(value[0]) for name, value in headline(once).items()}
     rng = np.random.default_rng(seed)
-    resamples = rng.multinomial(len(exact), np.full(len(exact), 1 / len(exact)), size=RESAMPLES).astype(float)
-    intervals = {name: np.percentile(value, [2.5, 97.5]).tolist() for name, value in headline(resamples).items()}
+    shares, at_once = np.full(len(exact), 1 / len(exact)), max(1, 10**7 // len(exact))  # so 80 MB, however many rows
+    sizes = [min(at_once, RESAMPLES - done) for done in range(0, RESAMPLES, at_once)]
+    parts = [headline(rng.multinomial(len(exact), shares, size=size).astype(float)) for size in sizes]
+    resampled = {name: np.concatenate([part[name] for part in parts]) for name in values}
+    intervals = {name: np.percentile(value, [2.5, 97.5]).tolist() for name, value in resampled.items()}
     tp, pred, true = hits.sum(0), found.sum(0), real.sum(0)
     per_label = {
         label: {

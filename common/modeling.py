@@ -223,6 +223,7 @@ def add_lora(model: nn.Module, config: Any, missing: list[str], head: bool) -> n
             use_rslora=config.use_rslora,
             use_dora=config.use_dora,
             init_lora_weights=LORA_INITS[config.init_lora_weights],
+            exclude_modules=_towers(model, linear) or None,
             modules_to_save=list(missing) or None,  # a copy: PEFT adds names of its own
         )
         model = peft.get_peft_model(model, lora)
@@ -232,6 +233,15 @@ def add_lora(model: nn.Module, config: Any, missing: list[str], head: bool) -> n
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return leave_casts_to_autocast(model)
+
+
+def _towers(model: nn.Module, linear: set[str]) -> list[str]:
+    """The linear layers that see pictures or sound: no text reaches them, and DDP would wait for their gradients."""
+    if not any(hasattr(model.config, f"{kind}_config") for kind in ("vision", "audio")):
+        return []
+    text = [model.get_decoder(), model.get_output_embeddings()]
+    inside = {f"{name}." for name, module in model.named_modules() if any(module is part for part in text)}
+    return sorted(name for name in linear if not f"{name}.".startswith(tuple(inside)))
 
 
 def leave_casts_to_autocast(model: nn.Module) -> nn.Module:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 CHUNK = 2**22  # logits that are held at a time: 16 MB in fp32
+CHUNK_ON_GPU = 2**26  # a GPU reads the vocabulary's matrix for each chunk, so few positions at a time would be slow
 
 
 class TokenLosses(nn.Module):
@@ -42,7 +43,7 @@ class TokenLosses(nn.Module):
             return F.cross_entropy(logits[keep // length, places].float(), targets, reduction="none")
         hidden = _body(base)(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[keep]
         head = base.get_output_embeddings()
-        size = max(1, CHUNK // head.weight.shape[0])
+        size = max(1, (CHUNK if hidden.device.type == "cpu" else CHUNK_ON_GPU) // head.weight.shape[0])
         if any(parameter.requires_grad for parameter in head.parameters()):
             parts = zip(hidden.split(size), targets.split(size), strict=True)
             return torch.cat([checkpoint(_losses, head, *part, use_reentrant=False) for part in parts])

@@ -86,6 +86,15 @@ def test_intervals_are_the_same_each_time_and_narrow_with_rows(kind):
         assert 0.4 < (narrow[1] - narrow[0]) / (high - low) < 0.6
 
 
+def test_intervals_of_many_rows_are_drawn_in_slices():
+    """1,000 resamples of 20,000 rows do not stand in memory at once, and are the same draws."""
+    gold, predicted = random_rows("single", 0, rows=20_000)
+    right = np.array([g == p for g, p in zip(gold, predicted, strict=True)], dtype=float)
+    draws = np.random.default_rng(0).multinomial(len(right), np.full(len(right), 1 / len(right)), size=1000)
+    expected = np.percentile(draws @ right / len(right), [2.5, 97.5])
+    assert classification_metrics(gold, predicted, LABELS)["intervals_95"]["accuracy"] == pytest.approx(expected)
+
+
 def test_intervals_cover_the_truth_about_95_times_in_100():
     """True accuracy 0.7, 150 rows, 150 draws: 0.95 +- 0.055 is three standard errors."""
     rng, inside = np.random.default_rng(0), 0

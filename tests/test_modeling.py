@@ -395,3 +395,19 @@ def test_task_file_keeps_every_model_option(models, tmp_path):
         assert options == {item.name: getattr(config, item.name) for item in fields(modeling.ModelConfig)}
         again = storage.load_classifier(tmp_path / family).model.model.get_base_model()
         assert again.model.layers[0].mlp.up_proj.base_layer.weight.quant_type == "fp4"
+
+
+def test_a_picture_tower_gets_no_adapter(models, tmp_path):
+    """No text reaches it: such weights would learn nothing, and DDP would wait for their gradients."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(models["gemma"])
+    tokenizer.save_pretrained(tmp_path)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = size | {"vocab_size": len(tokenizer) + 8, "num_key_value_heads": 1, "head_dim": 16}
+    config = transformers.Gemma3Config(text_config=text, vision_config=size | {"image_size": 28, "patch_size": 14})
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    classifier, options = make(tmp_path, approach="generative")
+    trained = named(classifier.model, "lora_")
+    assert len(trained) == 2 * 7 * 2 and all("language_model.layers" in name for name in trained)
+    before = probabilities(classifier)
+    step(classifier, options)
+    assert probabilities(classifier) != before

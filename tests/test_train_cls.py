@@ -13,6 +13,7 @@ from runs import fresh_accelerator  # noqa: F401
 from trained import QUANTISED, RUNS, name_of, task_options, train, trained  # noqa: F401
 
 from common import modeling, report, scoring, storage
+from common.config import InputError
 from common.files import read_rows
 from common.prompts import GENERATIVE_TEMPLATE
 
@@ -202,3 +203,14 @@ def test_trained_weights_are_finite(trained):  # noqa: F811
         assert all(t.isfinite().all() for t in weights.values())
         assert any(t.abs().sum() > 0 for name, t in weights.items() if "lora_B" in name)
         assert all(t.dtype is torch.float32 for t in weights.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--max_length", 600], "longer than the 512 positions"), (["--mixed_precision", "fp16"], "needs a GPU")],
+)
+def test_what_the_model_or_the_machine_cannot_do_is_said_at_once(models, tmp_path, monkeypatch, options, message):
+    monkeypatch.setattr(modeling, "load_base", None)
+    task = task_options("single", tmp_path / "data")
+    with pytest.raises(InputError, match=message):
+        train("--model", models["llama"], *task, *options, "--output_dir", tmp_path / "run")
