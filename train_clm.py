@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from common import rundir
 from common.config import (
+    RESUME,
     CausalConfig,
     DataConfig,
     InputError,
@@ -30,9 +31,9 @@ from common.config import (
     option,
     parse_config,
 )
-from common.corpus import Source, load_corpus, open_sources
+from common.corpus import Source, load_corpus_once, open_sources
 from common.demo_model import resolve_model
-from common.runlog import Progress, RunLog, chosen_trackers, say
+from common.runlog import RunLog, chosen_trackers, say
 from common.seeds import finish as finish_seeds
 from common.seeds import keep_others, runs_of
 
@@ -90,10 +91,7 @@ def train(config: Config, sources: dict[str, Source], path: str, another: bool =
     tokenizer = modeling.load_tokenizer(path, config)
     start = modeling.start_ids(tokenizer)
     modeling.check_length(path, config, config.block_size + len(start), "--block_size")
-    with accelerator.local_main_process_first():  # the others find the tokens in the cache
-        progress = Progress(accelerator, "tokens", sum(source.characters for source in sources.values()), "character")
-        data = load_corpus(sources, config, tokenizer, progress)
-        progress.close()
+    data = load_corpus_once(sources, config, tokenizer, accelerator)
     rows = examples = data.splits["train"]
     test = data.splits["test"]
     data_report = report.corpus_report(
@@ -261,5 +259,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with cli_errors():
+    with cli_errors(RESUME):
         main()

@@ -21,6 +21,7 @@ import numpy as np
 from common.config import InputError
 from common.demo_model import cache_folder
 from common.files import SPLITS, file_hash, iterate_rows, load_hub, reading
+from common.runlog import Progress
 
 DEMO = "pydoc_topics"  # the language reference that Python's own help() shows; it ships with every Python
 SMALLEST_PIECE, LARGEST_PIECE = 2**10, 2**16  # characters
@@ -341,6 +342,24 @@ def load_corpus(
             limit = {"train": config.max_train_samples, "validation": config.max_eval_samples}.get(split)
             report["splits"][split]["used"] = len(blocks.draw(limit, config.split_seed))
         data.splits[split] = blocks
+    return data
+
+
+def load_corpus_once(sources: dict[str, Source], config: Any, tokenizer: Any, accelerator: Any) -> CorpusData:
+    """`load_corpus`, with its progress shown: on each machine's main process first, as the others find its tokens.
+
+    A text that cannot be used is an error of every process, so that none waits for one that has ended.
+    """
+    data, failed = None, None
+    with accelerator.local_main_process_first():
+        progress = Progress(accelerator, "tokens", sum(source.characters for source in sources.values()), "character")
+        try:
+            data = load_corpus(sources, config, tokenizer, progress)
+        except InputError as error:
+            failed = error
+        progress.close()
+    if failed:
+        raise failed
     return data
 
 

@@ -299,3 +299,12 @@ def test_whole_experts_are_loaded_again(texts, tmp_path):
     run_evaluate("--run", tmp_path / "run", "--output_dir", tmp_path / "again")
     again = json.loads((tmp_path / "again" / "metrics.json").read_text())
     assert again["perplexity"] == pytest.approx(figures["perplexity"], rel=1e-6)
+
+
+def test_a_text_that_cannot_be_used_ends_two_processes_with_its_reason(models, tmp_path):
+    """No process waits at a barrier for one that has given up, and adds the failed connection to the message."""
+    (tmp_path / "rows.jsonl").write_text('{"text": "One."}\n{"text": 7', encoding="utf-8")
+    options = ["--model", str(models["llama"]), "--train_file", str(tmp_path / "rows.jsonl"), *OWN]
+    found = run_script("train_clm.py", *options, cwd=tmp_path, processes=2, timeout=120, check=False)
+    assert found.returncode and "rows.jsonl" in found.stderr
+    assert found.stderr.count("Traceback") == 1 and "ChildFailedError" in found.stderr  # torchrun's own
