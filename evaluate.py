@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from common import rundir
 from common.config import (
+    CHAT_LENGTH,
     CausalConfig,
     ClassificationConfig,
     DataConfig,
@@ -39,9 +40,10 @@ from common.config import (
     read_yaml,
 )
 from common.conversations import load_conversations
-from common.corpus import load_corpus, open_sources
+from common.corpus import load_corpus_once, open_sources
 from common.data import ClassificationData, draw_few_shot, load_classification
 from common.demo_model import EMBEDDED, resolve_model
+from common.files import SPLITS
 from common.prompts import check_prompt, read_template
 from common.runlog import Progress, say
 
@@ -67,13 +69,17 @@ class Config(ModelConfig, DataConfig, ClassificationConfig, CausalConfig, Instru
     decode: Literal["score", "generate"] | None = option(
         None, "labels: score every one (unset), or generate text greedily"
     )
-    max_new_tokens: int = option(256, "conversations: tokens of an answer at most", at_least=1)
+    max_new_tokens: int | None = option(
+        None, "conversations: tokens of an answer at most; unset: 256, or the longest reference's", at_least=1
+    )
     per_device_eval_batch_size: int = option(16, "a pass holds the tokens of so many of the longest rows", at_least=1)
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "unset: as trained; for a base model, bf16")
     num_threads: int | None = option(None, "CPU threads; unset: cores / processes on this machine", at_least=1)
     tf32: bool = option(False, "TF32 products on NVIDIA GPUs for what runs in fp32")
     output_dir: str | None = option(None, "unset: RUN/eval/<split>, or outputs/<model>/eval for a base model")
 
+
+FITTED = ("in_several_rows", "without_early_turns", "shortened", "cut_answers")  # of the data report
 
 # What a run was trained with, and a base model by --run: given here too, they must be the same.
 SETTLED = {item.name for item in fields(ModelConfig)} | {
@@ -96,6 +102,8 @@ def read_options(cls: type[Config] = Config, given: dict[str, Any] | None = None
             raise InputError(f"--model {given['model']}: evaluate.py takes the model by --run.")
         if given.get("approach") == "head":
             raise InputError(f"--approach head: {name} is a base model, whose head would be random. Drop the option.")
+        if given.get("task") == "chat":
+            given = {"max_length": str(CHAT_LENGTH), **given}
         config = from_texts(cls, {"task": "classification", **given, "model": name})
         check_options(given, config.task, name)
         return config, None, True
@@ -103,7 +111,8 @@ def read_options(cls: type[Config] = Config, given: dict[str, Any] | None = None
     task = rundir.load_task(folder)
     run = folder.parent if folder.name in ("adapter", "model") else folder
     saved = read_yaml(run / "config.yaml") if (run / "config.yaml").is_file() else {}
-    saved = {name: value for name, value in saved.items() if name not in ("output_dir", "mixed_precision")}
+    changed = {"output_dir", "mixed_precision", "chat_template"}  # the template is saved with the weights
+    saved = {name: value for name, value in saved.items() if name not in changed}
     kept = {name: task[name] for name in (*CausalConfig.settled, *InstructionConfig.settled) if name in task}
     kept = {name: value for name, value in {**task["model_options"], **kept}.items() if value is not None}
     texts = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in kept.items()}
@@ -120,6 +129,9 @@ def read_options(cls: type[Config] = Config, given: dict[str, Any] | None = None
             saved.pop(name, None)
         if given.get("split", "test") != "test":
             raise InputError("--test_file is the test split: drop --split.")
+    elif (own := f"{given.get('split', 'test')}_file") != "train_file" and own in saved:
+        for split in set(SPLITS) - {own.removesuffix("_file")}:  # nothing is cut from those files, so none is read
+            saved.pop(f"{split}_file", None)
     return from_texts(cls, {**saved, **given, "run": str(run)}), folder, "test_file" in given
 
 
@@ -160,6 +172,7 @@ def untrained(config: Config, data: ClassificationData, path: str, accelerator: 
     from common import modeling
     from common.scoring import Classifier
 
+    modeling.check_length(path, config, config.max_length, "--max_length")
     tokenizer = modeling.load_tokenizer(path, config)
     shots, _ = draw_few_shot(data, config)
     prompt = modeling.classification_prompt(
@@ -266,10 +279,7 @@ def evaluate_text(config: Config, folder: Path | None, other_rows: bool) -> None
     accelerator = loop.start_accelerator(config, [])
     tokenizer = modeling.load_tokenizer(path, config)
     start = task.get("start", modeling.start_ids(tokenizer))
-    with accelerator.local_main_process_first():
-        progress = Progress(accelerator, "tokens", sum(source.characters for source in sources.values()), "character")
-        data = load_corpus(sources, config, tokenizer, progress)
-        progress.close()
+    data = load_corpus_once(sources, config, tokenizer, accelerator)
     blocks = data.splits[config.split]
     if not len(blocks):
         raise InputError(f"There is no {config.split} text: name one with --test_file.")
@@ -343,6 +353,7 @@ def evaluate_chat(config: Config, folder: Path | None, other_rows: bool) -> None
             folder, device, config.mixed_precision, config.chat_template
         )
     else:
+        modeling.check_length(path, config, config.max_length, "--max_length")
         tokenizer = modeling.load_tokenizer(path, config)
         template = choose_template(tokenizer, config.chat_template)
         model = modeling.load_base(path, config, device=device)[0].eval()
@@ -355,7 +366,9 @@ def evaluate_chat(config: Config, folder: Path | None, other_rows: bool) -> None
     losses = row_losses(TokenLosses(model), lengths, accelerator, batch_size, collator, config.split)
     asked = [conversation.messages[:-1] for conversation in data.splits[config.split]]
     gold = [conversation.messages[-1]["content"] for conversation in data.splits[config.split]]
-    sampling = Sampling(do_sample=False, max_new_tokens=config.max_new_tokens)
+    longest = max(len(tokenizer(text)["input_ids"]) for text in gold)
+    most = config.max_new_tokens or max(256, min(longest + 1, config.max_length))
+    sampling = Sampling(do_sample=False, max_new_tokens=most)
     room = min(config.max_length, prompt_room(model, sampling) or config.max_length)
     prompts = [template.prompt(messages, room) for messages in asked]
     share = range(accelerator.process_index, len(prompts), accelerator.num_processes)
@@ -388,6 +401,8 @@ def evaluate_chat(config: Config, folder: Path | None, other_rows: bool) -> None
         say(accelerator, report.results_table(results, config.split, report.ANSWERS))
         speed = f"{metrics['examples_per_second']:.1f} examples/s"
         say(accelerator, f"\n{speed}; {weights_of(config)}; samples in {target / 'report.md'}")
+        fitted = [f"{name.replace('_', ' ')} {data.report['rows'][config.split][name]}" for name in FITTED]
+        say(accelerator, f"Rows made to fit --max_length {config.max_length}: {', '.join(fitted)}")
     loop.finish(accelerator)
 
 

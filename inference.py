@@ -142,6 +142,7 @@ def load_labeller(config: Config, folder: Path | None, path: str, accelerator: A
 
     if folder:
         return storage.load_classifier(folder, accelerator.device, config.mixed_precision)
+    modeling.check_length(path, config, config.max_length, "--max_length")
     tokenizer = modeling.load_tokenizer(path, config)
     template = read_template(config.prompt_template, "generative")
     prompt = modeling.classification_prompt(
@@ -218,7 +219,7 @@ def made_from(config: Config, folder: Path | None) -> dict[str, Any]:
     return {"input file": file_hash(config.input_file), "weights": weights, "options": options}
 
 
-def compare_folders(config: Config, folder: Path, task: dict[str, Any]) -> list[tuple[str, Path | None]]:
+def compare_folders(config: Config, task: dict[str, Any]) -> list[tuple[str, Path | None]]:
     """(name, weights folder; None for `base`) of every run of --compare.
 
     Raises InputError for runs that are not adapters of one base, or whose base cannot be had by switching them off.
@@ -356,7 +357,7 @@ def answer_texts(
 
         write_answers(*batch, lines, size, accelerator)
     elif config.compare:
-        others = compare_folders(config, folder, task)
+        others = compare_folders(config, task)
         side_by_side(writers.load_compared(writer, folder, others, config), [instruction], config)
     elif config.demo:
         voices = [("this run" if folder else "base", writer)]
@@ -379,7 +380,7 @@ def main() -> None:
             print(f"{config.output_file} has the answers to all {len(ids)} rows already.")
             return
     if config.compare:
-        compare_folders(config, folder, task)
+        compare_folders(config, task)
     if config.demo and folder:
         check_switchable(folder, config.run)
     path = resolve_model(config.model, config.revision) if folder is None else ""

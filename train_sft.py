@@ -19,6 +19,8 @@ from typing import Any, Literal
 
 from common import rundir
 from common.config import (
+    CHAT_LENGTH,
+    RESUME,
     DataConfig,
     InputError,
     InstructionConfig,
@@ -45,7 +47,7 @@ from common.seeds import keep_others, runs_of
 class Config(ModelConfig, LoraArguments, LoopConfig, DataConfig, PackConfig, InstructionConfig):
     """train_sft"""
 
-    max_length: int = option(512, "tokens of a conversation", at_least=2)
+    max_length: int = option(CHAT_LENGTH, "tokens of a conversation", at_least=2)
     num_train_epochs: float = option(3, "passes over the training rows", at_least=0)
     packing: bool = option(False, "rows of a micro-batch behind each other in one sequence, without padding")
     metric_for_best_model: Literal["eval_loss", "perplexity"] = option(
@@ -259,5 +261,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with cli_errors():
+    with cli_errors(RESUME):
         main()

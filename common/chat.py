@@ -87,7 +87,8 @@ class ChatTemplate:
     turn, a special token's name is text like any other.
     text: the template. source: where it is from, for people.
     notes: what the template does not take, by role, and how that is rendered instead; and a date that was fixed.
-    end, end_id: the token that ends an answer. stop_ids: the ids at which generation ends.
+    lead: what stands in front of every answer, behind the prompt, blanks aside. end, end_id: the token that ends an
+    answer. stop_ids: the ids at which generation ends.
     Raises InputError where the template cannot be trained with.
     """
 
@@ -97,7 +98,7 @@ class ChatTemplate:
         added = {token.content: token for token in tokenizer.added_tokens_decoder.values() if token.content.strip()}
         special = {name for name, token in added.items() if token.special} | set(tokenizer.all_special_tokens)
         self._names = _any_of(special)
-        self._answer_end, self._after, self.end = self._find_end(_any_of({*added, *special}))
+        self.lead, self._answer_end, self._after, self.end = self._find_end(_any_of({*added, *special}))
         self._names = _any_of({*special, self.end})
         self.end_id = tokenizer.convert_tokens_to_ids(self.end)
         eos = tokenizer.eos_token_id
@@ -218,8 +219,8 @@ class ChatTemplate:
 
     def _too_short(self, max_length: int, least: int) -> str:
         return (
-            f"--max_length {max_length} is too short: system turn and template alone take {least} tokens, which leaves "
-            f"no room for text. Set it to at least {least + 64}."
+            f"--max_length {max_length} is too short: all but the texts of user and tools (system turn, template, "
+            f"calls) takes {least} tokens, which leaves no room. Set it to at least {least + 64}."
         )
 
     def _pairs(self, messages: Sequence[Message]) -> list[tuple[str, str]]:
@@ -328,11 +329,12 @@ class ChatTemplate:
             return False
         return all(turn["content"] in text for turn in turns)
 
-    def _find_end(self, names: re.Pattern) -> tuple[str, str, str]:
-        """What the template puts behind an answer up to its end token, what follows then, and the token."""
+    def _find_end(self, names: re.Pattern) -> tuple[str, str, str, str]:
+        """What the template puts in front of an answer, and behind it up to its end token; what follows; the token."""
         turns = [{"role": "user", "content": "xuserx"}, {"role": "assistant", "content": "xanswerx"}]
-        text = _with_prefix(self._render(turns[:1], True), self._render(turns, False), self.source)
-        _, found, rest = text.rpartition("xanswerx")
+        prompt = self._render(turns[:1], True)
+        text = _with_prefix(prompt, self._render(turns, False), self.source)
+        before, found, rest = text.rpartition("xanswerx")
         end = names.search(rest)
         if not found or not end:
             what = "puts no special token behind an answer" if found else "leaves the answer out"
@@ -340,7 +342,7 @@ class ChatTemplate:
                 f"{self.source} {what}, so a model could not learn to stop. End the assistant's turns with "
                 "{{ eos_token }}, or give another --chat_template."
             )
-        return rest[: end.end()], rest[end.end() :], end[0]
+        return before[len(prompt) :].strip(), rest[: end.end()], rest[end.end() :], end[0]
 
     def _pin_date(self, text: str) -> str:
         """The template with a fixed day where it would write today's: a prompt must not change over night."""
@@ -404,7 +406,7 @@ def chat_rows(
             data.report["rows"][split] |= {
                 "rendered": len(rows),
                 "in_several_rows": sum(len(rows) > 1 for rows in rendered),
-                "dropped_turns": sum(row.dropped_turns for row in rows),
+                "without_early_turns": sum(row.dropped_turns > 0 for row in rows),
                 "shortened": sum(row.shortened for row in rows),
                 "cut_answers": sum(row.cut for row in rows),
                 "tokens": sum(row.length for row in rows),

@@ -19,6 +19,8 @@ import yaml
 
 T = TypeVar("T")
 MAX_SEED = 2**32 - 1  # numpy's
+CHAT_LENGTH = 512  # tokens of a conversation, unless --max_length says otherwise
+RESUME = "`--resume_from_checkpoint latest` with the same options goes on from the last complete checkpoint."
 
 
 class InputError(Exception):
@@ -26,8 +28,11 @@ class InputError(Exception):
 
 
 @contextmanager
-def cli_errors() -> Iterator[None]:
-    """Ends the program as a user expects: one paragraph; exit code 2 for bad input, 130 for Ctrl-C."""
+def cli_errors(goes_on: str = "") -> Iterator[None]:
+    """Ends the program as a user expects: one paragraph; exit code 2 for bad input, 130 for Ctrl-C.
+
+    goes_on: how what was stopped half-way is gone on with.
+    """
     try:
         yield
     except InputError as error:
@@ -37,18 +42,11 @@ def cli_errors() -> Iterator[None]:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print(
-            "\nStopped by Ctrl-C. What had been saved stays; `--resume_from_checkpoint latest` with the same options "
-            "goes on from the last checkpoint.",
-            file=sys.stderr,
-        )
+        print(f"\nStopped by Ctrl-C. What had been saved stays. {goes_on}", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            reason = (
-                f"no space left on the disk while writing {error.filename or 'a file'}. The last complete checkpoint "
-                "is intact: free some space, then `--resume_from_checkpoint latest` with the same options."
-            )
+            reason = f"no space left on the disk while writing {error.filename or 'a file'}. Free some. {goes_on}"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             reason = f"{error.filename}: {error.strerror}. Choose a place that you may read and write."
         else:
@@ -160,7 +158,7 @@ class DataConfig:
     test_file: str | None = option(None, "unset: cut from the training rows")
     dataset_name: str | None = option(None, "hub data set, or a local folder of one")
     dataset_config: str | None = option(None, "configuration of the hub data set")
-    max_train_samples: int | None = option(None, "use so many training rows, drawn stratified", at_least=1)
+    max_train_samples: int | None = option(None, "use so many training rows, drawn by --split_seed", at_least=1)
     max_eval_samples: int | None = option(None, "use so many validation rows; the test split stays whole", at_least=1)
     validation_fraction: float = option(0.1, "share cut for validation where no file is given", at_least=0)
     test_fraction: float = option(0.1, "share cut for test where no file is given", at_least=0)

@@ -148,7 +148,7 @@ def read_question(row: dict, where: str, renamed: dict[str, str], system_prompt:
     if name in ("messages", "conversations") or isinstance(row[name], list):
         turns = _listed(row[name], f"{where}, column {name!r}")
     else:
-        asked = ["input"] if name == "instruction" and "response" not in row else []
+        asked = ["input"] if name == "instruction" else []
         parts = [_text(row.get(column), f"{where}, column {column!r}") for column in (name, *asked)]
         turns = [{"role": "user", "content": "\n\n".join(part for part in parts if part.strip())}]
     _add_system(turns, row, where)
@@ -193,9 +193,8 @@ def _turns(row: dict, shape: str, where: str) -> list[Message]:
         turns = [turn for name in SHAPES[shape] for turn in _listed(row[name], f"{where}, column {name!r}")]
     else:
         question, answer = SHAPES[shape][:2]
-        asked = [_text(row.get(name), f"{where}, column {name!r}") for name in (question, "input")]
-        if shape != "Alpaca":
-            asked = asked[:1]
+        names = [question, "input"] if question == "instruction" else [question]
+        asked = [_text(row.get(name), f"{where}, column {name!r}") for name in names]
         answered = _text(row[answer], f"{where}, column {answer!r}")
         if not any(part.strip() for part in asked):
             raise InputError(f"{where}, column {question!r}: there is no instruction. Fill it in or delete the row.")
@@ -234,7 +233,8 @@ def _listed(cell: Any, where: str) -> list[Message]:
         if given not in ROLES:
             raise InputError(f"{place}: the role {given!r} is unknown; use one of {', '.join(ROLES)}.")
         role, content = ROLES[given], _text(turn.get(text_key), place)
-        calls = [json.dumps(call.get("function", call), ensure_ascii=False) for call in turn.get("tool_calls") or ()]
+        _check_fields(turn, place)
+        calls = _calls(turn.get("tool_calls"), place)
         content = "\n".join([content] * bool(content.strip()) + calls) if calls else content
         if not content.strip() and role != "system":
             missing = "the answer" if role == "assistant" else "the turn"
@@ -244,6 +244,29 @@ def _listed(cell: Any, where: str) -> list[Message]:
         else:
             turns.append({"role": role, "content": content})
     return turns
+
+
+def _check_fields(turn: dict, where: str) -> None:
+    """Refuses what another trainer would honour and this one does not."""
+    for name in ("reasoning_content", "reasoning", "thinking"):
+        if not _empty(turn.get(name)):
+            raise InputError(f"{where}: {name!r} is not read. Write it into the turn's text, or delete it.")
+    if turn.get("weight") == 0 or turn.get("train") is False:
+        raise InputError(f"{where}: a turn cannot be left out of training alone. Delete its 'weight' or 'train'.")
+
+
+def _calls(cell: Any, where: str) -> list[str]:
+    """The calls of functions in a turn, each as JSON."""
+    if isinstance(cell, str) and cell.strip():
+        try:
+            cell = json.loads(cell)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{where}: 'tool_calls' is not valid JSON ({error.msg}). Correct it.") from None
+    if _empty(cell) or isinstance(cell, str):
+        return []
+    if not isinstance(cell, list) or not all(isinstance(call, dict) for call in cell):
+        raise InputError(f"{where}: 'tool_calls' is not a list of calls. Correct it.")
+    return [json.dumps(call.get("function", call), ensure_ascii=False) for call in cell]
 
 
 def _check_turns(turns: list[Message], where: str) -> None:
@@ -279,7 +302,7 @@ def _text(cell: Any, where: str) -> str:
         return "".join(part["text"] for part in cell)  # OpenAI's parts
     if isinstance(cell, list | dict):
         raise InputError(f"{where}: expected a text, not {json.dumps(cell, default=str)[:60]}. Only text can be read.")
-    return "" if _empty(cell) else str(cell)
+    return "" if _empty(cell) else str(cell).encode("utf-8", "replace").decode()  # half a surrogate pair, from JSON
 
 
 def _draw(rows: Sequence[Any], count: int, seed: int) -> list[int]:

@@ -35,16 +35,26 @@ class Generated:
     stopped: bool
 
 
+def end_ids(model: nn.Module, template: ChatTemplate | None) -> list[int]:
+    """The tokens that end an answer: those of the template, and those that the model's generation_config names."""
+    own = model.generation_config.eos_token_id
+    own = own if isinstance(own, list) else [] if own is None else [own]
+    return list(dict.fromkeys([*(template.stop_ids if template else ()), *own]))
+
+
 class Ending:
     """Where an answer ends. template: None for running text, which ends at the tokenizer's end token.
 
+    own: further tokens that the model ends at. lead: what the template writes in front of every answer, though it
+    asks without it (Qwen3's empty thinking); it is no part of the answer's text.
     stop_ids: the tokens that end an answer. turn_ids and turn_texts: what turns begin with by the template, as a
     special token where it has one and as text otherwise (a line break in front, if it has one); a model that goes on
     with a turn of the user has said what it had to.
     """
 
-    def __init__(self, tokenizer: Any, template: ChatTemplate | None) -> None:
+    def __init__(self, tokenizer: Any, template: ChatTemplate | None, own: Sequence[int] = ()) -> None:
         self.tokenizer, self.strip = tokenizer, template is not None
+        self.lead = template.lead if template else ""
         self.turn_ids: list[int] = []
         self.turn_texts: list[str] = []
         if template is None:
@@ -53,6 +63,7 @@ class Ending:
             self.stop_ids = list(template.stop_ids)
             for opening in _openings(template):
                 self._add(opening.replace(template.end, ""))
+        self.stop_ids = list(dict.fromkeys([*self.stop_ids, *own]))
         # As many tokens as may spell a turn's beginning, of a byte each.
         self._window = max((len(text.encode()) for text in self.turn_texts), default=0) + 2
 
@@ -81,6 +92,10 @@ class Ending:
     def text(self, ids: Sequence[int], ended: bool = True) -> str:
         """The text of an answer; of one that has not ended, only what will stay whatever follows."""
         text = self._decode([token for token in ids if token not in self.stop_ids])  # not all are marked as special
+        if self.lead and text.lstrip().startswith(self.lead):
+            text = text.lstrip().removeprefix(self.lead)
+        elif self.lead and not ended and self.lead.startswith(text.lstrip()):
+            return ""
         cut = self._cut(text)
         if cut is not None:
             text = text[:cut]
@@ -168,7 +183,7 @@ def answer_prompts(
     """
     model.eval()  # in training mode, gradient checkpointing would drop the keys and values, and change the text
     torch.manual_seed(sampling.seed)
-    ending = Ending(tokenizer, template)
+    ending = Ending(tokenizer, template, end_ids(model, template))
     settings = generation_settings(model, sampling, ending, tokenizer.pad_token_id)
     total = positions(model)
     answers: list[Generated | None] = [None] * len(prompts)
@@ -200,7 +215,7 @@ def stream(
     that a question asked again is drawn anew.
     """
     model.eval()
-    ending = Ending(tokenizer, template)
+    ending = Ending(tokenizer, template, end_ids(model, template))
     settings = generation_settings(model, sampling, ending, tokenizer.pad_token_id)
     precision = _precision(model, device)  # autocast belongs to a thread: as it is in the caller's
     pieces: queue.Queue[str | BaseException | None] = queue.Queue()

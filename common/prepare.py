@@ -27,10 +27,17 @@ from common.data import Example, stratified_sample
 from common.files import SPLITS
 
 HELD_OUT = 0.1  # share of the training rows that becomes validation, and test, where the source has none
+
+
+def number_or_all(text: str) -> int | None:
+    """--max_rows: None stands for all."""
+    return None if text == "all" else int(text)
+
+
 OPTIONS = {  # what the builders' parameters are
     "source": (str, "hub id, or local folder of a copy"),
     "top": (int, "keep the rows of this many most frequent labels; 0: of all"),
-    "max_rows": (int, "keep at most this many of those rows, over all splits, drawn stratified; None: all"),
+    "max_rows": (number_or_all, "keep at most this many of those rows, over all splits, drawn stratified; or all"),
     "seed": (int, "of the sample and of the split"),
     "config": (str, "configuration of the source"),
     "category_column": (str, "column of the categories; None: seen from the names"),

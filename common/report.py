@@ -98,7 +98,7 @@ def data_report(report: dict[str, Any], example: str) -> str:
         "read": "read", "dropped_empty_text": "dropped: no text", "few_shot": "in the prompt",
         "dropped_unanswered": "turns dropped: no answer", "with_tools": "with tools, in the system turn",
         "used": "used", "answers": "answers", "in_several_rows": "too long for one row",
-        "dropped_turns": "early turns left out", "shortened": "shortened", "cut_answers": "answers cut",
+        "without_early_turns": "rows without early turns", "shortened": "shortened", "cut_answers": "answers cut",
         "duplicates": "duplicate texts", "also_in_train": "also in train",
     }  # fmt: skip
     columns = {key: name for key, name in columns.items() if any(key in entry for entry in report["rows"].values())}

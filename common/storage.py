@@ -14,6 +14,7 @@ from torch import nn
 from common.chat import ChatTemplate, choose_template
 from common.config import InputError, ModelConfig
 from common.demo_model import resolve_model
+from common.generation import end_ids
 from common.modeling import (
     HeadClassifier,
     classification_prompt,
@@ -170,7 +171,10 @@ def save_chat_model(folder: Path, model: nn.Module, tokenizer: Any, template: Ch
     use = f"Answers as in a conversation:\n\n{asked}\n\nTalk to it:\n\n    python inference.py --run THIS_FOLDER"
     save_trained(folder, model, tokenizer, task, use, config)
     generation = copy.deepcopy(model.generation_config)
-    generation.eos_token_id = template.stop_ids
+    generation.eos_token_id = end_ids(model, template)
+    if not generation.do_sample:  # transformers saves no settings of a draw beside greedy search; some models ship them
+        for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"):
+            setattr(generation, name, None)
     generation.save_pretrained(folder)
 
 
@@ -196,7 +200,7 @@ def load_chat_model(
             template = other
     model = load_model(folder, options, device).eval()
     model.generation_config = transformers.GenerationConfig.from_pretrained(str(folder))
-    model.generation_config.eos_token_id = template.stop_ids
+    model.generation_config.eos_token_id = end_ids(model, template)
     return model, tokenizer, template
 
 

@@ -53,7 +53,7 @@ class Writer:
         """The pieces of one answer."""
         ids, shortened = self.ids(asked, sampling)
         if shortened:
-            print("(the beginning is left out, for the answer to fit)", file=sys.stderr)
+            print("(not all of what was said is shown to the model, for the answer to fit)", file=sys.stderr)
         with self.switched():
             yield from generation.stream(self.model, self.tokenizer, self.template, ids, sampling, self.device)
 

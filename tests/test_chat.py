@@ -421,7 +421,7 @@ def test_chat_drops_as_few_turns_as_it_must(templates):
     with pytest.raises(InputError, match="--max_length 10 is too short"):
         template.prompt(asked, 10)
     data = ChatData({"train": [], "test": [Conversation("7", asked)]}, {"train": {"name": "t.csv"}}, {"rows": {}})
-    with pytest.raises(InputError, match="^t.csv, the row with id 7: --max_length 10 is too short: system turn and"):
+    with pytest.raises(InputError, match="^t.csv, the row with id 7: --max_length 10 is too short: all but the texts"):
         chat_rows(data, template, 10)
 
 
@@ -466,7 +466,7 @@ def test_a_system_turn_is_never_cut(templates):
     turns = [("system", "Be brief " * 30), USER, HELLO]
     with pytest.raises(InputError) as caught:
         rows(templates["bytes", "chatml"], *turns, max_length=40)
-    assert "the row with id 7: --max_length 40 is too short: system turn and template alone take" in str(caught.value)
+    assert "the row with id 7: --max_length 40 is too short: all but the texts of user and tools" in str(caught.value)
     wanted = int(str(caught.value).split("at least ")[1].rstrip("."))
     assert not rows(templates["bytes", "chatml"], *turns, max_length=wanted)[0].cut
 
@@ -495,7 +495,7 @@ def test_the_report_counts_what_gave_way(templates):
     assert {name: entry[name] for name in ("in_several_rows", "shortened", "cut_answers")} == dict.fromkeys(
         ("in_several_rows", "shortened", "cut_answers"), 1
     )
-    assert entry["rendered"] == len(found["train"]) > 4 and entry["dropped_turns"] > 0
+    assert entry["rendered"] == len(found["train"]) > 4 and entry["without_early_turns"] > 0
     assert entry["tokens"] == sum(row.length for row in found["train"]) > entry["trained_tokens"]
     assert [row.id for row in found["test"]] == ["0"] and found["validation"] == []
     assert data.report["chat_template"] == {
@@ -511,7 +511,7 @@ def test_the_report_counts_what_gave_way(templates):
         "    [[Hello<end_of_turn>]]",
     ):
         assert line in shown.splitlines()
-    assert "early turns left out" in shown and "label" not in shown
+    assert "rows without early turns" in shown and "label" not in shown
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -522,7 +522,7 @@ def test_the_demo_renders_with_every_template(templates, family):
     found = chat_rows(data, template, 4000)
     for split, rows in found.items():
         entry = data.report["rows"][split]
-        assert not entry["cut_answers"] and not entry["shortened"] and not entry["dropped_turns"]
+        assert not entry["cut_answers"] and not entry["shortened"] and not entry["without_early_turns"]
         ends = sum(token == template.end_id for row in rows for token, on in zip(row.ids, row.mask, strict=True) if on)
         assert ends == entry["answers"]
         assert entry["rendered"] == (entry["answers"] if family == "qwen3" else entry["used"])

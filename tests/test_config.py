@@ -297,13 +297,13 @@ def test_an_own_option_works_from_both_sides(tmp_path):
     ("error", "code", "message"),
     [
         (InputError("Do this."), 2, "error: Do this."),
-        (KeyboardInterrupt(), 130, "--resume_from_checkpoint latest"),
+        (KeyboardInterrupt(), 130, "Stopped by Ctrl-C. What had been saved stays. Go on with --this."),
         (OSError(errno.ENOSPC, "No space left on device", "x.bin"), 2, "no space left on the disk while writing x.bin"),
         (PermissionError(errno.EACCES, "Permission denied", "x.bin"), 2, "x.bin: Permission denied"),
     ],
 )
 def test_expected_errors_end_without_a_traceback(capsys, error, code, message):
-    with pytest.raises(SystemExit) as stop, cli_errors():
+    with pytest.raises(SystemExit) as stop, cli_errors("Go on with --this."):
         raise error
     assert stop.value.code == code
     assert message in capsys.readouterr().err

@@ -60,6 +60,7 @@ PAIR = {"instruction": "Hi", "response": "Hello"}
     ("shape", "row", "expected"),
     [
         ("instruction + response", PAIR, ASKED),
+        ("instruction + response", {**PAIR, "input": "1 2"}, [("user", "Hi\n\n1 2"), ASKED[1]]),
         ("Bitext", {**PAIR, "category": "ORDER", "intent": "cancel"}, ASKED),
         ("Alpaca", {"instruction": "Hi", "output": "Hello"}, ASKED),
         ("Alpaca", {"instruction": "Hi", "input": "", "output": "Hello"}, ASKED),
@@ -98,6 +99,26 @@ def test_openai_tool_calls_are_answers(tmp_path):
     messages += said(("tool", "1"), ("assistant", "One"))
     data = load(tmp_path, [{"messages": messages}])
     assert turns(data)[1] == ("assistant", '{"name": "f", "arguments": "{}"}')
+    messages[1]["tool_calls"] = json.dumps([call])  # as a cell of a table
+    assert turns(load(tmp_path, [{"messages": messages}])) == turns(data)
+    messages[1]["tool_calls"] = "["
+    assert "data row 1, column 'messages', turn 2: 'tool_calls' is not valid" in problem(
+        tmp_path, [{"messages": messages}]
+    )
+
+
+def test_half_a_surrogate_pair_is_no_text(tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"instruction": "Hi \\ud83d", "response": "Hello"}\n')
+    config = Config(train_file=str(tmp_path / "t.jsonl"), validation_fraction=0.0, test_fraction=0.0)
+    assert turns(load_conversations(config)) == [("user", "Hi ?"), ASKED[1]]
+
+
+@pytest.mark.parametrize("field", [{"reasoning_content": "..."}, {"thinking": "..."}, {"weight": 0}, {"train": False}])
+def test_what_a_turn_asks_for_and_does_not_get_is_said(tmp_path, field):
+    messages = said(*ASKED)
+    messages[1] |= field
+    found = problem(tmp_path, [{"messages": messages}])
+    assert "data row 1, column 'messages', turn 2: " in found and repr(next(iter(field))) in found
 
 
 def test_every_row_has_its_own_shape(tmp_path):

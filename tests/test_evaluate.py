@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from conftest import FAMILIES, ROOT, run_script, toy_options, toy_rows, write_csv
 from runs import fresh_accelerator, timeless  # noqa: F401
 from trained import COMBINATIONS, QUANTISED, RUNS, multi_rows, name_of, run_evaluate, task_options, train, trained  # noqa: F401
 
 import evaluate
 from common import storage
-from common.config import InputError
+from common.config import InputError, read_yaml
 
 
 def figures(folder: Path) -> dict:
@@ -126,6 +127,19 @@ def test_other_split_of_the_run(trained, family, tmp_path):  # noqa: F811
     assert figures(run / "eval" / "validation")["rows"] == 6 and "| validation split |" in report
     with pytest.raises(InputError, match="--test_file is the test split"):
         run_evaluate("--run", run, "--split", "validation", "--test_file", tmp_path / "x.csv")
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_a_split_with_its_own_file_needs_no_other(trained, split, tmp_path):  # noqa: F811
+    """Training rows may be gone, or large: nothing of theirs is in the figures."""
+    run = copy_of(trained("llama", "generative", "single"), tmp_path / "run")
+    options = read_yaml(run / "config.yaml")
+    options |= {f"{other}_file": str(tmp_path / "gone.csv") for other in {"train", "validation", "test"} - {split}}
+    (run / "config.yaml").write_text(yaml.safe_dump(options), encoding="utf-8")
+    run_evaluate("--run", run, "--split", split, "--output_dir", tmp_path / "again")
+    assert figures(tmp_path / "again")["rows"] == {"validation": 6, "test": 15}[split]
+    with pytest.raises(InputError, match=r"gone\.csv"):
+        run_evaluate("--run", run, "--split", "train")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

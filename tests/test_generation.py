@@ -15,6 +15,7 @@ from test_chat import FOLDER, build
 from common import generation, modeling
 from common.chat import ChatTemplate, choose_template
 from common.config import InputError, Sampling, check_sampling
+from common.conversations import Conversation
 from common.generation import Ending, answer_prompts, generation_settings, prompt_room, stream
 
 QUESTIONS = ["goal", "atom laser quark?", "violin " * 9, "team coach league striker " * 3, "a", "tempo 12", "x " * 30,
@@ -33,8 +34,12 @@ def loaded(models) -> dict:
     return result
 
 
+def ask(question: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}]
+
+
 def prompts_of(template: ChatTemplate) -> list[list[int]]:
-    return [template.prompt([{"role": "user", "content": question}]).ids for question in QUESTIONS]
+    return [template.prompt(ask(question)).ids for question in QUESTIONS]
 
 
 @contextlib.contextmanager
@@ -151,6 +156,32 @@ def test_a_turn_begins_with_a_special_token(name):
         assert ending.turn_texts == ["[INST]", "[/INST]"] and not ending.turn_ids
     else:
         assert set(ending.turn_ids) == {tokenizer.convert_tokens_to_ids(begins)} and not ending.turn_texts
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_what_the_template_writes_in_front_of_an_answer_is_no_part_of_it(name):
+    """Qwen3's asks without the empty thinking that stands in front of every answer it renders, so models write it."""
+    tokenizer = build("bytes", name)
+    template = ChatTemplate(tokenizer, (FOLDER / f"{name}.jinja").read_text(), name)
+    assert template.lead == ("<think>\n\n</think>" if name == "qwen3" else "")
+    ending = Ending(tokenizer, template)
+    row = template.rows(Conversation("0", [*ask("Hi"), {"role": "assistant", "content": "Hello"}]), 99)[0]
+    answer = [token for token, on in zip(row.ids, row.mask, strict=True) if on]
+    assert ending.text(answer) == "Hello"
+    shown = [ending.text(answer[:n], ended=False) for n in range(1, len(answer))]
+    assert all("Hello".startswith(text) for text in shown) and shown == sorted(shown, key=len)
+
+
+def test_the_models_own_end_tokens_end_an_answer(loaded, monkeypatch):
+    """Those of its generation_config, beside those of the template."""
+    model, tokenizer, template = loaded["llama"]
+    other = tokenizer("goal", add_special_tokens=False)["input_ids"][0]
+    assert other not in template.stop_ids
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [tokenizer.eos_token_id, other])
+    script = [*tokenizer("team coach", add_special_tokens=False)["input_ids"], other, other + 1]
+    with saying(model, [script]):
+        answer = answer_prompts(model, tokenizer, template, prompts_of(template)[:1], GREEDY, 1, "cpu")[0]
+    assert answer.stopped and answer.ids == script[:-1] and "team coach" in answer.text
 
 
 CASES = [  # template, what the model says, what is shown

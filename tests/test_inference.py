@@ -421,7 +421,7 @@ def test_a_run_trained_again_is_another_source(tmp_path):
 
 SHAPES = [
     ({"instruction": "Hi"}, ["user: Hi"]),
-    ({"instruction": "Hi", "response": "Ho", "input": "not asked"}, ["user: Hi"]),
+    ({"instruction": "Hi", "response": "Ho", "input": "There"}, ["user: Hi\n\nThere"]),
     ({"instruction": "Hi", "input": "you", "output": "Ho", "system": "S"}, ["system: S", "user: Hi\n\nyou"]),
     ({"prompt": "Hi", "completion": "Ho"}, ["user: Hi"]),
     ({"prompt": [{"role": "user", "content": "Hi"}], "completion": []}, ["user: Hi"]),
