@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import FAMILIES, toy_options, toy_rows, write_csv
-from runs import fresh_accelerator  # noqa: F401
+from runs import assert_same_updates, fresh_accelerator  # noqa: F401
 from trained import QUANTISED, RUNS, name_of, task_options, train, trained  # noqa: F401
 
 from common import modeling, report, scoring, storage
@@ -214,3 +214,14 @@ def test_what_the_model_or_the_machine_cannot_do_is_said_at_once(models, tmp_pat
     task = task_options("single", tmp_path / "data")
     with pytest.raises(InputError, match=message):
         train("--model", models["llama"], *task, *options, "--output_dir", tmp_path / "run")
+
+
+def test_a_compiled_model_makes_the_same_updates(models, tmp_path, monkeypatch):
+    """With packs, by torch.compile's graphs; without its code generator, which takes minutes."""
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compiled(self, backend="aot_eager", **how))
+    task = ["--model", models["llama"], *task_options("single", tmp_path / "data"), "--shared_prefix", "on"]
+    for way in ("false", "true"):
+        train(*task, "--max_steps", 3, "--torch_compile", way, "--output_dir", tmp_path / way)
+    torch.compiler.reset()
+    assert_same_updates(tmp_path / "false", tmp_path / "true")
