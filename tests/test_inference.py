@@ -626,6 +626,8 @@ def test_a_session_in_a_terminal(talker, tmp_path):
     terminal.line("/lod x", "error: there is no command /lod. Did you mean /load?")
     terminal.line("/help", "/persona NAME", "Ctrl-C stops an answer")
     terminal.child.send("half a li")
+    terminal.child.expect_exact("half a li")
+    time.sleep(0.2)  # a signal while readline is at a character waits for the next key
     terminal.interrupt()
     terminal.until_prompt("(dropped; Ctrl-D or /quit ends)")
     terminal.child.send("goal taem\x08\x08\x08eam\r")  # corrected while it is typed
