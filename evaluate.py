@@ -123,14 +123,15 @@ def read_options(cls: type[Config] = Config, given: dict[str, Any] | None = None
     for name in sorted(SETTLED & given.keys()):
         if given[name] != saved.get(name):
             raise InputError(f"--{name} was settled when {run} was trained: drop it.")
+    chosen = given.get("split", "test")
     if "test_file" in given:
         text = given["test_file"].lower().endswith(".txt")
         for name in ("train_file", "validation_file", "dataset_name", "dataset_config", *["text_fields"] * text):
             saved.pop(name, None)
-        if given.get("split", "test") != "test":
+        if chosen != "test":
             raise InputError("--test_file is the test split: drop --split.")
-    elif (own := f"{given.get('split', 'test')}_file") != "train_file" and own in saved:
-        for split in set(SPLITS) - {own.removesuffix("_file")}:  # nothing is cut from those files, so none is read
+    elif chosen != "train" and f"{chosen}_file" in saved:
+        for split in set(SPLITS) - {chosen}:  # nothing of it is cut from those files, so none is read
             saved.pop(f"{split}_file", None)
     return from_texts(cls, {**saved, **given, "run": str(run)}), folder, "test_file" in given
 
@@ -338,7 +339,7 @@ def evaluate_chat(config: Config, folder: Path | None, other_rows: bool) -> None
 
     from common import collate, loop, modeling, report, storage
     from common.chat import chat_rows, choose_template
-    from common.generation import answer_prompts, prompt_room
+    from common.generation import NEW_TOKENS, answer_prompts, prompt_room
     from common.metrics import perplexity_metrics, text_overlap
     from common.perplexity import UNTRAINED, row_losses
     from common.token_losses import TokenLosses
@@ -366,8 +367,8 @@ def evaluate_chat(config: Config, folder: Path | None, other_rows: bool) -> None
     losses = row_losses(TokenLosses(model), lengths, accelerator, batch_size, collator, config.split)
     asked = [conversation.messages[:-1] for conversation in data.splits[config.split]]
     gold = [conversation.messages[-1]["content"] for conversation in data.splits[config.split]]
-    longest = max(len(tokenizer(text)["input_ids"]) for text in gold)
-    most = config.max_new_tokens or max(256, min(longest + 1, config.max_length))
+    references = map(len, tokenizer(gold)["input_ids"])
+    most = config.max_new_tokens or max(NEW_TOKENS, min(max(references) + 1, config.max_length))
     sampling = Sampling(do_sample=False, max_new_tokens=most)
     room = min(config.max_length, prompt_room(model, sampling) or config.max_length)
     prompts = [template.prompt(messages, room) for messages in asked]

@@ -42,7 +42,7 @@ def cli_errors(goes_on: str = "") -> Iterator[None]:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print(f"\nStopped by Ctrl-C. What had been saved stays. {goes_on}", file=sys.stderr)
+        print(f"\nStopped by Ctrl-C. What had been saved stays. {goes_on}".rstrip(), file=sys.stderr)
         sys.exit(130)
     except OSError as error:
         if error.errno == errno.ENOSPC:

@@ -218,11 +218,7 @@ def _add_system(turns: list[Message], row: dict, where: str) -> None:
 
 def _listed(cell: Any, where: str) -> list[Message]:
     """The turns in a cell: a list of {role, content} or {from, value}, or such a list as JSON text (in CSV)."""
-    if isinstance(cell, str):
-        try:
-            cell = json.loads(cell)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where}: not a list of turns, and not valid JSON ({error.msg}). Correct it.") from None
+    cell = _from_json(cell, f"{where}: not a list of turns, and not valid JSON")
     if not isinstance(cell, list) or not all(isinstance(turn, dict) for turn in cell):
         raise InputError(f'{where}: expected a list of turns, such as [{{"role": "user", "content": "..."}}, ...].')
     turns: list[Message] = []
@@ -257,12 +253,8 @@ def _check_fields(turn: dict, where: str) -> None:
 
 def _calls(cell: Any, where: str) -> list[str]:
     """The calls of functions in a turn, each as JSON."""
-    if isinstance(cell, str) and cell.strip():
-        try:
-            cell = json.loads(cell)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where}: 'tool_calls' is not valid JSON ({error.msg}). Correct it.") from None
-    if _empty(cell) or isinstance(cell, str):
+    cell = _from_json(cell, f"{where}: 'tool_calls' is not valid JSON")
+    if _empty(cell):
         return []
     if not isinstance(cell, list) or not all(isinstance(call, dict) for call in cell):
         raise InputError(f"{where}: 'tool_calls' is not a list of calls. Correct it.")
@@ -285,12 +277,16 @@ def _check_turns(turns: list[Message], where: str) -> None:
 
 def _tools(cell: Any, where: str) -> str:
     """The functions that a conversation may call, for its system turn: without them a call would be made up."""
-    if isinstance(cell, str):
-        try:
-            cell = json.loads(cell) if cell.strip() else None
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where}, column 'tools': not valid JSON ({error.msg}). Correct the cell.") from None
+    cell = _from_json(cell, f"{where}, column 'tools': not valid JSON")
     return "" if _empty(cell) else TOOLS.format(tools=json.dumps(cell, ensure_ascii=False))
+
+
+def _from_json(cell: Any, problem: str) -> Any:
+    """What the text in a cell says, as tables have it; what is no text as it is, and blank text as None."""
+    try:
+        return (json.loads(cell) if cell.strip() else None) if isinstance(cell, str) else cell
+    except json.JSONDecodeError as error:
+        raise InputError(f"{problem} ({error.msg}). Correct it.") from None
 
 
 def _empty(cell: Any) -> bool:

@@ -62,7 +62,7 @@ def run(job):
     if job["signal"]:
         signal_at(*job["signal"])
     sys.argv = ["train_cls.py", *job["options"]]
-    with cli_errors():
+    with cli_errors(train_cls.RESUME):
         train_cls.main()
 
 gc.freeze()
@@ -177,7 +177,7 @@ def test_a_kill_while_writing_costs_nothing_good(killed, family):
 def test_ctrl_c_ends_with_a_message(killed):
     status, entries, output = killed["Ctrl-C"]
     assert status == 130 and entries == ["step_2"]
-    assert "Stopped by Ctrl-C" in output and "Traceback" not in output
+    assert "Stopped by Ctrl-C" in output and "--resume_from_checkpoint latest" in output and "Traceback" not in output
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -398,7 +398,7 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *given: object) -> int:
     """The exit code of `python train_cls.py`, in this process."""
     monkeypatch.setattr(sys, "argv", ["train_cls.py", *PLAIN, *map(str, given)])
     try:
-        with cli_errors():
+        with cli_errors(train_cls.RESUME):
             train_cls.main()
     except SystemExit as error:
         return error.code
@@ -484,6 +484,7 @@ def test_a_full_disk_is_named(options, tmp_path, monkeypatch, capsys, family, er
     assert run_main(monkeypatch, *options[family], *SAVED, "--output_dir", tmp_path) == 2
     message = capsys.readouterr().err
     assert "error: no space left on the disk while writing" in message and "Traceback" not in message
+    assert "--resume_from_checkpoint latest" in message
     assert [folder.name for folder in rundir.list_checkpoints(tmp_path)] == ["step_1"]
 
 
