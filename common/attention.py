@@ -9,15 +9,18 @@ below each other, padded on the right, as int32 [rows, 1, 1, longest row]: 1 whe
 
 On CPUs torch's fused kernel multiplies bf16 at a fraction of the speed of a plain product, and transformers copies keys
 and values of grouped-query attention once a query head. `grouped_attention` stacks the query heads of a group as
-further rows of two batched products instead. It holds the scores, so long sequences stay with torch's kernel.
+further rows of two batched products instead, of so many rows or queries at a time as a cache holds the scores of. Long
+sequences stay with torch's kernel.
 """
 
+import functools
 import logging
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -28,6 +31,7 @@ from common.config import InputError
 NAME = "plainlora"
 ALONE = "plainlora_alone"  # of models that take no packs
 MAX_SCORES = 2**24  # rows x heads x queries x keys: 32 MB a layer
+SCORES_AT_ONCE = 2**20  # what a core's cache holds
 
 # torch 2.13 warns every program that makes a nested tensor of a change that does not concern it.
 logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
@@ -48,31 +52,53 @@ def grouped_attention(
     Keys are centred first: a shift of all keys shifts all scores of a query alike, which the softmax does not see, and
     scores that a bias of the keys has made large would lose their digits in bf16.
     """
-    rows, heads, queries, size = query.shape
-    shared, keys = key.shape[1], key.shape[2]
+    rows, heads, queries, _ = query.shape
+    keys, length = key.shape[2], prefix[0].shape[2] if prefix else 0
     if mask is None:
         mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+        some = -(-SCORES_AT_ONCE // (heads * keys))
+        if queries > some:  # a long row: what its first queries do not see is not computed
+            parts = []
+            for start in range(0, queries, some):
+                part, seen = slice(start, start + some), keys - queries + start + some
+                tensors = query[:, :, part], key[:, :, :seen], value[:, :, :seen], mask[part, :seen]
+                parts.append(grouped_attention(*tensors, scaling))
+            return torch.cat(parts, 1)
     bias = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
-    bias = bias.masked_fill(~mask, torch.finfo(query.dtype).min)
+    bias = bias.masked_fill(~mask, torch.finfo(query.dtype).min).expand(rows, 1, queries, keys)
     centre = (prefix[0] if prefix else key).mean(2, keepdim=True)
-    stacked = (query * scaling).reshape(rows, shared, -1, size)  # heads of a group are neighbours
-    scores = torch.bmm(stacked.flatten(0, 1), (key - centre).reshape(rows * shared, keys, size).transpose(1, 2))
-    scores = scores.view(rows, heads, queries, keys) + bias
     if prefix:
-        first = _all_rows(stacked, (prefix[0] - centre).transpose(2, 3))
-        scores = torch.cat([first.reshape(rows, heads, queries, -1), scores], 3)
-    weights = scores.softmax(-1)
-    output = torch.bmm(weights[..., -keys:].reshape(rows * shared, -1, keys), value.reshape(rows * shared, keys, -1))
-    if prefix:
-        output = output.view(rows, shared, -1, value.shape[-1])
-        output = output + _all_rows(weights[..., :-keys].reshape(rows, shared, -1, prefix[1].shape[2]), prefix[1])
-    return output.reshape(rows, heads, queries, -1).transpose(1, 2)
+        prefix = (prefix[0] - centre)[0].transpose(1, 2), prefix[1][0]
+    some = max(1, SCORES_AT_ONCE // (heads * queries * (length + keys)))
+    parts = zip(*(tensor.split(some) for tensor in (query * scaling, key - centre, value, bias)), strict=True)
+    compute = _of_some_rows
+    if torch.is_grad_enabled():  # a pack's scores are its largest tensors, and soon computed again
+        compute = functools.partial(checkpoint, _of_some_rows, use_reentrant=False, preserve_rng_state=False)
+    outputs = [compute(*part, prefix) for part in parts]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _all_rows(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """[rows, heads, n, k] @ [1, heads, k, m] as one product a head."""
-    rows, _, n, _ = left.shape
-    return torch.bmm(left.transpose(0, 1).flatten(1, 2), right[0]).unflatten(1, (rows, n)).transpose(0, 1)
+def _of_some_rows(
+    query: torch.Tensor,  # scaled
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor,  # [rows, 1, queries, keys]
+    prefix: tuple[torch.Tensor, torch.Tensor] | None,  # keys [shared heads, size, length], values [.., length, size]
+) -> torch.Tensor:
+    """Computed with the shared heads in front of the rows, so that the scores of a head lie behind each other."""
+    rows, _, queries, size = query.shape
+    shared, keys = key.shape[1], key.shape[2]
+    query = query.unflatten(1, (shared, -1)).transpose(0, 1).reshape(shared * rows, -1, size)
+    key, value = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (key, value))
+    scores = torch.bmm(query, key.transpose(1, 2)).view(shared, rows, -1, queries, keys) + bias
+    scores = scores.view(shared, -1, keys)
+    if prefix:
+        scores = torch.cat([torch.bmm(query.view(shared, -1, size), prefix[0]), scores], 2)
+    weights = scores.softmax(2)
+    output = torch.bmm(weights[..., -keys:].reshape(shared * rows, -1, keys), value)
+    if prefix:
+        output = output.view(shared, -1, value.shape[2]) + torch.bmm(weights[..., :-keys], prefix[1])
+    return output.view(shared, rows, -1, queries, value.shape[2]).permute(1, 3, 0, 2, 4).flatten(2, 3)
 
 
 def _attend(

@@ -4,6 +4,7 @@ The prompts are rows of a shared-prefix pack (common/collate.py) whose keys and 
 are a tree: each sees the prefix, its prompt and the tokens on its way, so that one pass computes whole branches.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,15 +37,17 @@ class PackCache(Cache):
             return tuple(rest)
         return tuple(torch.cat(pair, 2) for pair in zip(self.prefix[layer_idx], rest, strict=True))
 
-    def select(self, rows: torch.Tensor) -> None:
-        """Keeps these rows only."""
-        self.rows = len(rows)
-        self.own = {layer: [states[:, rows] for states in own] for layer, own in self.own.items()}
+    def part(self, rows: torch.Tensor) -> "PackCache":
+        """A cache of these rows alone."""
+        part = PackCache(self.prefix, len(rows))
+        part.own = {layer: [states[:, rows] for states in own] for layer, own in self.own.items()}
+        return part
 
 
 class Prompts:
     """Prompts whose next tokens were computed (`roots`), and after them those of any tokens behind the prompts.
 
+    Short prompts stand one behind the other in a row of the pack, and none sees another: rows need little padding.
     prefix: a cache's keys and values of what all prompts begin with, `shared` tokens. alphabet: the tokens whose
     log-probabilities are wanted.
     """
@@ -60,57 +63,98 @@ class Prompts:
     ) -> None:
         self.model, self.alphabet, self.pad_id, self.device = model, list(alphabet), pad_id, device
         self.roots = [Node() for _ in prompts]
-        self.rows = list(range(len(prompts)))  # those in the cache
-        self.shared = prefix[0][0].shape[2] if prefix else 0
-        self.lengths = torch.tensor([len(ids) for ids in prompts])
-        self.cache = PackCache(prefix, len(prompts))
-        inputs = pad_left([ids[self.shared :] for ids in prompts], pad_id)
-        self.seen = inputs["attention_mask"].bool()  # [rows, own]: what every later token of a row sees
-        length = self.seen.shape[1]
-        mask = torch.ones(length, length, dtype=torch.bool).tril() & self.seen[:, None]
-        ends = length * torch.arange(1, len(prompts) + 1) - 1
-        self._run(inputs["input_ids"], inputs["position_ids"] + self.shared, mask, ends, self.roots)
+        shared = prefix[0][0].shape[2] if prefix else 0
+        self.lengths = [len(ids) for ids in prompts]
+        own = [len(ids) - shared for ids in prompts]
+        self.rows, self.width = fill_rows(own), max(own)  # numbers of the prompts in each row; its tokens
+        self.cache = PackCache(prefix, len(self.rows))
+        self.seen = torch.zeros(len(prompts), self.width, dtype=torch.bool)  # what a prompt's later tokens see
+        ids = torch.full((len(self.rows), self.width), pad_id)
+        positions, ends = torch.zeros_like(ids), []
+        mask = torch.zeros(len(self.rows), self.width, self.width, dtype=torch.bool)
+        for i, row in enumerate(self.rows):
+            end = 0
+            for k in row:
+                place, end = slice(end, end + own[k]), end + own[k]
+                ids[i, place] = torch.tensor(prompts[k][shared:])
+                positions[i, place] = torch.arange(shared, self.lengths[k])
+                mask[i, place, place] = torch.ones(own[k], own[k], dtype=torch.bool).tril()
+                self.seen[k, place] = True
+                ends.append(i * self.width + end - 1)
+        self._run(ids, positions, mask, ends, [self.roots[k] for row in self.rows for k in row])
 
     def compute(self, wanted: dict[int, list[Node]]) -> None:
-        """Fills in the nodes of each row. Rows that want none are dropped, and must not want any later."""
-        if len(wanted) < len(self.rows):
-            kept = torch.tensor([i for i, row in enumerate(self.rows) if row in wanted])
-            self.rows = [self.rows[i] for i in kept.tolist()]
-            self.seen, self.lengths = self.seen[kept], self.lengths[kept]
-            self.cache.select(kept.to(self.device))
-        own, new = self.seen.shape[1], max(map(len, wanted.values()))
+        """Fills in the nodes of each prompt. Rows that want none are dropped, and must not want any later."""
+        kept, new = self._kept(wanted)
+        if len(kept) < len(self.rows):
+            self._keep(kept)
         ids = torch.full((len(self.rows), new), self.pad_id)
         positions = torch.zeros_like(ids)
-        self.seen = torch.cat([self.seen, torch.zeros_like(ids, dtype=torch.bool)], 1)
-        mask = self.seen[:, None].repeat(1, new, 1)
+        mask = torch.zeros(len(self.rows), new, self.width + new, dtype=torch.bool)
         nodes, places = [], []
         for i, row in enumerate(self.rows):
-            for j, node in enumerate(wanted[row]):
-                node.slot = own + j
-            for j, node in enumerate(wanted[row]):
+            asked = [(k, node) for k in row for node in wanted.get(k, ())]
+            for j, (_, node) in enumerate(asked):
+                node.slot = self.width + j
+            for j, (k, node) in enumerate(asked):
                 path = node.path()
-                ids[i, j], positions[i, j] = node.token, self.lengths[i] + len(path) - 1
+                ids[i, j], positions[i, j] = node.token, self.lengths[k] + len(path) - 1
+                mask[i, j, : self.seen.shape[1]] = self.seen[k]
                 mask[i, j, [other.slot for other in path]] = True
                 nodes.append(node)
                 places.append(i * new + j)
-        self._run(ids, positions, mask, torch.tensor(places), nodes)
+        self.width += new
+        self._run(ids, positions, mask, places, nodes)
+
+    def halves(self, wanted: dict[int, list[Node]], most: int) -> "list[Prompts]":
+        """These prompts in two, if the rows that want these nodes would be more than `most` tokens with them."""
+        kept, new = self._kept(wanted)
+        if len(kept) < 2 or len(kept) * (self.width + new) <= most:
+            return []
+        halves = [copy.copy(self), copy.copy(self)]
+        halves[0]._keep(kept[: len(kept) // 2])
+        halves[1]._keep(kept[len(kept) // 2 :])
+        return halves
+
+    def _kept(self, wanted: dict[int, list[Node]]) -> tuple[list[int], int]:
+        """The rows that want nodes, and by how many tokens they make them longer."""
+        counts = [sum(len(wanted.get(k, ())) for k in row) for row in self.rows]
+        return [i for i, count in enumerate(counts) if count], max(counts, default=0)
+
+    def _keep(self, rows: Sequence[int]) -> None:
+        self.rows = [self.rows[i] for i in rows]
+        self.cache = self.cache.part(torch.tensor(rows, device=self.device))
 
     def _run(
-        self, ids: torch.Tensor, positions: torch.Tensor, own: torch.Tensor, places: torch.Tensor, nodes: list[Node]
+        self, ids: torch.Tensor, positions: torch.Tensor, own: torch.Tensor, places: list[int], nodes: list[Node]
     ) -> None:
         """One pass over tokens [rows, new] that see the prefix and, by `own` [rows, new, own + new], of their row."""
-        new = ids.shape[1]
+        rows, new = ids.shape
         own[:, :, -new:] |= torch.eye(new, dtype=torch.bool)  # padding would see nothing
-        mask = torch.cat([torch.ones(len(ids), new, self.shared, dtype=torch.bool), own], 2)[:, None]
+        shared = self.cache.prefix[0][0].shape[2] if self.cache.prefix else 0
+        mask = torch.cat([torch.ones(rows, new, shared, dtype=torch.bool), own], 2)[:, None]
         output = self.model(
             input_ids=ids.view(1, -1).to(self.device),
             attention_mask=mask.to(self.device),
             position_ids=positions.view(1, -1).to(self.device),
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=places.to(self.device),
+            logits_to_keep=torch.tensor(places, device=self.device),
         )
         fill(nodes, output.logits[0], self.alphabet)
+
+
+def fill_rows(lengths: Sequence[int]) -> list[list[int]]:
+    """Numbers of the sequences in rows as long as the longest, each in the first row with room for it."""
+    rows, room = [], []
+    for k in sorted(range(len(lengths)), key=lambda k: -lengths[k]):
+        i = next((i for i, left in enumerate(room) if left >= lengths[k]), len(rows))
+        if i == len(rows):
+            rows.append([])
+            room.append(max(lengths))
+        rows[i].append(k)
+        room[i] -= lengths[k]
+    return rows
 
 
 class PlainPrompts:
@@ -133,6 +177,10 @@ class PlainPrompts:
         self.prompts = pad_left(prompts, pad_id)
         self.states: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._run([(row, []) for row in range(len(prompts))])
+
+    def halves(self, wanted: dict[int, list[Node]], most: int) -> "list[PlainPrompts]":
+        """None: nothing behind a prompt is kept."""
+        return []
 
     def compute(self, wanted: dict[int, list[Node]]) -> None:
         """Fills in the nodes of each row."""
@@ -170,10 +218,11 @@ class PlainPrompts:
 
 def fill(nodes: Sequence[Node], logits: torch.Tensor, alphabet: list[int]) -> None:
     """Gives the nodes their next-token log-probabilities; logits: [nodes, vocabulary]."""
-    for i in range(0, len(nodes), 128):  # fp32 copies of few rows at a time
-        part = logits[i : i + 128].float()
+    few = max(1, (2**20 if logits.device.type == "cpu" else 2**24) // logits.shape[1])
+    for i in range(0, len(nodes), few):  # copies in fp32 that fit in a cache
+        part = logits[i : i + few].float()
         logs = (part[:, alphabet] - part.logsumexp(1, keepdim=True)).tolist()
-        for node, values, best in zip(nodes[i : i + 128], logs, part.argmax(1).tolist(), strict=True):
+        for node, values, best in zip(nodes[i : i + few], logs, part.argmax(1).tolist(), strict=True):
             node.logs, node.likeliest = dict(zip(alphabet, values, strict=True)), best
 
 

@@ -21,7 +21,7 @@ from common.continuations import PlainPrompts, Prompts, prefix_states
 from common.data import Example
 from common.prompts import ClassificationPrompt
 from common.runlog import Progress
-from common.trie import Node, Search, Trie, build_trie, log_sum
+from common.trie import BUDGET, Node, Search, Trie, build_trie, log_sum
 
 TOLERANCE = 1e-6  # of a probability
 NODES_AT_ONCE = 12  # of a row, in a pass on a CPU
@@ -164,33 +164,53 @@ def score_labels(
     most = sum(len(ids) for ids in pieces)  # tokens that may be computed behind a prompt
     # Rows that ask for less are padded: on a CPU that costs what tokens cost, on a GPU less than a further pass.
     width = NODES_AT_ONCE if packs and torch.device(device).type == "cpu" else most
-    for rows in batches([len(ids) - shared + most for ids in prompts], batch_size, longest):
+    likely = min(most, 4 * BUDGET) if packs else most  # if they are more, `_settle` halves the batch
+    for rows in batches([len(ids) - shared + likely for ids in prompts], batch_size, longest):
         batch = ask([prompts[i] for i in rows])
-        talks, queues = {}, {}
-        for j, (i, root) in enumerate(zip(rows, batch.roots, strict=True)):
+        roots, talks = batch.roots, {}
+        for j, (i, root) in enumerate(zip(rows, roots, strict=True)):
             known = root.walk(prompt.label_ids(gold[i])).path() if gold is not None else []
             if prompt.multi_label:
                 talks[j] = _chain(root, thresholds, tries, known, tolerance)
             else:
                 talks[j] = _single(root, tries(0, False), known, tolerance)
-        while talks:
-            wanted = {}
-            for j, talk in list(talks.items()):
-                try:
-                    queue = queues.get(j) or next(talk)
-                except StopIteration as end:
-                    answers[rows[j]] = end.value
-                    del talks[j]
-                else:
-                    wanted[j], queues[j] = queue[:width], queue[width:]
-            if wanted:
-                batch.compute(wanted)
-        if gold is not None:
-            for i, root in zip(rows, batch.roots, strict=True):
-                _note_loss(answers[i], root, prompt.label_ids(gold[i]), prompt.end_ids)
-        del batch, talks, queues, root  # with the keys and values, before the next ones are made
+        for j, answer in _settle(batch, talks, {}, width, batch_size * longest):
+            answers[rows[j]] = answer
+            if gold is not None:
+                _note_loss(answer, roots[j], prompt.label_ids(gold[rows[j]]), prompt.end_ids)
+        del batch, talks  # with the keys and values, before the next ones are made
         progress(len(rows))
     return answers
+
+
+def _settle(
+    batch: Prompts | PlainPrompts,
+    talks: dict[int, Iterator[list[Node]]],
+    queues: dict[int, list[Node]],
+    width: int,
+    most: int,
+) -> Iterator[tuple[int, Answer]]:
+    """The answers at which the talks of a batch's prompts arrive, each with its prompt's number.
+
+    What they ask for is computed for all at once, `width` nodes of each at most; queues: what waits. A batch of more
+    than `most` tokens goes on in halves.
+    """
+    while talks:
+        for j, talk in list(talks.items()):
+            try:
+                queues[j] = queues.get(j) or next(talk)
+            except StopIteration as end:
+                yield j, end.value
+                del talks[j]
+        wanted = {j: queues[j][:width] for j in talks}
+        if halves := batch.halves(wanted, most):
+            for half in halves:
+                here = {j for row in half.rows for j in row}
+                yield from _settle(half, {j: talks[j] for j in talks if j in here}, queues, width, most)
+            return
+        if wanted:
+            batch.compute(wanted)
+            queues |= {j: queues[j][width:] for j in talks}
 
 
 def _trie(prompt: ClassificationPrompt, first: int, going_on: bool) -> Trie:

@@ -33,7 +33,9 @@ def left_padded(queries: int, keys: int) -> torch.Tensor:
 @pytest.mark.parametrize("shared", [1, 2, 6])
 @pytest.mark.parametrize(("queries", "keys"), [(7, 7), (1, 9), (4, 9)])
 @pytest.mark.parametrize("masked", [False, True])
-def test_equals_torch_in_output_and_gradients(shared, queries, keys, masked):
+@pytest.mark.parametrize("at_once", [2**20, 100, 1])  # all scores, those of a few rows or queries, of one
+def test_equals_torch_in_output_and_gradients(shared, queries, keys, masked, at_once, monkeypatch):
+    monkeypatch.setattr(attention, "SCORES_AT_ONCE", at_once)
     mask = left_padded(queries, keys) if masked else None
     causal = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
     ours, theirs = tensors(queries, keys, shared, torch.float64), tensors(queries, keys, shared, torch.float64)
@@ -50,9 +52,11 @@ def test_equals_torch_in_output_and_gradients(shared, queries, keys, masked):
         torch.testing.assert_close(mine.grad, other.grad)
 
 
+@pytest.mark.parametrize("at_once", [2**20, 700, 1])  # all scores, those of two rows, of one
 @pytest.mark.parametrize("shared", [1, 2, 6])
-def test_a_prefix_is_the_same_as_a_copy_of_it_in_every_row(shared):
+def test_a_prefix_is_the_same_as_a_copy_of_it_in_every_row(shared, at_once, monkeypatch):
     """Output and every gradient; the mask is that of a row's own keys."""
+    monkeypatch.setattr(attention, "SCORES_AT_ONCE", at_once)
     mask = left_padded(4, 9)
     torch.manual_seed(1)
     first = [torch.randn(1, shared, 5, SIZE, dtype=torch.float64, requires_grad=True) for _ in range(2)]

@@ -15,8 +15,8 @@ from conftest import SHARED as REAL_DATA
 from runs import fresh_accelerator  # noqa: F401
 
 import train_cls
-from common import attention, modeling, scoring, trie
-from common.collate import AnswerRow, HeadRow, collate_answers
+from common import attention, continuations, modeling, scoring, trie
+from common.collate import AnswerRow, HeadRow, collate_answers, common_prefix
 from common.config import ModelConfig
 from common.data import Example
 from common.files import read_rows
@@ -80,18 +80,21 @@ def test_scores_equal_one_sequence_per_label(models, family, packs):
     prompt = prompt_of(tokenizer)
     lengths = [len(ids) for ids in prompt.first_ids]
     assert min(lengths) == 1 < max(lengths) and prompt.first_ids[1][0] == prompt.first_ids[0][0]
-    prompts = [prompt.prompt(text).ids for text in TEXTS]
+    texts = [" ".join(TEXTS), *TEXTS]  # behind the first, several have room in a row
+    prompts = [prompt.prompt(text).ids for text in texts]
+    own = [len(ids) - common_prefix(prompts) for ids in prompts]
+    assert len(continuations.fill_rows(own)) < len(prompts)
     expected = torch.tensor([[slow(model, ids, prompt.answer([k])) for k in range(len(LABELS))] for ids in prompts])
-    answers = score(model, prompt)
+    answers = score(model, prompt, texts, 16)
     logs = torch.tensor([a.probabilities for a in answers]).log()
     assert (logs - expected.log_softmax(1)).abs().max() < 1e-4
     assert (torch.tensor([a.probabilities for a in answers]) - expected.softmax(1)).abs().max() < 1e-5
     assert [a.labels for a in answers] == [(k,) for k in expected.argmax(1).tolist()]
     assert all(abs(sum(a.probabilities) - 1) < 1e-12 for a in answers)
-    for answer, quick in zip(answers, score(model, prompt, exhaustive=False), strict=True):
+    for answer, quick in zip(answers, score(model, prompt, texts, 16, exhaustive=False), strict=True):
         assert quick.labels == answer.labels
         assert quick.probabilities == pytest.approx(answer.probabilities, abs=2e-6)
-    assert [a.labels for a in score(model, prompt, exhaustive=False, probabilities=False)] == [
+    assert [a.labels for a in score(model, prompt, texts, 16, exhaustive=False, probabilities=False)] == [
         a.labels for a in answers
     ]
     assert expected.exp().sum(1).max() <= 1  # CORRECTNESS 29: with its end, no label is a part of another
@@ -218,6 +221,33 @@ def test_batch_size_and_row_order_change_nothing(models, family, multi_label, pa
         for other in (single[i], shuffled[order.index(i)]):
             assert other.labels == answer.labels
             assert other.probabilities == pytest.approx(answer.probabilities, abs=1e-5)
+
+
+@pytest.mark.parametrize("multi_label", [False, True], ids=["single", "multi"])
+def test_a_batch_that_outgrows_its_tokens_goes_on_in_halves(models, multi_label, monkeypatch):
+    """Reckoned without its labels' tokens, a batch of several rows becomes too large; the answers are the same."""
+    model, tokenizer = load(models, "llama")
+    prompt = prompt_of(tokenizer, multi_label)
+    wanted = score(model, prompt, batch_size=8)
+    monkeypatch.setattr(scoring, "BUDGET", 0)
+    compute, sizes = continuations.Prompts.compute, []
+
+    def noted(self, nodes):
+        compute(self, nodes)
+        sizes.append((len(self.rows), self.width))
+
+    monkeypatch.setattr(continuations.Prompts, "compute", noted)
+    answers = score(model, prompt, batch_size=1)
+    limit = max(len(prompt.prompt(text).ids) for text in TEXTS)
+    assert all(rows == 1 or rows * width <= limit for rows, width in sizes)
+    assert len(sizes) > 2 and 1 in {rows for rows, _ in sizes}
+    for answer, other in zip(answers, wanted, strict=True):
+        assert answer.labels == other.labels
+        assert answer.probabilities == pytest.approx(other.probabilities, abs=1e-5)
+
+
+def test_short_prompts_share_a_row():
+    assert continuations.fill_rows([2, 7, 3, 7, 1, 6]) == [[1], [3], [5, 4], [2, 0]]
 
 
 @both_ways
