@@ -58,7 +58,8 @@ class Config(DataConfig, ClassificationConfig, CausalConfig, InstructionConfig):
         None, f"the first is what others are compared with; unset: {' '.join(TRAINERS)}"
     )
     rows_per_update: int = option(8, "rows of an update", at_least=1)
-    micro_batch: int = option(8, "rows of a pass, of all but plainlora, which packs the update's rows", at_least=1)
+    micro_batch: int = option(8, "rows of a pass of the others", at_least=1)
+    own_micro_batch: int | None = option(None, "rows of a pass of ours; unset: all rows of an update", at_least=1)
     rounds: int = option(3, "measurements of each trainer", at_least=1)
     warmup: int = option(2, "updates that are not timed", at_least=1)
     updates: int = option(6, "updates that are timed", at_least=1)
@@ -88,8 +89,11 @@ def main() -> None:
     config = parse_config(Config)
     config.trainers = config.trainers or list(TRAINERS)
     config.validation_fraction = config.test_fraction = 0.0
-    if config.rows_per_update % min(config.micro_batch, config.rows_per_update):
-        raise InputError(f"--rows_per_update {config.rows_per_update}: not a multiple of --micro_batch.")
+    for name in ("micro_batch", "own_micro_batch"):
+        size = min(getattr(config, name) or config.rows_per_update, config.rows_per_update)
+        setattr(config, name, size)
+        if config.rows_per_update % size:
+            raise InputError(f"--rows_per_update {config.rows_per_update}: not a multiple of --{name} {size}.")
     turns.use_device(config.device)
     if config.worker:
         turns.hand_over(measure(config))
@@ -225,8 +229,9 @@ def plainlora(work: Work, folder: Path) -> tuple[list[float], list[float]]:
     }[work.config.task]
     config, ticks, losses = work.config, [], []
     own = {name: value for name, value in vars(config).items() if hasattr(script.Config, name)}
-    own |= {"model": work.path, "seed": 0, "baselines": False, "gradient_accumulation_steps": 1}
-    own |= {"per_device_train_batch_size": config.rows_per_update, "max_steps": work.updates, "eval_strategy": "no"}
+    own |= {"model": work.path, "seed": 0, "baselines": False, "max_steps": work.updates, "eval_strategy": "no"}
+    own |= {"per_device_train_batch_size": config.own_micro_batch}
+    own |= {"gradient_accumulation_steps": config.rows_per_update // config.own_micro_batch}
     own |= {"save_strategy": "no", "report_to": ["none"], "output_dir": str(folder / "run"), "warmup_ratio": 0.0}
     own |= {"lr_scheduler_type": "constant", "weight_decay": 0.0}
     own |= {"mixed_precision": "no", "load_in_4bit": False} if work.checking else {"mixed_precision": "bf16"}
@@ -330,8 +335,8 @@ def trainer_options(work: Work, folder: Path) -> dict[str, Any]:
     return {
         "output_dir": str(folder / "out"), "max_steps": work.updates, "learning_rate": config.learning_rate,
         "lr_scheduler_type": "constant", "weight_decay": 0.0, "max_grad_norm": 1.0, "seed": 0, "logging_steps": 1,
-        "per_device_train_batch_size": min(config.micro_batch, config.rows_per_update),
-        "gradient_accumulation_steps": max(1, config.rows_per_update // config.micro_batch),
+        "per_device_train_batch_size": config.micro_batch,
+        "gradient_accumulation_steps": config.rows_per_update // config.micro_batch,
         "bf16": not work.checking, "use_cpu": config.device == "cpu", "save_strategy": "no", "report_to": "none",
         "disable_tqdm": True, "dataloader_pin_memory": False,
     }  # fmt: skip

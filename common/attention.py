@@ -13,14 +13,12 @@ further rows of two batched products instead, of so many rows or queries at a ti
 sequences stay with torch's kernel.
 """
 
-import functools
 import logging
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -30,7 +28,7 @@ from common.config import InputError
 
 NAME = "plainlora"
 ALONE = "plainlora_alone"  # of models that take no packs
-MAX_SCORES = 2**24  # rows x heads x queries x keys: 32 MB a layer
+MAX_SCORES = 2**24  # of a row, or of all rows where they are kept for the backward pass: 32 MB a layer
 SCORES_AT_ONCE = 2**20  # what a core's cache holds
 
 # torch 2.13 warns every program that makes a nested tensor of a change that does not concern it.
@@ -71,10 +69,7 @@ def grouped_attention(
         prefix = (prefix[0] - centre)[0].transpose(1, 2), prefix[1][0]
     some = max(1, SCORES_AT_ONCE // (heads * queries * (length + keys)))
     parts = zip(*(tensor.split(some) for tensor in (query * scaling, key - centre, value, bias)), strict=True)
-    compute = _of_some_rows
-    if torch.is_grad_enabled():  # a pack's scores are its largest tensors, and soon computed again
-        compute = functools.partial(checkpoint, _of_some_rows, use_reentrant=False, preserve_rng_state=False)
-    outputs = [compute(*part, prefix) for part in parts]
+    outputs = [_of_some_rows(*part, prefix) for part in parts]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
@@ -120,7 +115,8 @@ def _attend(
     else:
         masked = causal and query.shape[2] in (1, key.shape[2])  # a static cache has empty places behind the queries
     before = prefix[0].shape[2] if prefix else 0
-    scores = query.shape[:3].numel() * (before + key.shape[2])
+    kept = len(query) if torch.is_grad_enabled() else 1
+    scores = kept * query.shape[1:3].numel() * (before + key.shape[2])
     here = query.dtype == torch.bfloat16 and query.device.type == "cpu"
     if here and masked and scores <= MAX_SCORES and not dropout and _is_plain(kwargs):
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -37,19 +37,19 @@ class PackCache(Cache):
             return tuple(rest)
         return tuple(torch.cat(pair, 2) for pair in zip(self.prefix[layer_idx], rest, strict=True))
 
-    def part(self, rows: torch.Tensor) -> "PackCache":
-        """A cache of these rows alone."""
-        part = PackCache(self.prefix, len(rows))
-        part.own = {layer: [states[:, rows] for states in own] for layer, own in self.own.items()}
-        return part
+    def select(self, places: torch.Tensor) -> "PackCache":
+        """A cache of rows made of these tokens, [rows, own]; a place is that of a token in the flattened rows."""
+        other = PackCache(self.prefix, len(places))
+        other.own = {layer: [states.flatten(1, 2)[:, places] for states in own] for layer, own in self.own.items()}
+        return other
 
 
 class Prompts:
     """Prompts whose next tokens were computed (`roots`), and after them those of any tokens behind the prompts.
 
-    Short prompts stand one behind the other in a row of the pack, and none sees another: rows need little padding.
-    prefix: a cache's keys and values of what all prompts begin with, `shared` tokens. alphabet: the tokens whose
-    log-probabilities are wanted.
+    Short prompts are computed one behind the other in a row, where none sees another, so that there is little padding.
+    From then on each has its row. prefix: a cache's keys and values of what all prompts begin with, `shared` tokens.
+    alphabet: the tokens whose log-probabilities are wanted.
     """
 
     def __init__(
@@ -64,69 +64,68 @@ class Prompts:
         self.model, self.alphabet, self.pad_id, self.device = model, list(alphabet), pad_id, device
         self.roots = [Node() for _ in prompts]
         shared = prefix[0][0].shape[2] if prefix else 0
-        self.lengths = [len(ids) for ids in prompts]
-        own = [len(ids) - shared for ids in prompts]
-        self.rows, self.width = fill_rows(own), max(own)  # numbers of the prompts in each row; its tokens
-        self.cache = PackCache(prefix, len(self.rows))
-        self.seen = torch.zeros(len(prompts), self.width, dtype=torch.bool)  # what a prompt's later tokens see
-        ids = torch.full((len(self.rows), self.width), pad_id)
-        positions, ends = torch.zeros_like(ids), []
-        mask = torch.zeros(len(self.rows), self.width, self.width, dtype=torch.bool)
-        for i, row in enumerate(self.rows):
+        self.lengths = torch.tensor([len(ids) for ids in prompts])
+        own = (self.lengths - shared).tolist()
+        rows, width = fill_rows(own), max(own)
+        self.cache = PackCache(prefix, len(rows))
+        ids = torch.full((len(rows), width), pad_id)
+        positions = torch.zeros_like(ids)
+        mask = torch.zeros(len(rows), width, width, dtype=torch.bool)
+        starts = torch.zeros_like(self.lengths)
+        for i, row in enumerate(rows):
             end = 0
             for k in row:
                 place, end = slice(end, end + own[k]), end + own[k]
                 ids[i, place] = torch.tensor(prompts[k][shared:])
-                positions[i, place] = torch.arange(shared, self.lengths[k])
+                positions[i, place] = torch.arange(shared, shared + own[k])
                 mask[i, place, place] = torch.ones(own[k], own[k], dtype=torch.bool).tril()
-                self.seen[k, place] = True
-                ends.append(i * self.width + end - 1)
-        self._run(ids, positions, mask, ends, [self.roots[k] for row in self.rows for k in row])
+                starts[k] = i * width + place.start
+        self._run(ids, positions, mask, starts + self.lengths - shared - 1, self.roots)
+        self.rows = list(range(len(prompts)))  # those in the cache
+        self.seen = torch.arange(width) < self.lengths[:, None] - shared  # [rows, own]: by every later token of a row
+        places = starts[:, None] + torch.arange(width) * self.seen
+        self.cache = self.cache.select(places.to(device))
 
     def compute(self, wanted: dict[int, list[Node]]) -> None:
-        """Fills in the nodes of each prompt. Rows that want none are dropped, and must not want any later."""
-        kept, new = self._kept(wanted)
-        if len(kept) < len(self.rows):
-            self._keep(kept)
+        """Fills in the nodes of each row. Rows that want none are dropped, and must not want any later."""
+        if len(wanted) < len(self.rows):
+            self._keep([i for i, row in enumerate(self.rows) if row in wanted])
+        own, new = self.seen.shape[1], max(map(len, wanted.values()))
         ids = torch.full((len(self.rows), new), self.pad_id)
         positions = torch.zeros_like(ids)
-        mask = torch.zeros(len(self.rows), new, self.width + new, dtype=torch.bool)
+        self.seen = torch.cat([self.seen, torch.zeros_like(ids, dtype=torch.bool)], 1)
+        mask = self.seen[:, None].repeat(1, new, 1)
         nodes, places = [], []
         for i, row in enumerate(self.rows):
-            asked = [(k, node) for k in row for node in wanted.get(k, ())]
-            for j, (_, node) in enumerate(asked):
-                node.slot = self.width + j
-            for j, (k, node) in enumerate(asked):
+            for j, node in enumerate(wanted[row]):
+                node.slot = own + j
+            for j, node in enumerate(wanted[row]):
                 path = node.path()
-                ids[i, j], positions[i, j] = node.token, self.lengths[k] + len(path) - 1
-                mask[i, j, : self.seen.shape[1]] = self.seen[k]
+                ids[i, j], positions[i, j] = node.token, self.lengths[i] + len(path) - 1
                 mask[i, j, [other.slot for other in path]] = True
                 nodes.append(node)
                 places.append(i * new + j)
-        self.width += new
-        self._run(ids, positions, mask, places, nodes)
+        self._run(ids, positions, mask, torch.tensor(places), nodes)
 
     def halves(self, wanted: dict[int, list[Node]], most: int) -> "list[Prompts]":
         """These prompts in two, if the rows that want these nodes would be more than `most` tokens with them."""
-        kept, new = self._kept(wanted)
-        if len(kept) < 2 or len(kept) * (self.width + new) <= most:
+        kept = [i for i, row in enumerate(self.rows) if row in wanted]
+        new = max(map(len, wanted.values()), default=0)
+        if len(kept) < 2 or len(kept) * (self.seen.shape[1] + new) <= most:
             return []
         halves = [copy.copy(self), copy.copy(self)]
         halves[0]._keep(kept[: len(kept) // 2])
         halves[1]._keep(kept[len(kept) // 2 :])
         return halves
 
-    def _kept(self, wanted: dict[int, list[Node]]) -> tuple[list[int], int]:
-        """The rows that want nodes, and by how many tokens they make them longer."""
-        counts = [sum(len(wanted.get(k, ())) for k in row) for row in self.rows]
-        return [i for i, count in enumerate(counts) if count], max(counts, default=0)
-
-    def _keep(self, rows: Sequence[int]) -> None:
-        self.rows = [self.rows[i] for i in rows]
-        self.cache = self.cache.part(torch.tensor(rows, device=self.device))
+    def _keep(self, rows: list[int]) -> None:
+        self.rows, self.seen, self.lengths = [self.rows[i] for i in rows], self.seen[rows], self.lengths[rows]
+        own = self.seen.shape[1]
+        places = own * torch.tensor(rows)[:, None] + torch.arange(own)
+        self.cache = self.cache.select(places.to(self.device))
 
     def _run(
-        self, ids: torch.Tensor, positions: torch.Tensor, own: torch.Tensor, places: list[int], nodes: list[Node]
+        self, ids: torch.Tensor, positions: torch.Tensor, own: torch.Tensor, places: torch.Tensor, nodes: list[Node]
     ) -> None:
         """One pass over tokens [rows, new] that see the prefix and, by `own` [rows, new, own + new], of their row."""
         rows, new = ids.shape
@@ -139,7 +138,7 @@ class Prompts:
             position_ids=positions.view(1, -1).to(self.device),
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=torch.tensor(places, device=self.device),
+            logits_to_keep=places.to(self.device),
         )
         fill(nodes, output.logits[0], self.alphabet)
 

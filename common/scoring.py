@@ -205,8 +205,7 @@ def _settle(
         wanted = {j: queues[j][:width] for j in talks}
         if halves := batch.halves(wanted, most):
             for half in halves:
-                here = {j for row in half.rows for j in row}
-                yield from _settle(half, {j: talks[j] for j in talks if j in here}, queues, width, most)
+                yield from _settle(half, {j: talks[j] for j in half.rows}, queues, width, most)
             return
         if wanted:
             batch.compute(wanted)

@@ -234,7 +234,7 @@ def test_a_batch_that_outgrows_its_tokens_goes_on_in_halves(models, multi_label,
 
     def noted(self, nodes):
         compute(self, nodes)
-        sizes.append((len(self.rows), self.width))
+        sizes.append(tuple(self.seen.shape))
 
     monkeypatch.setattr(continuations.Prompts, "compute", noted)
     answers = score(model, prompt, batch_size=1)
