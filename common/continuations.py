@@ -63,7 +63,7 @@ class Prompts:
     ) -> None:
         self.model, self.alphabet, self.pad_id, self.device = model, list(alphabet), pad_id, device
         self.roots = [Node() for _ in prompts]
-        shared = prefix[0][0].shape[2] if prefix else 0
+        self.shared = shared = prefix[0][0].shape[2] if prefix else 0
         self.lengths = torch.tensor([len(ids) for ids in prompts])
         own = (self.lengths - shared).tolist()
         rows, width = fill_rows(own), max(own)
@@ -107,16 +107,16 @@ class Prompts:
                 places.append(i * new + j)
         self._run(ids, positions, mask, torch.tensor(places), nodes)
 
-    def halves(self, wanted: dict[int, list[Node]], most: int) -> "list[Prompts]":
-        """These prompts in two, if the rows that want these nodes would be more than `most` tokens with them."""
+    def split(self, wanted: dict[int, list[Node]], most: int) -> "Prompts | None":
+        """Gives half of its rows away, if those that want these nodes would be more than `most` tokens with them."""
         kept = [i for i, row in enumerate(self.rows) if row in wanted]
         new = max(map(len, wanted.values()), default=0)
         if len(kept) < 2 or len(kept) * (self.seen.shape[1] + new) <= most:
-            return []
-        halves = [copy.copy(self), copy.copy(self)]
-        halves[0]._keep(kept[: len(kept) // 2])
-        halves[1]._keep(kept[len(kept) // 2 :])
-        return halves
+            return None
+        other = copy.copy(self)
+        other._keep(kept[len(kept) // 2 :])
+        self._keep(kept[: len(kept) // 2])
+        return other
 
     def _keep(self, rows: list[int]) -> None:
         self.rows, self.seen, self.lengths = [self.rows[i] for i in rows], self.seen[rows], self.lengths[rows]
@@ -130,8 +130,7 @@ class Prompts:
         """One pass over tokens [rows, new] that see the prefix and, by `own` [rows, new, own + new], of their row."""
         rows, new = ids.shape
         own[:, :, -new:] |= torch.eye(new, dtype=torch.bool)  # padding would see nothing
-        shared = self.cache.prefix[0][0].shape[2] if self.cache.prefix else 0
-        mask = torch.cat([torch.ones(rows, new, shared, dtype=torch.bool), own], 2)[:, None]
+        mask = torch.cat([torch.ones(rows, new, self.shared, dtype=torch.bool), own], 2)[:, None]
         output = self.model(
             input_ids=ids.view(1, -1).to(self.device),
             attention_mask=mask.to(self.device),
@@ -177,9 +176,8 @@ class PlainPrompts:
         self.states: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._run([(row, []) for row in range(len(prompts))])
 
-    def halves(self, wanted: dict[int, list[Node]], most: int) -> "list[PlainPrompts]":
-        """None: nothing behind a prompt is kept."""
-        return []
+    def split(self, wanted: dict[int, list[Node]], most: int) -> None:
+        """Never: nothing behind a prompt is kept."""
 
     def compute(self, wanted: dict[int, list[Node]]) -> None:
         """Fills in the nodes of each row."""

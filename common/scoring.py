@@ -203,8 +203,8 @@ def _settle(
                 yield j, end.value
                 del talks[j]
         wanted = {j: queues[j][:width] for j in talks}
-        if halves := batch.halves(wanted, most):
-            for half in halves:
+        if other := batch.split(wanted, most):
+            for half in (batch, other):
                 yield from _settle(half, {j: talks[j] for j in half.rows}, queues, width, most)
             return
         if wanted:
