@@ -20,32 +20,31 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
-from common import rundir
-from common.config import (
+from common import disk
+from common.data.classification import ClassificationData, draw_few_shot, load_classification
+from common.data.conversations import load_conversations
+from common.data.corpus import load_corpus_once, open_sources
+from common.data.files import SPLITS
+from common.errors import InputError, cli_errors
+from common.hub import EMBEDDED, resolve_model
+from common.log import Progress, say
+from common.options import (
     CHAT_LENGTH,
     CausalConfig,
     ClassificationConfig,
     DataConfig,
-    InputError,
     InstructionConfig,
     ModelConfig,
     Sampling,
     check_causal,
     check_classification,
     check_instructions,
-    cli_errors,
     from_texts,
     option,
     parse_given,
     read_yaml,
 )
-from common.conversations import load_conversations
-from common.corpus import load_corpus_once, open_sources
-from common.data import ClassificationData, draw_few_shot, load_classification
-from common.demo_model import EMBEDDED, resolve_model
-from common.files import SPLITS
-from common.prompts import check_prompt, read_template
-from common.runlog import Progress, say
+from common.text.prompts import check_prompt, read_template
 
 # torch and what stands on it is imported inside the functions: options and data are checked before, in a moment.
 
@@ -95,8 +94,8 @@ def read_options(cls: type[Config] = Config, given: dict[str, Any] | None = None
     given: the options as texts; unset, those of the command line.
     """
     given = parse_given(cls) if given is None else given
-    run = Path(given["run"]) if "run" in given else rundir.newest_run()
-    if rundir.is_base_model(run):
+    run = Path(given["run"]) if "run" in given else disk.newest_run()
+    if disk.is_base_model(run):
         name = given.get("run", EMBEDDED)
         if given.get("model", name) != name:
             raise InputError(f"--model {given['model']}: evaluate.py takes the model by --run.")
@@ -107,8 +106,8 @@ def read_options(cls: type[Config] = Config, given: dict[str, Any] | None = None
         config = from_texts(cls, {"task": "classification", **given, "model": name})
         check_options(given, config.task, name)
         return config, None, True
-    folder = rundir.weights_folder(run)
-    task = rundir.load_task(folder)
+    folder = disk.weights_folder(run)
+    task = disk.load_task(folder)
     run = folder.parent if folder.name in ("adapter", "model") else folder
     saved = read_yaml(run / "config.yaml") if (run / "config.yaml").is_file() else {}
     changed = {"output_dir", "mixed_precision", "chat_template"}  # the template is saved with the weights
@@ -170,13 +169,13 @@ def check_unchanged(config: Config, sources: dict[str, dict[str, str]]) -> None:
 
 def untrained(config: Config, data: ClassificationData, path: str, accelerator: Any) -> Any:
     """A base model as a classifier that is asked with the prompt."""
-    from common import modeling
-    from common.scoring import Classifier
+    from common.model import base_model, classifier
+    from common.model.classifier import Classifier
 
-    modeling.check_length(path, config, config.max_length, "--max_length")
-    tokenizer = modeling.load_tokenizer(path, config)
+    base_model.check_length(path, config, config.max_length, "--max_length")
+    tokenizer = base_model.load_tokenizer(path, config)
     shots, _ = draw_few_shot(data, config)
-    prompt = modeling.classification_prompt(
+    prompt = classifier.classification_prompt(
         tokenizer,
         False,
         labels=data.labels,
@@ -186,13 +185,13 @@ def untrained(config: Config, data: ClassificationData, path: str, accelerator: 
         few_shot=shots,
     )
     prompt.reserve(data.splits[config.split])
-    model, _ = modeling.load_base(path, config, device=accelerator.device)
+    model, _ = base_model.load_base(path, config, device=accelerator.device)
     return Classifier(model.eval(), prompt, tokenizer, False, False, [0.5] * len(data.labels))
 
 
 def results_folder(config: Config, folder: Path | None, name: str) -> tuple[Path, Path]:
     """The run (or what stands for a base model's), and where results of this name go."""
-    run = Path(config.run) if folder else rundir.OUTPUTS / Path(config.model).name
+    run = Path(config.run) if folder else disk.OUTPUTS / Path(config.model).name
     return run, Path(config.output_dir) if config.output_dir else run / "eval" / name
 
 
@@ -219,7 +218,7 @@ def evaluate_classifier(config: Config, folder: Path | None, other_rows: bool) -
         path = resolve_model(config.model, config.revision)
         check_prompt(config, data, path)
     else:
-        task = rundir.load_task(folder)
+        task = disk.load_task(folder)
         check_same_task(task, data)
         config.mixed_precision = config.mixed_precision or task["mixed_precision"]
         if not other_rows:
@@ -227,12 +226,14 @@ def evaluate_classifier(config: Config, folder: Path | None, other_rows: bool) -
         if task["approach"] == "head" and config.decode == "generate":
             raise InputError("--decode generate: this run has a classification head and writes no text.")
 
-    from common import loop, modeling, report, storage
-    from common.metrics import summarise
-    from common.scoring import predict
+    from common.measure import report
+    from common.measure.metrics import summarise
+    from common.measure.scoring import predict
+    from common.model import base_model, classifier, storage
+    from common.train import loop
 
     if folder is None:
-        modeling.resolve_options(config, modeling.is_encoder(path, config))
+        base_model.resolve_options(config, base_model.is_encoder(path, config))
     accelerator = loop.start_accelerator(config, [])
     if folder:
         classifier = storage.load_classifier(folder, accelerator.device, config.mixed_precision)
@@ -249,8 +250,8 @@ def evaluate_classifier(config: Config, folder: Path | None, other_rows: bool) -
         name = config.split if config.decode == "score" else f"{config.split}-generate"
         run, target = results_folder(config, folder, name + other_file(config, folder, other_rows))
         if not other_rows:
-            results |= rundir.read_json(run / "eval" / config.split / "baselines.json")
-            metrics = {**rundir.train_figures(run), **metrics}
+            results |= disk.read_json(run / "eval" / config.split / "baselines.json")
+            metrics = {**disk.train_figures(run), **metrics}
         report.write_evaluation(target, classifier, examples, answers, metrics, results, config.split)
         say(accelerator, report.results_table(results, config.split))
         outside = f"{metrics['outside_label_set']} of {metrics['rows']} answers outside the label set"
@@ -268,18 +269,21 @@ def evaluate_text(config: Config, folder: Path | None, other_rows: bool) -> None
         check_unchanged(config, named)
     path = str(folder) if folder else resolve_model(config.model, config.revision)
 
-    from common import attention, collate, loop, modeling, report, storage
-    from common.generation import positions
-    from common.metrics import perplexity_metrics
-    from common.perplexity import UNTRAINED, continue_text, row_losses
-    from common.token_losses import TokenLosses
+    from common.measure import report
+    from common.measure.metrics import perplexity_metrics
+    from common.measure.perplexity import UNTRAINED, continue_text, row_losses
+    from common.model import attention, base_model, storage
+    from common.model.generation import positions
+    from common.model.token_losses import TokenLosses
+    from common.text import batches
+    from common.train import loop
 
-    task = rundir.load_task(folder) if folder else {}
+    task = disk.load_task(folder) if folder else {}
     config.mixed_precision = config.mixed_precision or task.get("mixed_precision")
-    modeling.resolve_options(config, encoder=folder is None and modeling.is_encoder(path, config))
+    base_model.resolve_options(config, encoder=folder is None and base_model.is_encoder(path, config))
     accelerator = loop.start_accelerator(config, [])
-    tokenizer = modeling.load_tokenizer(path, config)
-    start = task.get("start", modeling.start_ids(tokenizer))
+    tokenizer = base_model.load_tokenizer(path, config)
+    start = task.get("start", base_model.start_ids(tokenizer))
     data = load_corpus_once(sources, config, tokenizer, accelerator)
     blocks = data.splits[config.split]
     if not len(blocks):
@@ -287,7 +291,7 @@ def evaluate_text(config: Config, folder: Path | None, other_rows: bool) -> None
     if folder:
         model, _ = storage.load_language_model(folder, accelerator.device, config.mixed_precision)
     else:
-        model = modeling.load_base(path, config, device=accelerator.device)[0].eval()
+        model = base_model.load_base(path, config, device=accelerator.device)[0].eval()
     most = positions(model) or config.block_size + len(start)
     if config.block_size + len(start) > most:
         raise InputError(f"--block_size {config.block_size}: longer than the {most} positions of the model.")
@@ -295,7 +299,7 @@ def evaluate_text(config: Config, folder: Path | None, other_rows: bool) -> None
         attention.check_masks(model, config, "document_masking", config.block_size)
 
     started = time.perf_counter()
-    collator = partial(collate.collate_numbered, collate.collate_blocks, blocks, start=start,
+    collator = partial(batches.collate_numbered, batches.collate_blocks, blocks, start=start,
                        end_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
                        document_masking=config.document_masking)  # fmt: skip
     batch_size = config.per_device_eval_batch_size
@@ -310,8 +314,8 @@ def evaluate_text(config: Config, folder: Path | None, other_rows: bool) -> None
         name += "" if usual else f"-windows-{config.block_size}-{config.stride or config.block_size}"
         run, target = results_folder(config, folder, name)
         if folder and usual and not other_rows:
-            results |= rundir.read_json(run / "eval" / config.split / "baselines.json")
-            metrics = {**rundir.train_figures(run), **metrics}
+            results |= disk.read_json(run / "eval" / config.split / "baselines.json")
+            metrics = {**disk.train_figures(run), **metrics}
         report.write_perplexity(target, losses, metrics, results, config.split, sample)
         before = f"behind {tokenizer.decode(start)}" if start else "without a BOS token in front"
         windows = f"windows of {config.block_size} tokens, {config.stride or config.block_size} apart, {before}"
@@ -337,16 +341,19 @@ def evaluate_chat(config: Config, folder: Path | None, other_rows: bool) -> None
 
     from accelerate.utils import gather_object
 
-    from common import collate, loop, modeling, report, storage
-    from common.chat import chat_rows, choose_template
-    from common.generation import NEW_TOKENS, answer_prompts, prompt_room
-    from common.metrics import perplexity_metrics, text_overlap
-    from common.perplexity import UNTRAINED, row_losses
-    from common.token_losses import TokenLosses
+    from common.measure import report
+    from common.measure.metrics import perplexity_metrics, text_overlap
+    from common.measure.perplexity import UNTRAINED, row_losses
+    from common.model import base_model, storage
+    from common.model.generation import NEW_TOKENS, answer_prompts, prompt_room
+    from common.model.token_losses import TokenLosses
+    from common.text import batches
+    from common.text.chat import chat_rows, choose_template
+    from common.train import loop
 
-    task = rundir.load_task(folder) if folder else {}
+    task = disk.load_task(folder) if folder else {}
     config.mixed_precision = config.mixed_precision or task.get("mixed_precision")
-    modeling.resolve_options(config, encoder=folder is None and modeling.is_encoder(path, config))
+    base_model.resolve_options(config, encoder=folder is None and base_model.is_encoder(path, config))
     accelerator = loop.start_accelerator(config, [])
     device, batch_size = accelerator.device, config.per_device_eval_batch_size
     if folder:
@@ -354,15 +361,15 @@ def evaluate_chat(config: Config, folder: Path | None, other_rows: bool) -> None
             folder, device, config.mixed_precision, config.chat_template
         )
     else:
-        modeling.check_length(path, config, config.max_length, "--max_length")
-        tokenizer = modeling.load_tokenizer(path, config)
+        base_model.check_length(path, config, config.max_length, "--max_length")
+        tokenizer = base_model.load_tokenizer(path, config)
         template = choose_template(tokenizer, config.chat_template)
-        model = modeling.load_base(path, config, device=device)[0].eval()
+        model = base_model.load_base(path, config, device=device)[0].eval()
     data.splits = {config.split: data.splits[config.split]}
     rows = chat_rows(data, template, config.max_length, config.loss_on)[config.split]
 
     started = time.perf_counter()
-    collator = partial(collate.collate_numbered, collate.collate_chat, rows, pad_id=tokenizer.pad_token_id)
+    collator = partial(batches.collate_numbered, batches.collate_chat, rows, pad_id=tokenizer.pad_token_id)
     lengths = [row.length for row in rows]
     losses = row_losses(TokenLosses(model), lengths, accelerator, batch_size, collator, config.split)
     asked = [conversation.messages[:-1] for conversation in data.splits[config.split]]
@@ -389,8 +396,8 @@ def evaluate_chat(config: Config, folder: Path | None, other_rows: bool) -> None
         name = config.split + other_file(config, folder, other_rows)
         run, target = results_folder(config, folder, name)
         if folder and not other_rows:
-            results |= rundir.read_json(run / "eval" / config.split / "baselines.json")
-            metrics = {**rundir.train_figures(run), **metrics}
+            results |= disk.read_json(run / "eval" / config.split / "baselines.json")
+            metrics = {**disk.train_figures(run), **metrics}
         written = [
             {"id": conversation.id, "prompt": template.text_of(messages), "gold": reference,
              "prediction": answer.text, "stopped": answer.stopped,

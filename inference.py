@@ -19,26 +19,26 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from common import chat_loop, rundir
-from common.answer_file import AnswerFile, write_answers
-from common.config import (
-    InputError,
+from common import disk
+from common.data.classification import Example, join_fields, unlabelled_rows
+from common.data.conversations import DEMO, read_columns, read_question, read_row
+from common.data.files import file_hash, read_rows, row_ids
+from common.errors import InputError, cli_errors
+from common.hub import EMBEDDED, resolve_model
+from common.options import (
     ModelConfig,
     Sampling,
     check_answers,
     check_sampling,
-    cli_errors,
     from_texts,
     option,
     parse_given,
     read_yaml,
 )
-from common.conversations import DEMO, read_columns, read_question, read_row
-from common.data import Example, join_fields, unlabelled_rows
-from common.demo_model import EMBEDDED, resolve_model
-from common.files import file_hash, read_rows, row_ids
-from common.personas import choose_persona
-from common.prompts import read_template
+from common.text.prompts import read_template
+from common.use import terminal
+from common.use.answer_file import AnswerFile, write_answers
+from common.use.terminal import choose_persona
 
 # torch and what stands on it is imported inside the functions: options and files are checked before, in a moment.
 
@@ -97,8 +97,8 @@ def read_options() -> tuple[Config, Path | None, dict[str, Any]]:
     if "compare" in given and "run" in given:
         raise InputError("--compare names its runs itself: drop --run.")
     named = given.get("run") or next((run for run in given.get("compare", ()) if run != "base"), None)
-    run = Path(named) if named else rundir.newest_run()
-    if rundir.is_base_model(run):
+    run = Path(named) if named else disk.newest_run()
+    if disk.is_base_model(run):
         name = named or EMBEDDED
         if "compare" in given:
             raise InputError(f"--compare: {name} is no folder of a run. Name runs, and `base` for their base model.")
@@ -107,8 +107,8 @@ def read_options() -> tuple[Config, Path | None, dict[str, Any]]:
         task = {"task": given.get("task", "classification" if "labels" in given else "chat")}
         config, folder = from_texts(Config, {**given, "model": name, "task": task["task"]}), None
     else:
-        folder = rundir.weights_folder(run)
-        task = rundir.load_task(folder)
+        folder = disk.weights_folder(run)
+        task = disk.load_task(folder)
         for name in sorted(SETTLED & given.keys()):
             raise InputError(f"--{name} was settled when {run} was trained: drop it.")
         saved = folder.parent / "config.yaml" if folder.name in ("adapter", "model") else folder / "config.yaml"
@@ -137,24 +137,24 @@ def read_options() -> tuple[Config, Path | None, dict[str, Any]]:
 
 def load_labeller(config: Config, folder: Path | None, path: str, accelerator: Any) -> Any:
     """The classifier of a run, or a base model that is asked with the instruction."""
-    from common import modeling, storage
-    from common.scoring import Classifier
+    from common.model import base_model, classifier, storage
+    from common.model.classifier import Classifier
 
     if folder:
         return storage.load_classifier(folder, accelerator.device, config.mixed_precision)
-    modeling.check_length(path, config, config.max_length, "--max_length")
-    tokenizer = modeling.load_tokenizer(path, config)
+    base_model.check_length(path, config, config.max_length, "--max_length")
+    tokenizer = base_model.load_tokenizer(path, config)
     template = read_template(config.prompt_template, "generative")
-    prompt = modeling.classification_prompt(
+    prompt = classifier.classification_prompt(
         tokenizer, False, labels=config.labels, multi_label=False, template=template, max_length=config.max_length
     )
-    model, _ = modeling.load_base(path, config, device=accelerator.device)
+    model, _ = base_model.load_base(path, config, device=accelerator.device)
     return Classifier(model.eval(), prompt, tokenizer, False, False, [0.5] * len(config.labels))
 
 
 def label_rows(classifier: Any, examples: Sequence[Example], accelerator: Any, config: Config, progress: Any) -> list:
     """The lines of an answer file: prediction (None where it abstains) and the probability of every label."""
-    from common.scoring import classify
+    from common.measure.scoring import classify
 
     size = config.per_device_eval_batch_size
     answers = classify(classifier, examples, accelerator, size, progress, labelled=False)
@@ -226,11 +226,11 @@ def compare_folders(config: Config, task: dict[str, Any]) -> list[tuple[str, Pat
     """
     found: list[tuple[str, Path | None]] = []
     for run in config.compare:
-        other = None if run == "base" else rundir.weights_folder(Path(run))
+        other = None if run == "base" else disk.weights_folder(Path(run))
         found.append((run, other))
         if other is None:
             continue
-        described = rundir.load_task(other)
+        described = disk.load_task(other)
         if described["task"] != task["task"]:
             raise InputError(f"--compare: {run} was trained for {described['task']}, {config.run} for {task['task']}.")
         options, wanted = described["model_options"], task["model_options"]
@@ -248,7 +248,7 @@ def compare_folders(config: Config, task: dict[str, Any]) -> list[tuple[str, Pat
 
 def check_switchable(folder: Path, run: Any) -> None:
     """Refuses an adapter whose initialisation moved weights out of the base: switched off, it leaves no base."""
-    from common.rundir import read_json
+    from common.disk import read_json
 
     init = read_json(folder / "adapter_config.json").get("init_lora_weights")
     if init in ("pissa", "olora"):
@@ -274,7 +274,7 @@ def side_by_side(voices: Sequence[tuple[str, Any]], questions: Sequence[str], sa
         for name, writer in voices:
             print(f"\n[{name}]", flush=True)
             torch.manual_seed(sampling.seed)
-            _, stopped = chat_loop.show(writer.stream(writer.ask(question), sampling))
+            _, stopped = terminal.show(writer.stream(writer.ask(question), sampling))
             if stopped:
                 raise KeyboardInterrupt
 
@@ -293,12 +293,12 @@ def converse(writer: Any, config: Config, instruction: str | None) -> None:
 
     sampling = Sampling(**{item.name: getattr(config, item.name) for item in fields(Sampling)})
     if instruction is not None:
-        if chat_loop.show(answer(writer.ask(instruction), sampling))[1]:
+        if terminal.show(answer(writer.ask(instruction), sampling))[1]:
             raise KeyboardInterrupt
     elif writer.template is None:
-        chat_loop.answer_lines(lambda text: answer(text, sampling))
+        terminal.answer_lines(lambda text: answer(text, sampling))
     else:
-        chat_loop.Chat(answer, sampling, writer.system).run()
+        terminal.Chat(answer, sampling, writer.system).run()
 
 
 def given_instruction(config: Config) -> str | None:
@@ -331,10 +331,10 @@ def answer_labels(
 
         write_answers(*batch, lines, config.per_device_eval_batch_size, accelerator)
     elif instruction is not None:
-        chat_loop.show(label(instruction))
+        terminal.show(label(instruction))
     else:
-        chat_loop.greet("Every text that you type is classified.")
-        chat_loop.answer_lines(label)
+        terminal.greet("Every text that you type is classified.")
+        terminal.answer_lines(label)
 
 
 def answer_texts(
@@ -347,7 +347,8 @@ def answer_texts(
     batch: Any,
 ) -> None:
     """Texts for the rows of a file, one text by several models, or a chat. batch: (AnswerFile, rows), or None."""
-    from common import modeling, writers
+    from common.model import lora
+    from common.use import text_models
 
     if batch:
         size = config.per_device_eval_batch_size
@@ -358,15 +359,15 @@ def answer_texts(
         write_answers(*batch, lines, size, accelerator)
     elif config.compare:
         others = compare_folders(config, task)
-        side_by_side(writers.load_compared(writer, folder, others, config), [instruction], config)
+        side_by_side(text_models.load_compared(writer, folder, others, config), [instruction], config)
     elif config.demo:
         voices = [("this run" if folder else "base", writer)]
-        if modeling.is_adapted(writer.model):
+        if lora.is_adapted(writer.model):
             voices.insert(0, ("base", replace(writer, adapter=None)))
         side_by_side(voices, demo_questions(task["task"]), config)
     else:
         if instruction is None:
-            chat_loop.greet("/help lists the commands." if writer.template else "Every text is gone on with.")
+            terminal.greet("/help lists the commands." if writer.template else "Every text is gone on with.")
         converse(writer, config, instruction)
 
 
@@ -386,16 +387,18 @@ def main() -> None:
     path = resolve_model(config.model, config.revision) if folder is None else ""
     print(f"Loading {folder or config.model} ...", file=sys.stderr, flush=True)
 
-    from common import loop, modeling, writers
+    from common.model import base_model
+    from common.train import loop
+    from common.use import text_models
 
     config.full_finetuning = False  # a base model is loaded as it is, not to be trained whole
     if folder is None:
-        modeling.resolve_options(config, modeling.is_encoder(path, config))
+        base_model.resolve_options(config, base_model.is_encoder(path, config))
     accelerator = loop.start_accelerator(config, [])
     if task["task"] == "classification":
         answer_labels(config, folder, path, accelerator, instruction, batch)
     else:
-        writer = writers.load_writer(config, folder, task, path, accelerator)
+        writer = text_models.load_writer(config, folder, task, path, accelerator)
         with accelerator.autocast():
             answer_texts(config, folder, task, writer, accelerator, instruction, batch)
     loop.finish(accelerator)

@@ -16,26 +16,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from common import rundir
-from common.config import (
+from common import disk
+from common.data.corpus import Source, load_corpus_once, open_sources
+from common.errors import InputError, cli_errors
+from common.hub import resolve_model
+from common.log import RunLog, chosen_trackers, say
+from common.options import (
     RESUME,
     CausalConfig,
     DataConfig,
-    InputError,
     LoopConfig,
     LoraArguments,
     ModelConfig,
     check_causal,
     check_loop,
-    cli_errors,
     option,
     parse_config,
 )
-from common.corpus import Source, load_corpus_once, open_sources
-from common.demo_model import resolve_model
-from common.runlog import RunLog, chosen_trackers, say
-from common.seeds import finish as finish_seeds
-from common.seeds import keep_others, runs_of
+from common.train import run_folder
+from common.train.seeds import finish as finish_seeds
+from common.train.seeds import keep_others, runs_of
 
 # torch and what stands on it is imported inside the functions: options and data are checked before, in a moment.
 
@@ -61,9 +61,9 @@ def evaluate(
     model: Any, blocks: Any, per_token: dict[str, float], accelerator: Any, batch_size: int, collator: Any, what: str
 ) -> tuple[list[tuple[float, int]], dict[str, Any]]:
     """Nats and predicted tokens of every block, and their metrics: sums and counts over all ranks."""
-    from common.loop import evaluation_cost
-    from common.metrics import perplexity_metrics
-    from common.perplexity import row_losses
+    from common.measure.metrics import perplexity_metrics
+    from common.measure.perplexity import row_losses
+    from common.train.loop import evaluation_cost
 
     started = time.perf_counter()
     losses = row_losses(model, blocks.lengths, accelerator, batch_size, collator, what)
@@ -75,43 +75,48 @@ def train(config: Config, sources: dict[str, Source], path: str, another: bool =
     import torch
     from accelerate.utils import broadcast_object_list, set_seed
 
-    from common import attention, collate, loop, modeling, report, storage
-    from common.checkpoint import State, load_checkpoint, register_hooks, save_best, save_checkpoint
-    from common.perplexity import UNTRAINED, continue_text
-    from common.plan import Plan
-    from common.token_losses import TokenLosses
+    from common.data.report import corpus_report
+    from common.measure import report
+    from common.measure.figures import draw_learning_curve, say_what_is_missing
+    from common.measure.perplexity import UNTRAINED, continue_text
+    from common.model import attention, base_model, lora, storage
+    from common.model.token_losses import TokenLosses
+    from common.text import batches
+    from common.text.plan import Plan
+    from common.train import loop
+    from common.train.checkpoints import State, load_checkpoint, register_hooks, save_best, save_checkpoint
 
-    given = rundir.options_hash(config)
-    resume = rundir.find_resume(config) if config.resume_from_checkpoint else None
-    modeling.resolve_options(config, modeling.is_encoder(path, config))
+    given = run_folder.options_hash(config)
+    resume = run_folder.find_resume(config) if config.resume_from_checkpoint else None
+    base_model.resolve_options(config, base_model.is_encoder(path, config))
     accelerator = loop.start_accelerator(config, chosen_trackers(config.report_to))
-    report.say_what_is_missing(accelerator, config.report_to)
+    say_what_is_missing(accelerator, config.report_to)
 
     # --- data
-    tokenizer = modeling.load_tokenizer(path, config)
-    start = modeling.start_ids(tokenizer)
-    modeling.check_length(path, config, config.block_size + len(start), "--block_size")
+    tokenizer = base_model.load_tokenizer(path, config)
+    start = base_model.start_ids(tokenizer)
+    base_model.check_length(path, config, config.block_size + len(start), "--block_size")
     data = load_corpus_once(sources, config, tokenizer, accelerator)
     rows = examples = data.splits["train"]
     test = data.splits["test"]
-    data_report = report.corpus_report(
+    data_report = corpus_report(
         data.report, tokenizer.decode(start), not config.document_masking, tokenizer.decode(rows[0].tokens)
     )
     say(accelerator, data_report)
 
     # --- model
     set_seed(config.seed)  # the adapter's first weights depend on the seed alone
-    model, missing = modeling.load_base(path, config, device=accelerator.device)
+    model, missing = base_model.load_base(path, config, device=accelerator.device)
     if config.document_masking:
         attention.check_masks(model, config, "document_masking", config.block_size)
     if not config.full_finetuning:
-        model = modeling.add_lora(model, config, missing, head=False)
+        model = lora.add_lora(model, config, missing, head=False)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = TokenLosses(model)
     if config.torch_compile:
         model.compile(dynamic=True)
-    census = modeling.census(model)
+    census = base_model.census(model)
     say(accelerator, report.census_table(census, config))
 
     # --- optimizer, scheduler
@@ -136,23 +141,23 @@ def train(config: Config, sources: dict[str, Source], path: str, another: bool =
         return {}
 
     # --- run folder, baseline, resume
-    where = [resume[0] if resume else rundir.new_run_folder(config) if accelerator.is_main_process else None]
+    where = [resume[0] if resume else run_folder.new_run_folder(config) if accelerator.is_main_process else None]
     run_dir = Path(broadcast_object_list(where)[0])
     best = run_dir / ("model" if config.full_finetuning else "adapter")
     mark = {
-        **rundir.binding_options(config),
+        **run_folder.binding_options(config),
         **{f"content of {source['name']}": source["sha256"][:12] for source in data.sources.values()},
         "rows_per_update": rows_per_update,
     }
     if resume:
         say(accelerator, f"Resumes {run_dir} from {resume[1].name if resume[1] else 'its start: no checkpoint yet'}")
     if accelerator.is_main_process:
-        rundir.recover(best)
+        disk.recover(best)
         if not (resume and resume[1]):
             splits = {"pieces cut from train": data.cut}
-            rundir.write_start(run_dir, config, given, data, splits, data_report, accelerator.num_processes, census)
+            run_folder.write_start(run_dir, config, given, data, splits, data_report, accelerator.num_processes, census)
     accelerator.wait_for_everyone()
-    collate_blocks = partial(collate.collate_numbered, collate.collate_blocks, start=start,
+    collate_blocks = partial(batches.collate_numbered, batches.collate_blocks, start=start,
                              end_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
                              document_masking=config.document_masking)  # fmt: skip
 
@@ -166,13 +171,13 @@ def train(config: Config, sources: dict[str, Source], path: str, another: bool =
         file = run_dir / "eval" / "test" / "baselines.json"
         if not file.exists():
             # Before the first update the adapter changes nothing; where it starts as a part of the base, it must be on.
-            changed = config.init_lora_weights in modeling.BASE_CHANGING_INITS
-            with nullcontext() if changed else modeling.without_adapter(inner):
+            changed = config.init_lora_weights in lora.BASE_CHANGING_INITS
+            with nullcontext() if changed else lora.without_adapter(inner):
                 results = {UNTRAINED: measure("test", UNTRAINED)[1]}
             if accelerator.is_main_process:
-                rundir.write_json(file, results)
+                disk.write_json(file, results)
             accelerator.wait_for_everyone()
-        results = rundir.read_json(file)
+        results = disk.read_json(file)
     set_seed(config.seed, device_specific=True)  # dropout differs between ranks, and a baseline changes nothing
     state = load_checkpoint(accelerator, resume[1], mark) if resume and resume[1] else State()
     log = RunLog(run_dir, accelerator, config, total, state.update)
@@ -232,8 +237,8 @@ def train(config: Config, sources: dict[str, Source], path: str, another: bool =
             report.write_perplexity(run_dir / "eval" / "test", losses, metrics, results, "test", sample)
             say(accelerator, "\n" + report.results_table(results, "test", report.PERPLEXITY))
         say(accelerator, f"\nA sample: {sample}")
-        report.draw_learning_curve(run_dir / "learning_curve.png", run_dir / "metrics.jsonl", "perplexity")
-        rundir.mark_finished(run_dir)
+        draw_learning_curve(run_dir / "learning_curve.png", run_dir / "metrics.jsonl", "perplexity")
+        run_folder.mark_finished(run_dir)
         say(accelerator, f"\nRun folder: {run_dir}\nEvaluate again: python evaluate.py --run {run_dir}")
     loop.finish(accelerator, model, optimizer, another=another)
     return {**figures, **metrics}

@@ -16,28 +16,34 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from common import rundir
-from common.config import (
+from common import disk
+from common.data.classification import (
+    ClassificationData,
+    Example,
+    class_weights,
+    draw_few_shot,
+    load_classification,
+)
+from common.errors import InputError, cli_errors
+from common.hub import resolve_model
+from common.log import RunLog, chosen_trackers, say
+from common.options import (
     RESUME,
     ClassificationConfig,
     DataConfig,
-    InputError,
     LoopConfig,
     LoraArguments,
     ModelConfig,
     PackConfig,
     check_classification,
     check_loop,
-    cli_errors,
     option,
     parse_config,
 )
-from common.data import ClassificationData, Example, class_weights, draw_few_shot, load_classification
-from common.demo_model import resolve_model
-from common.prompts import check_prompt, read_template
-from common.runlog import RunLog, chosen_trackers, say
-from common.seeds import finish as finish_seeds
-from common.seeds import keep_others, runs_of
+from common.text.prompts import check_prompt, read_template
+from common.train import run_folder
+from common.train.seeds import finish as finish_seeds
+from common.train.seeds import keep_others, runs_of
 
 # torch and what stands on it is imported inside the functions: options and data are checked before, in a moment.
 
@@ -53,7 +59,7 @@ class Config(ModelConfig, LoraArguments, LoopConfig, DataConfig, PackConfig, Cla
 
 def loss_of(model: Any, batch: dict[str, Any]) -> Any:
     """The SUM of weight x loss over the targets of one micro-batch. Change this one first."""
-    from common.loop import label_loss
+    from common.train.loop import label_loss
 
     output = model(**batch["inputs"])
     if "pool" in batch["inputs"]:  # the logits of a classification head
@@ -73,9 +79,9 @@ def evaluate(
 
     probabilities: of every label, which the metrics do not need and which cost most of the time.
     """
-    from common.loop import evaluation_cost
-    from common.metrics import summarise
-    from common.scoring import predict
+    from common.measure.metrics import summarise
+    from common.measure.scoring import predict
+    from common.train.loop import evaluation_cost
 
     started = time.perf_counter()
     answers = predict(classifier, examples, accelerator, batch_size, what, probabilities=probabilities)
@@ -88,25 +94,30 @@ def train(config: Config, data: ClassificationData, path: str, another: bool = F
     import torch
     from accelerate.utils import broadcast_object_list, set_seed
 
-    from common import attention, baselines, collate, loop, modeling, report, storage
-    from common.checkpoint import State, load_checkpoint, register_hooks, save_best, save_checkpoint
-    from common.plan import Plan
-    from common.scoring import Classifier
-    from common.token_losses import TokenLosses
+    from common.data.report import data_report as data_report_text
+    from common.measure import baselines, report
+    from common.measure.figures import draw_learning_curve, say_what_is_missing
+    from common.model import attention, base_model, classifier, lora, storage
+    from common.model.classifier import Classifier
+    from common.model.token_losses import TokenLosses
+    from common.text import batches
+    from common.text.plan import Plan
+    from common.train import loop
+    from common.train.checkpoints import State, load_checkpoint, register_hooks, save_best, save_checkpoint
 
-    given = rundir.options_hash(config)
-    resume = rundir.find_resume(config) if config.resume_from_checkpoint else None
-    encoder, head = modeling.is_encoder(path, config), config.approach == "head"
-    modeling.resolve_options(config, encoder, head)
+    given = run_folder.options_hash(config)
+    resume = run_folder.find_resume(config) if config.resume_from_checkpoint else None
+    encoder, head = base_model.is_encoder(path, config), config.approach == "head"
+    base_model.resolve_options(config, encoder, head)
     accelerator = loop.start_accelerator(config, chosen_trackers(config.report_to))
-    report.say_what_is_missing(accelerator, config.report_to)
+    say_what_is_missing(accelerator, config.report_to)
 
     # --- data
     shots, examples = draw_few_shot(data, config)
     validation, test = data.splits["validation"], data.splits["test"]
-    modeling.check_length(path, config, config.max_length, "--max_length")
-    tokenizer = modeling.load_tokenizer(path, config)
-    prompt = modeling.classification_prompt(
+    base_model.check_length(path, config, config.max_length, "--max_length")
+    tokenizer = base_model.load_tokenizer(path, config)
+    prompt = classifier.classification_prompt(
         tokenizer,
         encoder,
         labels=data.labels,
@@ -117,25 +128,25 @@ def train(config: Config, data: ClassificationData, path: str, another: bool = F
     )
     prompt.reserve(examples)
     weights = class_weights(config.class_weights, examples, data.labels, data.multi_label)
-    rows = collate.classification_rows(examples, prompt, weights)
+    rows = batches.classification_rows(examples, prompt, weights)
     prompt.count_shortened(data)
-    data_report = report.data_report(data.report, collate.show_row(rows[0], tokenizer))
+    data_report = data_report_text(data.report, batches.show_row(rows[0], tokenizer))
     say(accelerator, data_report)
 
     # --- model
     set_seed(config.seed)  # the first weights of adapter and head depend on the seed alone
-    model, missing = modeling.load_base(
+    model, missing = base_model.load_base(
         path, config, labels=data.labels if head else None, multi_label=data.multi_label, device=accelerator.device
     )
     shared_prefix = attention.resolve_shared_prefix(model, config, encoder)
     if not config.full_finetuning:
-        model = modeling.add_lora(model, config, missing, head)
+        model = lora.add_lora(model, config, missing, head)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model = modeling.HeadClassifier(model, encoder) if head else TokenLosses(model)
+    model = classifier.HeadClassifier(model, encoder) if head else TokenLosses(model)
     if config.torch_compile:
         model.compile(dynamic=True)
-    census = modeling.census(model)
+    census = base_model.census(model)
     say(accelerator, report.census_table(census, config))
 
     # --- optimizer, scheduler
@@ -157,17 +168,17 @@ def train(config: Config, data: ClassificationData, path: str, another: bool = F
     classifier = Classifier(inner if head else inner.model, prompt, tokenizer, head, encoder, [0.5] * len(data.labels))
     say(accelerator, f"{total} updates of {rows_per_update} rows; {accelerator.num_processes} process(es) on "
         f"{accelerator.device.type}, {torch.get_num_threads()} thread(s) each; "
-        f"{collate.describe_prefix([row.prompt for row in rows], lengths, batch_size, shared_prefix)}")  # fmt: skip
+        f"{batches.describe_prefix([row.prompt for row in rows], lengths, batch_size, shared_prefix)}")  # fmt: skip
     if config.dry_run:
         loop.finish(accelerator, model, optimizer, another=another)
         return {}
 
     # --- run folder, baselines, resume
-    where = [resume[0] if resume else rundir.new_run_folder(config) if accelerator.is_main_process else None]
+    where = [resume[0] if resume else run_folder.new_run_folder(config) if accelerator.is_main_process else None]
     run_dir = Path(broadcast_object_list(where)[0])
     best = run_dir / ("model" if config.full_finetuning else "adapter")
     mark = {
-        **rundir.binding_options(config),
+        **run_folder.binding_options(config),
         **{f"content of {source['name']}": source["sha256"][:12] for source in data.sources.values()},
         "rows_per_update": rows_per_update,
         "prompt": prompt.hash,
@@ -176,11 +187,11 @@ def train(config: Config, data: ClassificationData, path: str, another: bool = F
     if resume:
         say(accelerator, f"Resumes {run_dir} from {resume[1].name if resume[1] else 'its start: no checkpoint yet'}")
     if accelerator.is_main_process:
-        rundir.recover(best)
+        disk.recover(best)
         if not (resume and resume[1]):
             ids = {split: [example.id for example in rows] for split, rows in data.splits.items()}
             splits = {"ids": ids, "few_shot": [text for text, _ in shots]}
-            rundir.write_start(run_dir, config, given, data, splits, data_report, accelerator.num_processes, census)
+            run_folder.write_start(run_dir, config, given, data, splits, data_report, accelerator.num_processes, census)
     accelerator.wait_for_everyone()
     evaluate_rows = partial(evaluate, accelerator=accelerator, batch_size=config.per_device_eval_batch_size)
     results = {}
@@ -190,7 +201,7 @@ def train(config: Config, data: ClassificationData, path: str, another: bool = F
     set_seed(config.seed, device_specific=True)  # dropout differs between ranks, and baselines change nothing
     state = load_checkpoint(accelerator, resume[1], mark) if resume and resume[1] else State()
     log = RunLog(run_dir, accelerator, config, total, state.update)
-    collator = partial(collate.collate_rows, rows, pad_id=tokenizer.pad_token_id, encoder=encoder,
+    collator = partial(batches.collate_rows, rows, pad_id=tokenizer.pad_token_id, encoder=encoder,
                        shared_prefix=shared_prefix, pos_weight=weights if data.multi_label else None)  # fmt: skip
 
     def validate() -> dict[str, Any]:
@@ -244,8 +255,8 @@ def train(config: Config, data: ClassificationData, path: str, another: bool = F
             metrics = {**figures, **metrics}
             report.write_evaluation(run_dir / "eval" / "test", classifier, test, answers, metrics, results)
             say(accelerator, "\n" + report.results_table(results))
-        report.draw_learning_curve(run_dir / "learning_curve.png", run_dir / "metrics.jsonl", "f1_macro")
-        rundir.mark_finished(run_dir)
+        draw_learning_curve(run_dir / "learning_curve.png", run_dir / "metrics.jsonl", "f1_macro")
+        run_folder.mark_finished(run_dir)
         say(accelerator, f"\nRun folder: {run_dir}\nEvaluate again: python evaluate.py --run {run_dir}")
     loop.finish(accelerator, model, optimizer, another=another)
     return {**figures, **metrics}

@@ -17,12 +17,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from common import rundir
-from common.config import (
+from common import disk
+from common.data.conversations import ChatData, load_conversations
+from common.errors import InputError, cli_errors
+from common.hub import resolve_model
+from common.log import RunLog, chosen_trackers, say
+from common.options import (
     CHAT_LENGTH,
     RESUME,
     DataConfig,
-    InputError,
     InstructionConfig,
     LoopConfig,
     LoraArguments,
@@ -30,15 +33,12 @@ from common.config import (
     PackConfig,
     check_instructions,
     check_loop,
-    cli_errors,
     option,
     parse_config,
 )
-from common.conversations import ChatData, load_conversations
-from common.demo_model import resolve_model
-from common.runlog import RunLog, chosen_trackers, say
-from common.seeds import finish as finish_seeds
-from common.seeds import keep_others, runs_of
+from common.train import run_folder
+from common.train.seeds import finish as finish_seeds
+from common.train.seeds import keep_others, runs_of
 
 # torch and what stands on it is imported inside the functions: options and data are checked before, in a moment.
 
@@ -62,9 +62,9 @@ def loss_of(model: Any, batch: dict[str, Any]) -> Any:
 
 def evaluate(model: Any, rows: Any, accelerator: Any, batch_size: int, collator: Any, what: str) -> dict[str, Any]:
     """Loss and perplexity of the answers, given all that stands in front of them: sums and counts over all ranks."""
-    from common.loop import evaluation_cost
-    from common.metrics import perplexity_metrics
-    from common.perplexity import row_losses
+    from common.measure.metrics import perplexity_metrics
+    from common.measure.perplexity import row_losses
+    from common.train.loop import evaluation_cost
 
     started = time.perf_counter()
     losses = row_losses(model, [row.length for row in rows], accelerator, batch_size, collator, what)
@@ -76,43 +76,48 @@ def train(config: Config, data: ChatData, path: str, another: bool = False) -> d
     import torch
     from accelerate.utils import broadcast_object_list, set_seed
 
-    from common import attention, collate, loop, modeling, report, storage
-    from common.chat import chat_rows, choose_template, show_chat_row
-    from common.checkpoint import State, load_checkpoint, register_hooks, save_best, save_checkpoint
-    from common.perplexity import UNTRAINED
-    from common.plan import Plan
-    from common.token_losses import TokenLosses
+    from common.data.report import data_report as data_report_text
+    from common.measure import report
+    from common.measure.figures import draw_learning_curve, say_what_is_missing
+    from common.measure.perplexity import UNTRAINED
+    from common.model import attention, base_model, lora, storage
+    from common.model.token_losses import TokenLosses
+    from common.text import batches
+    from common.text.chat import chat_rows, choose_template, show_chat_row
+    from common.text.plan import Plan
+    from common.train import loop
+    from common.train.checkpoints import State, load_checkpoint, register_hooks, save_best, save_checkpoint
 
-    given = rundir.options_hash(config)
-    resume = rundir.find_resume(config) if config.resume_from_checkpoint else None
-    modeling.resolve_options(config, modeling.is_encoder(path, config))
+    given = run_folder.options_hash(config)
+    resume = run_folder.find_resume(config) if config.resume_from_checkpoint else None
+    base_model.resolve_options(config, base_model.is_encoder(path, config))
     accelerator = loop.start_accelerator(config, chosen_trackers(config.report_to))
-    report.say_what_is_missing(accelerator, config.report_to)
+    say_what_is_missing(accelerator, config.report_to)
 
     # --- data
-    modeling.check_length(path, config, config.max_length, "--max_length")
-    tokenizer = modeling.load_tokenizer(path, config)
+    base_model.check_length(path, config, config.max_length, "--max_length")
+    tokenizer = base_model.load_tokenizer(path, config)
     template = choose_template(tokenizer, config.chat_template)
     splits = chat_rows(data, template, config.max_length, config.loss_on)
     rows = examples = splits["train"]
     test = splits["test"]
-    data_report = report.data_report(data.report, show_chat_row(rows[0], tokenizer))
+    data_report = data_report_text(data.report, show_chat_row(rows[0], tokenizer))
     say(accelerator, data_report)
 
     # --- model
     set_seed(config.seed)  # the adapter's first weights depend on the seed alone
-    model, missing = modeling.load_base(path, config, device=accelerator.device)
+    model, missing = base_model.load_base(path, config, device=accelerator.device)
     if config.packing:
         attention.check_masks(model, config, "packing", config.max_length)
     shared_prefix = "off" if config.packing else attention.resolve_shared_prefix(model, config, encoder=False)
     if not config.full_finetuning:
-        model = modeling.add_lora(model, config, missing, head=False)
+        model = lora.add_lora(model, config, missing, head=False)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = TokenLosses(model)
     if config.torch_compile:
         model.compile(dynamic=True)
-    census = modeling.census(model)
+    census = base_model.census(model)
     say(accelerator, report.census_table(census, config))
 
     # --- optimizer, scheduler
@@ -133,18 +138,18 @@ def train(config: Config, data: ChatData, path: str, another: bool = False) -> d
     inner = accelerator.unwrap_model(model).model
     say(accelerator, f"{total} updates of {rows_per_update} rows; {accelerator.num_processes} process(es) on "
         f"{accelerator.device.type}, {torch.get_num_threads()} thread(s) each; "
-        f"{collate.describe_prefix([row.front for row in rows], lengths, batch_size, shared_prefix)}"
+        f"{batches.describe_prefix([row.front for row in rows], lengths, batch_size, shared_prefix)}"
         f"{'; batches without padding' * config.packing}")  # fmt: skip
     if config.dry_run:
         loop.finish(accelerator, model, optimizer, another=another)
         return {}
 
     # --- run folder, baseline, resume
-    where = [resume[0] if resume else rundir.new_run_folder(config) if accelerator.is_main_process else None]
+    where = [resume[0] if resume else run_folder.new_run_folder(config) if accelerator.is_main_process else None]
     run_dir = Path(broadcast_object_list(where)[0])
     best = run_dir / ("model" if config.full_finetuning else "adapter")
     mark = {
-        **rundir.binding_options(config),
+        **run_folder.binding_options(config),
         **{f"content of {source['name']}": source["sha256"][:12] for source in data.sources.values()},
         "rows_per_update": rows_per_update,
         "chat template": template.hash,
@@ -152,12 +157,12 @@ def train(config: Config, data: ChatData, path: str, another: bool = False) -> d
     if resume:
         say(accelerator, f"Resumes {run_dir} from {resume[1].name if resume[1] else 'its start: no checkpoint yet'}")
     if accelerator.is_main_process:
-        rundir.recover(best)
+        disk.recover(best)
         if not (resume and resume[1]):
             ids = {"ids": {split: [row.id for row in rows] for split, rows in data.splits.items()}}
-            rundir.write_start(run_dir, config, given, data, ids, data_report, accelerator.num_processes, census)
+            run_folder.write_start(run_dir, config, given, data, ids, data_report, accelerator.num_processes, census)
     accelerator.wait_for_everyone()
-    collate_chat = partial(collate.collate_numbered, collate.collate_chat, pad_id=tokenizer.pad_token_id,
+    collate_chat = partial(batches.collate_numbered, batches.collate_chat, pad_id=tokenizer.pad_token_id,
                            shared_prefix=shared_prefix, packing=config.packing)  # fmt: skip
 
     def measure(split: str, what: str) -> dict[str, Any]:
@@ -169,13 +174,13 @@ def train(config: Config, data: ChatData, path: str, another: bool = False) -> d
         file = run_dir / "eval" / "test" / "baselines.json"
         if not file.exists():
             # Before the first update the adapter changes nothing; where it starts as a part of the base, it must be on.
-            changed = config.init_lora_weights in modeling.BASE_CHANGING_INITS
-            with nullcontext() if changed else modeling.without_adapter(inner):
+            changed = config.init_lora_weights in lora.BASE_CHANGING_INITS
+            with nullcontext() if changed else lora.without_adapter(inner):
                 results = {UNTRAINED: measure("test", UNTRAINED)}
             if accelerator.is_main_process:
-                rundir.write_json(file, results)
+                disk.write_json(file, results)
             accelerator.wait_for_everyone()
-        results = rundir.read_json(file)
+        results = disk.read_json(file)
     set_seed(config.seed, device_specific=True)  # dropout differs between ranks, and a baseline changes nothing
     state = load_checkpoint(accelerator, resume[1], mark) if resume and resume[1] else State()
     log = RunLog(run_dir, accelerator, config, total, state.update)
@@ -233,8 +238,8 @@ def train(config: Config, data: ChatData, path: str, another: bool = False) -> d
             metrics = {**figures, **metrics}
             report.write_losses(run_dir / "eval" / "test", metrics, results)
             say(accelerator, "\n" + report.results_table(results, "test", report.ANSWER_LOSS))
-        report.draw_learning_curve(run_dir / "learning_curve.png", run_dir / "metrics.jsonl", "eval_loss")
-        rundir.mark_finished(run_dir)
+        draw_learning_curve(run_dir / "learning_curve.png", run_dir / "metrics.jsonl", "eval_loss")
+        run_folder.mark_finished(run_dir)
         say(accelerator, f"\nRun folder: {run_dir}\nCompare its answers: python evaluate.py --run {run_dir}\n"
             f"Talk to it: python inference.py --run {run_dir}")  # fmt: skip
     loop.finish(accelerator, model, optimizer, another=another)

@@ -25,8 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import train_speed, turns  # noqa: E402
-from common.config import LoraArguments, ModelConfig, cli_errors, option, parse_config  # noqa: E402
-from common.demo_model import resolve_model  # noqa: E402
+from common.errors import cli_errors  # noqa: E402
+from common.hub import resolve_model  # noqa: E402
+from common.options import LoraArguments, ModelConfig, option, parse_config  # noqa: E402
 
 TRAINING = ("pack", "padded", "plain loop")
 WAYS = (*TRAINING, "scoring", "generate")
@@ -71,24 +72,26 @@ def main() -> None:
 
 def load(config: Config) -> tuple[Any, Any]:
     """The model with an adapter, and its tokenizer."""
-    from common import modeling
+    from common.model import base_model, lora
 
     path = resolve_model(config.model, config.revision)
-    modeling.resolve_options(config, False)
-    base, _ = modeling.load_base(path, config, device=config.device)
-    return modeling.add_lora(base, config, [], head=False), modeling.load_tokenizer(path, config)
+    base_model.resolve_options(config, False)
+    base, _ = base_model.load_base(path, config, device=config.device)
+    return lora.add_lora(base, config, [], head=False), base_model.load_tokenizer(path, config)
 
 
 def measure(model: Any, tokenizer: Any, config: Config, labels: int, text_tokens: int, rows: int) -> dict[str, Any]:
     """speeds: {way: examples per second of every repetition}; losses: {way: loss of the update}."""
     import torch
 
-    from common import collate, modeling, scoring
-    from common.prompts import GENERATIVE_TEMPLATE
-    from common.token_losses import TokenLosses
+    from common.measure import scoring
+    from common.model import base_model, classifier
+    from common.model.token_losses import TokenLosses
+    from common.text import batches
+    from common.text.prompts import GENERATIVE_TEMPLATE
 
     names = [f"{first} {second}" for second in SECOND.split() for first in FIRST.split()][:labels]
-    prompt = modeling.classification_prompt(
+    prompt = classifier.classification_prompt(
         tokenizer, False, labels=names, multi_label=False, template=GENERATIVE_TEMPLATE, max_length=10**6
     )
     draw, pad_id = random.Random(0), tokenizer.pad_token_id
@@ -97,7 +100,7 @@ def measure(model: Any, tokenizer: Any, config: Config, labels: int, text_tokens
         prompt.instruction_ids + draw.choices(range(tokenizer.vocab_size), k=length) + prompt.cue_ids
         for length in lengths
     ]
-    data = [collate.AnswerRow(ids, prompt.answer([draw.randrange(labels)])) for ids in prompts]
+    data = [batches.AnswerRow(ids, prompt.answer([draw.randrange(labels)])) for ids in prompts]
     targets = sum(len(row.answer) for row in data)
     losses = TokenLosses(model)
     weights = [p for p in model.parameters() if p.requires_grad]
@@ -105,7 +108,7 @@ def measure(model: Any, tokenizer: Any, config: Config, labels: int, text_tokens
     options = {"batch_size": rows, "device": config.device}
 
     def autocast() -> Any:
-        return torch.autocast(config.device, modeling.DTYPES[config.mixed_precision], config.mixed_precision != "no")
+        return torch.autocast(config.device, base_model.DTYPES[config.mixed_precision], config.mixed_precision != "no")
 
     def loss(numbers: Sequence[int], way: str) -> Any:
         if way == "plain loop":
@@ -113,8 +116,8 @@ def measure(model: Any, tokenizer: Any, config: Config, labels: int, text_tokens
             inputs = {name: tensor.to(config.device) for name, tensor in inputs.items()}
             return model(**inputs, num_items_in_batch=targets).loss
         shared_prefix, pairs = "on" if way == "pack" else "off", [(i, True) for i in numbers]
-        batch = collate.collate_rows(data, pairs, pad_id=pad_id, shared_prefix=shared_prefix)
-        batch = collate.to_device(batch, config.device)
+        batch = batches.collate_rows(data, pairs, pad_id=pad_id, shared_prefix=shared_prefix)
+        batch = batches.to_device(batch, config.device)
         return losses(**batch["inputs"]).sum() / targets
 
     def update(way: str) -> float:
@@ -155,7 +158,7 @@ def measure(model: Any, tokenizer: Any, config: Config, labels: int, text_tokens
 
 def write(config: Config, grid: dict[str, list[int]], table: list[dict[str, Any]]) -> None:
     """Markdown table, and a picture with a panel for each of the three."""
-    from common.report import pyplot
+    from common.measure.figures import pyplot
 
     for entry in table:
         entry |= {way: statistics.median(speeds) for way, speeds in entry["speeds"].items()}

@@ -34,10 +34,12 @@ sys.path.insert(0, str(ROOT))
 
 import evaluate  # noqa: E402
 from benchmarks import turns  # noqa: E402
-from common import rundir  # noqa: E402
-from common.config import InputError, check_classification, cli_errors, option, parse_given  # noqa: E402
-from common.data import Example, load_classification, stratified_sample  # noqa: E402
-from common.demo_model import EMBEDDED, resolve_model  # noqa: E402
+from common import disk  # noqa: E402
+from common.data.classification import Example, load_classification, stratified_sample  # noqa: E402
+from common.errors import InputError, cli_errors  # noqa: E402
+from common.hub import EMBEDDED, resolve_model  # noqa: E402
+from common.model import storage  # noqa: E402
+from common.options import check_classification, option, parse_given  # noqa: E402
 
 SLOW = ("pipeline", "per_label")  # answer --slow_rows
 REFERENCES = ("per_label", "generate")
@@ -121,7 +123,7 @@ def measure(config: Config, folder: Path | None) -> dict[str, Any]:
     import peft
     import torch
 
-    from common.loop import peak_memory
+    from common.train.loop import peak_memory
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     accelerator, classifier, examples = load(config, folder)
@@ -171,16 +173,16 @@ def load(config: Config, folder: Path | None) -> tuple[Any, Any, list[Example]]:
     """The accelerator, the classifier as evaluate.py loads it, and the rows."""
     from accelerate import Accelerator
 
-    from common import modeling, storage
+    from common.model import base_model
 
     data = load_classification(config, training=False)
     examples = data.splits[config.split]
     if folder is None:
         path = resolve_model(config.model, config.revision)
         config.full_finetuning = False
-        modeling.resolve_options(config, modeling.is_encoder(path, config))
+        base_model.resolve_options(config, base_model.is_encoder(path, config))
     else:
-        task = rundir.load_task(folder)
+        task = disk.load_task(folder)
         evaluate.check_same_task(task, data)
         config.mixed_precision = config.mixed_precision or task["mixed_precision"]
         config.load_in_4bit = task["model_options"]["load_in_4bit"]
@@ -197,7 +199,7 @@ def load(config: Config, folder: Path | None) -> tuple[Any, Any, list[Example]]:
 def plainlora(
     classifier: Any, examples: Sequence[Example], accelerator: Any, size: int, probabilities: bool = True
 ) -> list[int | None]:
-    from common.scoring import classify
+    from common.measure.scoring import classify
 
     answers = classify(classifier, examples, accelerator, size, labelled=False, probabilities=probabilities)
     return [answer.labels[0] for answer in answers]
@@ -224,7 +226,7 @@ def pipeline(classifier: Any, examples: Sequence[Example], accelerator: Any, siz
 
 
 def generate(classifier: Any, examples: Sequence[Example], accelerator: Any, size: int) -> list[int | None]:
-    from common.scoring import generate_answers
+    from common.measure.scoring import generate_answers
 
     prompt = classifier.prompt
     prompts = [prompt.prompt(example.text).ids for example in examples]
@@ -237,7 +239,7 @@ def per_label(classifier: Any, examples: Sequence[Example], accelerator: Any, si
     """Logits where the answer stands alone: without that, a pass would hold the whole vocabulary at every token."""
     import torch
 
-    from common.collate import pad_left
+    from common.text.batches import pad_left
 
     prompt, pad_id, device = classifier.prompt, classifier.tokenizer.pad_token_id, accelerator.device
     prompts = [prompt.prompt(example.text).ids for example in examples]

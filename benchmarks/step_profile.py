@@ -18,7 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common.config import cli_errors, option, parse_config  # noqa: E402
+from common.errors import cli_errors  # noqa: E402
+from common.options import option, parse_config  # noqa: E402
 
 ANSWER = 4
 
@@ -48,10 +49,10 @@ def main() -> None:
     import transformers
     from peft.tuners.lora import LoraLayer
 
-    from common import attention, lean
-    from common.demo_model import resolve_model
-    from common.report import table
-    from common.token_losses import TokenLosses
+    from common.data.report import table
+    from common.hub import resolve_model
+    from common.model import attention, lean
+    from common.model.token_losses import TokenLosses
 
     model = transformers.AutoModelForCausalLM.from_pretrained(resolve_model(config.model, None), dtype=torch.bfloat16)
     model.config.use_cache = False

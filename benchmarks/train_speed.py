@@ -33,16 +33,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import turns  # noqa: E402
-from common.config import (  # noqa: E402
-    CausalConfig,
-    ClassificationConfig,
-    DataConfig,
-    InputError,
-    InstructionConfig,
-    cli_errors,
-    option,
-    parse_config,
-)
+from common.errors import InputError, cli_errors  # noqa: E402
+from common.options import CausalConfig, ClassificationConfig, DataConfig, InstructionConfig, option, parse_config  # noqa: E402
 
 TRAINERS = ("plainlora", "plain_loop", "hf_trainer", "trl_default", "trl_tuned")  # and whole_logits
 CHECKED = (1, 10, 30)  # updates at which losses are compared
@@ -126,7 +118,7 @@ def measure(config: Config) -> dict[str, Any]:
     """Runs one trainer here: examples per second, peak memory in bytes, losses at the checked updates."""
     import torch
 
-    from common.loop import peak_memory
+    from common.train.loop import peak_memory
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     checking = os.environ["CHECKING"] == "True"
@@ -145,14 +137,14 @@ def prepare(config: Config, checking: bool, folder: Path) -> Work:
     """The rendered rows in the order of our updates, and the model's folder (two layers of it for the check)."""
     import transformers
 
-    from common import modeling
-    from common.demo_model import resolve_model
-    from common.plan import Plan
+    from common.hub import resolve_model
+    from common.model import base_model
+    from common.text.plan import Plan
 
     if checking:
         config.max_length = min(config.max_length, config.check_max_length)
     path = resolve_model(config.model, None)
-    tokenizer = modeling.load_tokenizer(path, SimpleNamespace(revision=None, trust_remote_code=False))
+    tokenizer = base_model.load_tokenizer(path, SimpleNamespace(revision=None, trust_remote_code=False))
     # A first look tells how many rows there are; all updates are full, as others would not scale a short one.
     read = len(ROWS[config.task](config, tokenizer, checking, folder))
     config.max_train_samples = read // config.rows_per_update * config.rows_per_update
@@ -170,16 +162,16 @@ def prepare(config: Config, checking: bool, folder: Path) -> Work:
 
 def answers(config: Config, tokenizer: Any, checking: bool, folder: Path) -> list[tuple[list[int], list[int]]]:
     """Prompts and labels."""
-    from common import modeling
-    from common.data import load_classification
-    from common.prompts import read_template
+    from common.data.classification import load_classification
+    from common.model import classifier
+    from common.text.prompts import read_template
 
     if checking:
         short = read_template(config.prompt_template, "generative").replace("{labels}", "one of the labels")
         (folder / "short.txt").write_text(short, encoding="utf-8")
         config.prompt_template = str(folder / "short.txt")
     data = load_classification(config)
-    prompt = modeling.classification_prompt(
+    prompt = classifier.classification_prompt(
         tokenizer, False, labels=data.labels, multi_label=data.multi_label,
         template=read_template(config.prompt_template, "generative"), max_length=config.max_length,
     )  # fmt: skip
@@ -189,19 +181,19 @@ def answers(config: Config, tokenizer: Any, checking: bool, folder: Path) -> lis
 
 def blocks(config: Config, tokenizer: Any, checking: bool, folder: Path) -> list[tuple[list[int], list[int]]]:
     """Blocks of text, whose first token is not predicted."""
-    from common import modeling
-    from common.corpus import load_corpus, open_sources
+    from common.data.corpus import load_corpus, open_sources
+    from common.model import base_model
 
     found = load_corpus(open_sources(config), config, tokenizer).splits["train"]
-    start = modeling.start_ids(tokenizer)
+    start = base_model.start_ids(tokenizer)
     rows = [[*start, *block.tokens] for block in found]
     return [(row[:1], row[1:]) for row in rows]
 
 
 def turns_of_chat(config: Config, tokenizer: Any, checking: bool, folder: Path) -> list[tuple[list[int], list[int]]]:
     """Prompts and answers of conversations of one exchange."""
-    from common.chat import choose_template
-    from common.conversations import load_conversations
+    from common.data.conversations import load_conversations
+    from common.text.chat import choose_template
 
     template = choose_template(tokenizer, config.chat_template)
     data = load_conversations(config)
@@ -217,10 +209,10 @@ def plainlora(work: Work, folder: Path) -> tuple[list[float], list[float]]:
     import train_clm
     import train_cls
     import train_sft
-    from common import checkpoint
-    from common.conversations import load_conversations
-    from common.corpus import open_sources
-    from common.data import load_classification
+    from common.data.classification import load_classification
+    from common.data.conversations import load_conversations
+    from common.data.corpus import open_sources
+    from common.train import checkpoints
 
     script, load_data = {
         "classification": (train_cls, load_classification),
@@ -235,7 +227,7 @@ def plainlora(work: Work, folder: Path) -> tuple[list[float], list[float]]:
     own |= {"save_strategy": "no", "report_to": ["none"], "output_dir": str(folder / "run"), "warmup_ratio": 0.0}
     own |= {"lr_scheduler_type": "constant", "weight_decay": 0.0}
     own |= {"mixed_precision": "no", "load_in_4bit": False} if work.checking else {"mixed_precision": "bf16"}
-    count = checkpoint.State.count
+    count = checkpoints.State.count
 
     def counted(self: Any, loss: float, targets: float, lengths: list[int], seconds: float) -> None:
         ticks.append(seconds)
@@ -243,14 +235,14 @@ def plainlora(work: Work, folder: Path) -> tuple[list[float], list[float]]:
         count(self, loss, targets, lengths, seconds)
 
     settings = script.Config(**own)
-    with mock.patch.object(checkpoint.State, "count", counted):
+    with mock.patch.object(checkpoints.State, "count", counted):
         script.train(settings, load_data(settings), work.path)
     return ticks, losses
 
 
 def whole_logits(work: Work, folder: Path) -> tuple[list[float], list[float]]:
     """Our script with the logits of all targets at once, for what the chunks of common/token_losses.py save."""
-    from common import token_losses
+    from common.model import token_losses
 
     with mock.patch.object(token_losses, "_head_gives_logits", lambda model: False):
         return plainlora(work, folder)

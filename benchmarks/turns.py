@@ -52,7 +52,7 @@ def as_others(model: Any) -> Iterator[None]:
     """Inside the block the model computes as it does for others: transformers' own layers, PEFT's casts."""
     from peft.tuners.lora import LoraLayer
 
-    from common import attention, lean
+    from common.model import attention, lean
 
     adapted, own = [m for m in model.modules() if isinstance(m, LoraLayer)], model.config._attn_implementation
 
@@ -73,7 +73,7 @@ def as_others(model: Any) -> Iterator[None]:
 
 def bars(names: Sequence[str], values: Sequence[float], label: str) -> Any:
     """A figure with one bar a name, the first on top."""
-    from common.report import pyplot
+    from common.measure.figures import pyplot
 
     figure, axes = pyplot().subplots(figsize=(7, 3))
     axes.barh(names[::-1], values[::-1])
@@ -86,8 +86,8 @@ def write(
     config: Any, name: str, header: Sequence[str], rows: Sequence[Sequence[str]], table: Any, figure: Any
 ) -> None:
     """Table as Markdown, figures with options and environment as JSON, and the picture, in config.output_dir."""
-    from common.report import table as markdown
-    from common.runlog import describe_environment
+    from common.data.report import table as markdown
+    from common.log import describe_environment
 
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)

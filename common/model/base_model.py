@@ -1,0 +1,161 @@
+"""Base models (bf16, fp16, fp32, NF4), tokenizers, LoRA, and the census of a model's weights."""
+
+import warnings
+from collections import Counter
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from common.errors import InputError
+from common.model import attention, lean
+from common.options import ModelConfig
+
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+
+
+def resolve_options(config: Any, encoder: bool, head: bool = False) -> None:
+    """Fills in what is unset of --load_in_4bit, --mixed_precision and --bnb_4bit_compute_dtype.
+
+    4-bit for decoders with LoRA. bf16 where the device multiplies it fast (a CPU: AMX or AVX512-BF16), else fp16 on a
+    GPU, else fp32. Raises InputError for a 4-bit encoder, and for an encoder that should generate.
+    """
+    if encoder and not head:
+        raise InputError(
+            f"--model {config.model} is an encoder and cannot write text: use train_cls.py with --approach head."
+        )
+    if encoder and (config.load_in_4bit or config.load_in_8bit):
+        raise InputError(
+            f"--model {config.model} is an encoder, and those are trained unquantised: drop --load_in_*bit."
+        )
+    if config.load_in_4bit is None:
+        config.load_in_4bit = not (encoder or config.full_finetuning or config.load_in_8bit)
+    if config.mixed_precision is None:
+        if torch.cuda.is_available():
+            config.mixed_precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        else:
+            fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+            config.mixed_precision = "bf16" if fast else "no"
+    if config.bnb_4bit_compute_dtype is None and config.load_in_4bit:
+        config.bnb_4bit_compute_dtype = str(DTYPES[config.mixed_precision]).removeprefix("torch.")
+
+
+def is_encoder(path: str, config: ModelConfig) -> bool:
+    """Whether the model attends in both directions (BERT-like), judged by its having a masked-LM class."""
+    loaded = transformers.AutoConfig.from_pretrained(
+        path, revision=config.revision, trust_remote_code=config.trust_remote_code
+    )
+    return loaded.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def load_tokenizer(path: str, config: ModelConfig) -> Any:
+    """The tokenizer of a base model or a run; one without a pad token pads with the end token, masked by position."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        path, revision=config.revision, trust_remote_code=config.trust_remote_code
+    )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def start_ids(tokenizer: Any) -> list[int]:
+    """What the tokenizer itself puts in front of a text: a BOS, or nothing."""
+    return [i for i in tokenizer("")["input_ids"] if i == tokenizer.bos_token_id]
+
+
+def check_length(path: str, config: Any, tokens: int, option: str) -> None:
+    """Refuses rows of so many `tokens` (by --`option`) if the model has fewer positions."""
+    loaded = transformers.AutoConfig.from_pretrained(
+        path, revision=config.revision, trust_remote_code=config.trust_remote_code
+    )
+    most = getattr(loaded.get_text_config(), "max_position_embeddings", None) or tokens
+    if tokens > most:
+        raise InputError(f"{option}: rows of {tokens} tokens are longer than the {most} positions of {config.model}.")
+
+
+def load_base(
+    path: str, config: Any, *, labels: list[str] | None = None, multi_label: bool = False, device: Any = None
+) -> tuple[nn.Module, list[str]]:
+    """The base model, and the names of the modules that its checkpoint lacks (a new head, a new pooler).
+
+    labels: loads a sequence classifier with one output a label instead of a causal language model.
+    """
+    quantised = config.load_in_4bit or config.load_in_8bit
+    options: dict[str, Any] = {
+        "dtype": torch.float32 if config.full_finetuning else DTYPES[config.mixed_precision],
+        "revision": config.revision,
+        "trust_remote_code": config.trust_remote_code,
+        "output_loading_info": True,
+    }
+    if config.attn_implementation:
+        options["attn_implementation"] = config.attn_implementation
+    if labels:
+        options |= {
+            "num_labels": len(labels),
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: i for i, label in enumerate(labels)},
+            "problem_type": f"{'multi' if multi_label else 'single'}_label_classification",
+        }
+    loaded = transformers.AutoConfig.from_pretrained(
+        path, revision=config.revision, trust_remote_code=config.trust_remote_code
+    )
+    if getattr(loaded, "quantization_config", None):
+        if labels:
+            raise InputError(
+                f"--model {config.model} is stored quantised, and its settings would quantise the new head as well. "
+                "Use the unquantised model: --load_in_4bit true quantises it while loading."
+            )
+    elif quantised:
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=config.load_in_4bit,
+            load_in_8bit=config.load_in_8bit,
+            bnb_4bit_quant_type=config.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
+            bnb_4bit_compute_dtype=config.bnb_4bit_compute_dtype,
+        )
+        options["device_map"] = {"": device or "cpu"}  # one whole model a process: quantised weights cannot be moved
+    kind = transformers.AutoModelForSequenceClassification if labels else transformers.AutoModelForCausalLM
+    try:
+        model, info = kind.from_pretrained(path, **options)
+    except (ImportError, OSError, ValueError) as error:  # a missing package or weight file, an unknown architecture
+        raise InputError(f"--model {config.model} could not be loaded: {error}") from error
+    model.config.use_cache = False
+    for module in model.modules():
+        # On CPUs with AVX512-BF16, bitsandbytes repacks a layer's weights at its first pass in eval mode, and then has
+        # no gradient: training would go on after an evaluation with broken gradients, and only a warning.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    if not quantised:
+        model.to(device or "cpu")
+    if not config.attn_implementation:
+        attention.use(model)
+    lean.use(model)
+    return model, sorted({name.rpartition(".")[0] for name in info["missing_keys"]})
+
+
+def unpacked_size(parameter: nn.Parameter) -> int:
+    """The number of weights in a parameter; a 4-bit one stores two in a byte."""
+    packed = getattr(parameter, "quant_state", None)
+    return packed.shape.numel() if packed is not None else parameter.numel()
+
+
+def census(model: nn.Module) -> dict[str, Any]:
+    """Parameters by group (base, LoRA, trained whole) and dtype; 4-bit weights are counted unpacked."""
+    counts: Counter[tuple[str, str]] = Counter()
+    trainable = 0
+    for name, parameter in model.named_parameters():
+        packed = getattr(parameter, "quant_state", None)
+        number = unpacked_size(parameter)
+        kind = "LoRA" if "lora_" in name else "trained whole" if parameter.requires_grad else "base"
+        dtype = packed.quant_type if packed is not None else str(parameter.dtype).removeprefix("torch.")
+        counts[kind, dtype] += number
+        trainable += number * parameter.requires_grad
+    total = sum(counts.values())
+    groups = [{"group": group, "dtype": dtype, "parameters": n} for (group, dtype), n in sorted(counts.items())]
+    return {"groups": groups, "total": total, "trainable": trainable}

@@ -1,0 +1,85 @@
+"""Adapters: LoRA added to a base model, switched off and on."""
+
+import contextlib
+from typing import Any
+
+import peft
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from common.errors import InputError
+
+LORA_INITS = {"true": True, "false": False, **{name: name for name in ("gaussian", "orthogonal", "pissa", "olora")}}
+BASE_CHANGING_INITS = ("pissa", "olora")  # these move a part of the base weights into the adapter
+
+
+def add_lora(model: nn.Module, config: Any, missing: list[str], head: bool) -> nn.Module:
+    """The model with an adapter of fp32 weights; `missing` modules are trained whole and saved with it."""
+    if config.init_lora_weights not in LORA_INITS:
+        raise InputError(
+            f"--init_lora_weights {config.init_lora_weights}: expected {', '.join(LORA_INITS)}. PEFT's other ones need "
+            "a pass over data, or are drawn anew when the adapter is loaded."
+        )
+    targets = config.target_modules if config.target_modules != ["all-linear"] else None
+    kinds = nn.Linear | Conv1D  # GPT-2's linear layers
+    linear = {name for name, module in model.named_modules() if isinstance(module, kinds) and name not in missing}
+    for target in targets or []:
+        if not any(f".{name}".endswith(f".{target}") for name in linear):
+            known = sorted({name.rpartition(".")[2] for name in linear})
+            raise InputError(f"--target_modules {target}: no linear layer has this name; there are {', '.join(known)}.")
+    try:
+        lora = peft.LoraConfig(
+            task_type="SEQ_CLS" if head else "CAUSAL_LM",
+            r=config.lora_r,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=targets or "all-linear",
+            use_rslora=config.use_rslora,
+            use_dora=config.use_dora,
+            init_lora_weights=LORA_INITS[config.init_lora_weights],
+            exclude_modules=_towers(model, linear) or None,
+            modules_to_save=list(missing) or None,  # a copy: PEFT adds names of its own
+        )
+        model = peft.get_peft_model(model, lora)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"The adapter could not be added: {error}") from error
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return leave_casts_to_autocast(model)
+
+
+def _towers(model: nn.Module, linear: set[str]) -> list[str]:
+    """The linear layers that see pictures or sound: no text reaches them, and DDP would wait for their gradients."""
+    if not any(hasattr(model.config, f"{kind}_config") for kind in ("vision", "audio")):
+        return []
+    text = [model.get_decoder(), model.get_output_embeddings()]
+    inside = {f"{name}." for name, module in model.named_modules() if any(module is part for part in text)}
+    return sorted(name for name in linear if not f"{name}.".startswith(tuple(inside)))
+
+
+def leave_casts_to_autocast(model: nn.Module) -> nn.Module:
+    """PEFT casts a layer's input to the adapter's fp32, and autocast casts it back: two copies for nothing.
+
+    So a model in bf16 or fp16 works under `accelerator.autocast()` only.
+    """
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False
+    return model
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether the model carries an adapter that can be switched off."""
+    return isinstance(model, peft.PeftModel)
+
+
+@contextlib.contextmanager
+def without_adapter(model: nn.Module):
+    """The untrained base inside the block."""
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    with model.disable_adapter() if isinstance(model, peft.PeftModel) else contextlib.nullcontext():
+        yield
+    for parameter in frozen:  # PEFT makes all of an adapter trainable when it is switched on again
+        parameter.requires_grad_(False)

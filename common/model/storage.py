@@ -1,0 +1,268 @@
+"""Trained runs on disk: weights, tokenizer, task.json and model card, saved and loaded again."""
+
+import copy
+import json
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import peft
+import transformers
+from torch import nn
+
+from common.disk import TASK_FILE, load_task
+from common.errors import InputError
+from common.hub import resolve_model
+from common.model.base_model import load_base, load_tokenizer
+from common.model.classifier import Classifier, HeadClassifier, classification_prompt
+from common.model.generation import end_ids
+from common.model.lora import leave_casts_to_autocast
+from common.model.token_losses import TokenLosses
+from common.options import ModelConfig
+from common.text.chat import ChatTemplate, choose_template
+
+
+def stored_model(model: nn.Module) -> nn.Module:
+    """The library's model, which is what is saved, inside a forward module of ours."""
+    return model.model if isinstance(model, HeadClassifier | TokenLosses) else model
+
+
+@dataclass
+class TrainedOptions(ModelConfig):
+    """How a trained model is loaded again."""
+
+    mixed_precision: str = "no"
+    full_finetuning: bool = False
+
+
+def save_weights(model: nn.Module, folder: Path) -> None:
+    """The adapter (with the modules trained whole), or the full model, as safetensors in the library's own format."""
+    model = stored_model(model)
+    if isinstance(model, peft.PeftModel):
+        model.save_pretrained(folder, save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    else:
+        model.save_pretrained(folder, save_original_format=False)  # the names that `load_weights` finds in the model
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Puts weights that `save_weights` wrote back into the same model."""
+    model = stored_model(model)
+    if isinstance(model, peft.PeftModel):
+        _check_complete(model, folder)
+        weights = peft.load_peft_weights(str(folder), device="cpu")
+        peft.set_peft_model_state_dict(model, weights)
+    else:
+        from safetensors.torch import load_file
+
+        weights = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            weights |= load_file(file)
+        _, unexpected = model.load_state_dict(weights, strict=False)  # tied weights are stored once
+        if unexpected:
+            raise InputError(f"{folder}: these weights belong to another model: {', '.join(unexpected[:3])} ...")
+
+
+def _check_complete(model: peft.PeftModel, folder: Path) -> None:
+    """Refuses an adapter that lacks a weight it should carry: a head that stays random gives random answers."""
+    from safetensors import safe_open
+
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        present = set(file.keys())
+    lacking = sorted(peft.get_peft_model_state_dict(model, save_embedding_layers=False).keys() - present)
+    if lacking:
+        raise InputError(
+            f"{folder}: the adapter lacks trained weights ({', '.join(lacking[:3])}), so its answers would be random."
+        )
+
+
+def save_trained(folder: Path, model: nn.Module, tokenizer: Any, task: dict[str, Any], use: str, config: Any) -> None:
+    """Weights, tokenizer, task.json and model card: with the base model, all that is needed to use what was trained.
+
+    task: what must be known to use it, `task` (its name) first. use: the model card's text on what it does.
+    """
+    folder.mkdir(parents=True)
+    save_weights(model, folder)
+    tokenizer.save_pretrained(folder)
+    task = {
+        **task,
+        "full_finetuning": config.full_finetuning,
+        "mixed_precision": config.mixed_precision,
+        "model_options": {item.name: getattr(config, item.name) for item in fields(ModelConfig)},
+    }
+    (folder / TASK_FILE).write_text(json.dumps(task, indent=2, ensure_ascii=False), encoding="utf-8")
+    (folder / "README.md").write_text(_model_card(task["task"], use, config), encoding="utf-8")
+
+
+def _model_card(task: str, use: str, config: Any) -> str:
+    """What the weights are and how to use them; figures stand in the run's eval folder, where they were measured."""
+    quantised = "8-bit " if config.load_in_8bit else f"4-bit {config.bnb_4bit_quant_type} " * config.load_in_4bit
+    trained = (
+        "All its weights were trained."
+        if config.full_finetuning
+        else f"Trained with LoRA (r {config.lora_r}, alpha {config.lora_alpha:g}) on its {quantised}weights; this "
+        "folder holds the adapter alone."
+    )
+    tag = {"classification": "text-classification"}.get(task, "text-generation")
+    return (
+        f"---\nbase_model: {json.dumps(config.model)}\ntags: [{tag}, plainlora]\n---\n"
+        f"# {config.model}, fine-tuned\n\n{trained} Learning rate {config.learning_rate:g}, seed {config.seed}; all "
+        f"options are in `config.yaml` of the run folder, the measured quality in `eval/`.\n\n{use}\n"
+    )
+
+
+def trained_options(task: dict[str, Any], mixed_precision: str | None = None) -> TrainedOptions:
+    """The options to load a trained model with; mixed_precision: unset, as trained."""
+    return TrainedOptions(
+        **task["model_options"],
+        mixed_precision=mixed_precision or task["mixed_precision"],
+        full_finetuning=task["full_finetuning"],
+    )
+
+
+def load_model(folder: Path, options: TrainedOptions, device: Any = None, **kind: Any) -> nn.Module:
+    """Base and trained weights. kind: `labels` and `multi_label` of a classification head (modeling.load_base)."""
+    path = str(folder) if options.full_finetuning else resolve_model(options.model, options.revision)
+    model, missing = load_base(path, options, device=device, **kind)
+    if options.full_finetuning:
+        if missing:
+            raise InputError(f"{folder}: the trained weights of {', '.join(missing)} are missing.")
+        return model
+    lora = peft.PeftConfig.from_pretrained(str(folder))
+    lora.base_model_name_or_path = None  # where the base was when it was trained
+    model = peft.get_peft_model(model, lora)
+    load_weights(model, folder)
+    return leave_casts_to_autocast(model)
+
+
+def save_language_model(folder: Path, model: nn.Module, tokenizer: Any, start: list[int], config: Any) -> None:
+    """A model trained on running text. start: the ids in front of every block."""
+    task = {
+        "task": "causal_lm",
+        "block_size": config.block_size,
+        "document_masking": config.document_masking,
+        "start": start,
+    }
+    use = (
+        f"Continues running text; trained on blocks of {config.block_size} tokens.\n\nMeasure its perplexity on a "
+        "text:\n\n    python evaluate.py --run THIS_FOLDER --test_file FILE.txt"
+    )
+    save_trained(folder, model, tokenizer, task, use, config)
+
+
+def load_language_model(folder: Path, device: Any = None, mixed_precision: str | None = None) -> tuple[nn.Module, Any]:
+    """A trained causal language model and its tokenizer; mixed_precision: unset, as trained."""
+    options = trained_options(load_task(folder), mixed_precision)
+    return load_model(folder, options, device).eval(), load_tokenizer(str(folder), options)
+
+
+def save_chat_model(folder: Path, model: nn.Module, tokenizer: Any, template: ChatTemplate, config: Any) -> None:
+    """A model trained on conversations: its template is the tokenizer's, and generation ends where an answer does."""
+    tokenizer.chat_template = template.text
+    task = {
+        "task": "chat",
+        "chat_template": template.text,
+        "chat_template_hash": template.hash,
+        "system_prompt": config.system_prompt,
+        "max_length": config.max_length,
+        "loss_on": config.loss_on,
+    }
+    asked = "\n".join(f"    {line}" for line in template.text_of([{"role": "user", "content": "..."}]).splitlines())
+    use = f"Answers as in a conversation:\n\n{asked}\n\nTalk to it:\n\n    python inference.py --run THIS_FOLDER"
+    save_trained(folder, model, tokenizer, task, use, config)
+    generation = copy.deepcopy(model.generation_config)
+    generation.eos_token_id = end_ids(model, template)
+    if not generation.do_sample:  # transformers saves no settings of a draw beside greedy search; some models ship them
+        for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"):
+            setattr(generation, name, None)
+    generation.save_pretrained(folder)
+
+
+def load_chat_model(
+    folder: Path, device: Any = None, mixed_precision: str | None = None, chat_template: str | None = None
+) -> tuple[nn.Module, Any, ChatTemplate]:
+    """A model trained on conversations, its tokenizer, and the template it was trained with.
+
+    chat_template: another one, as `--chat_template` names it; that is said on stderr, as answers may suffer.
+    """
+    task = load_task(folder)
+    options = trained_options(task, mixed_precision)
+    tokenizer = load_tokenizer(str(folder), options)
+    template = ChatTemplate(tokenizer, task["chat_template"], f"the chat template of {folder}")
+    if chat_template or tokenizer.chat_template != task["chat_template"]:
+        other = choose_template(tokenizer, chat_template)
+        if other.hash != task["chat_template_hash"]:
+            print(
+                f"warning: {other.source} is not the chat template that {folder} was trained with, so answers may be "
+                "worse.",
+                file=sys.stderr,
+            )
+            template = other
+    model = load_model(folder, options, device).eval()
+    model.generation_config = transformers.GenerationConfig.from_pretrained(str(folder))
+    model.generation_config.eos_token_id = end_ids(model, template)
+    return model, tokenizer, template
+
+
+def add_adapter(model: peft.PeftModel, folder: Path, name: str) -> None:
+    """Puts the adapter of another run beside that of a loaded model, for `model.set_adapter(name)`."""
+    lora = peft.PeftConfig.from_pretrained(str(folder))
+    lora.base_model_name_or_path = None
+    model.add_adapter(name, lora)
+    found = peft.set_peft_model_state_dict(model, peft.load_peft_weights(str(folder), device="cpu"), adapter_name=name)
+    lacking = [key for key in found.missing_keys if f".{name}." in key]
+    if lacking or found.unexpected_keys:
+        raise InputError(
+            f"{folder}: the adapter does not fit the base: {', '.join([*lacking, *found.unexpected_keys][:3])}."
+        )
+    leave_casts_to_autocast(model).eval()
+
+
+def save_classifier(folder: Path, classifier: Classifier, config: Any) -> None:
+    """A trained classifier, as `load_classifier` reads it."""
+    prompt = classifier.prompt
+    task = {
+        "task": "classification",
+        "approach": "head" if classifier.head else "generative",
+        "encoder": classifier.encoder,
+        "labels": prompt.labels,
+        "multi_label": prompt.multi_label,
+        "thresholds": classifier.thresholds,
+        "template": prompt.template,
+        "few_shot": prompt.few_shot,
+        "max_length": prompt.max_length,
+        "answer_tokens": prompt.answer_tokens,
+        "prompt_hash": prompt.hash,
+    }
+    answer = "any number of labels" if prompt.multi_label else "one label"
+    way = "with a classification head" if classifier.head else "by writing its labels after the prompt below"
+    labels = "\n".join(f"- {label}" for label in prompt.labels)
+    shown = "\n".join(f"    {line}" for line in prompt.template.splitlines())
+    use = (
+        f"Answers a text with {answer}, {way}.\n\nLabels:\n\n{labels}\n\nPrompt:\n\n{shown}\n\n"
+        "Evaluate it on a file with the same columns:\n\n    python evaluate.py --run THIS_FOLDER --test_file FILE"
+    )
+    save_trained(folder, classifier.model, classifier.tokenizer, task, use, config)
+
+
+def load_classifier(folder: Path, device: Any = None, mixed_precision: str | None = None) -> Classifier:
+    """A trained classifier for inference; mixed_precision: unset, as trained.
+
+    Raises InputError where trained weights are missing, or labels or prompt were changed after training.
+    """
+    task = load_task(folder)
+    options = trained_options(task, mixed_precision)
+    head, encoder = task["approach"] == "head", task["encoder"]
+    tokenizer = load_tokenizer(str(folder), options)
+    names = ("labels", "multi_label", "template", "few_shot", "max_length", "answer_tokens")
+    prompt = classification_prompt(tokenizer, encoder, **{name: task[name] for name in names})
+    if prompt.hash != task["prompt_hash"]:
+        raise InputError(
+            f"{folder / TASK_FILE} was changed after training: labels or prompt no longer fit the weights."
+        )
+    labels = task["labels"] if head else None
+    model = load_model(folder, options, device, labels=labels, multi_label=task["multi_label"])
+    if head:
+        model = HeadClassifier(model, encoder)
+    return Classifier(model.eval(), prompt, tokenizer, head, encoder, task["thresholds"])

@@ -1,0 +1,161 @@
+"""Checkpoints that hold the trained weights only, appear whole or not at all, and resume exactly."""
+
+import contextlib
+import errno
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from common.disk import replace_folder
+from common.errors import InputError
+from common.model.storage import load_weights, save_weights
+from common.train.run_folder import list_checkpoints
+
+FULL_DISK = 2**20  # bytes: with less left, a failed save is put down to the disk
+
+
+@dataclass
+class State:
+    """Where a run stands; saved with every checkpoint. `seconds` are those of updates alone."""
+
+    update: int = 0
+    best_score: float | None = None
+    best_update: int | None = None
+    stale_evaluations: int = 0  # since the best one
+    loss_sum: float = 0.0
+    target_sum: float = 0.0
+    window_loss: float = 0.0  # the same since the last line of metrics.jsonl
+    window_targets: float = 0.0
+    rows: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def count(self, loss: float, targets: float, lengths: Sequence[int], seconds: float) -> None:
+        """One update more, of rows with these lengths in tokens."""
+        self.update += 1
+        self.loss_sum += loss * targets
+        self.target_sum += targets
+        self.window_loss += loss * targets
+        self.window_targets += targets
+        self.rows += len(lengths)
+        self.tokens += sum(lengths)
+        self.seconds += seconds
+
+    def take_window(self) -> float:
+        """The mean loss since the last call."""
+        mean = self.window_loss / self.window_targets
+        self.window_loss = self.window_targets = 0.0
+        return mean
+
+    def improves(self, name: str, metrics: dict[str, Any]) -> bool:
+        """Whether metric `name` is the best so far, which is noted; a loss and a perplexity are better when lower."""
+        score = -metrics[name] if name in ("eval_loss", "perplexity") else metrics[name]
+        if not math.isnan(score) and (self.best_score is None or score > self.best_score):
+            self.best_score, self.best_update, self.stale_evaluations = score, self.update, 0
+            return True
+        self.stale_evaluations += 1
+        return False
+
+    def summary(self, flops_per_token: float) -> dict[str, float]:
+        """The figures of the whole training; train_runtime has neither evaluation nor saving in it.
+
+        Tokens and total_flos are those of the rows: a shared prefix counts in each, computed once or not.
+        """
+        seconds = max(self.seconds, 1e-9)
+        return {
+            "train_loss": self.loss_sum / self.target_sum,
+            "train_runtime": self.seconds,
+            "train_samples_per_second": self.rows / seconds,
+            "train_steps_per_second": self.update / seconds,
+            "train_tokens_per_second": self.tokens / seconds,
+            "total_flos": flops_per_token * self.tokens,
+        }
+
+
+def register_hooks(accelerator: Accelerator) -> None:
+    """Makes `save_state` and `load_state` handle the trained weights only, not the base model's."""
+
+    def save(models: list, weights: list, folder: str) -> None:
+        weights.clear()
+        if accelerator.is_main_process:
+            save_weights(accelerator.unwrap_model(models[0]), Path(folder) / "weights")
+
+    def load(models: list, folder: str) -> None:
+        load_weights(accelerator.unwrap_model(models.pop()), Path(folder) / "weights")
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def save_checkpoint(
+    accelerator: Accelerator, run_dir: Path, state: State, mark: dict[str, Any], limit: int | None
+) -> None:
+    """Writes checkpoints/step_<n>: complete under a temporary name first, then renamed; then prunes old ones.
+
+    mark: what must be the same for the checkpoint to be resumed. limit: --save_total_limit.
+    """
+    target = run_dir / "checkpoints" / f"step_{state.update}"
+    scratch = target.with_name(f".{target.name}.tmp")
+    if accelerator.is_main_process:
+        shutil.rmtree(scratch, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    with _full_disk_named(run_dir):
+        accelerator.save_state(str(scratch))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            (scratch / "state.json").write_text(json.dumps({"state": asdict(state), "mark": mark}, indent=2))
+    if accelerator.is_main_process:
+        replace_folder(scratch, target)
+        _prune(run_dir, state, limit)
+    accelerator.wait_for_everyone()
+
+
+def load_checkpoint(accelerator: Accelerator, folder: Path, mark: dict[str, Any]) -> State:
+    """Restores weights, optimizer, scheduler and random numbers; returns the saved state.
+
+    Raises InputError where options or data differ from the checkpoint's, naming each.
+    """
+    saved = json.loads((folder / "state.json").read_text())
+    before, now = saved["mark"], json.loads(json.dumps(mark))
+    changed = [f"{name} was {before.get(name)}, is {value}" for name, value in now.items() if before.get(name) != value]
+    if changed:
+        raise InputError(f"{folder} cannot be resumed with other options or data: {'; '.join(changed)}.")
+    accelerator.load_state(str(folder))
+    return State(**saved["state"])
+
+
+def save_best(accelerator: Accelerator, target: Path, write: Callable[[Path], None]) -> None:
+    """Replaces the run's trained weights by what `write(folder)` puts into a folder, whole or not at all."""
+    if accelerator.is_main_process:
+        scratch = target.with_name(f".{target.name}.tmp")
+        shutil.rmtree(scratch, ignore_errors=True)
+        with _full_disk_named(target.parent):
+            write(scratch)
+        replace_folder(scratch, target)
+    accelerator.wait_for_everyone()
+
+
+@contextlib.contextmanager
+def _full_disk_named(folder: Path) -> Iterator[None]:
+    """torch and safetensors report a full disk by errors of their own: these become the OSError that it is."""
+    try:
+        yield
+    except Exception as error:
+        if shutil.disk_usage(folder).free > FULL_DISK:
+            raise
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder)) from error
+
+
+def _prune(run_dir: Path, state: State, limit: int | None) -> None:
+    """Deletes the oldest checkpoints beyond `limit`, but never the best or the last."""
+    folders = list_checkpoints(run_dir)
+    spare = [folder for folder in folders[:-1] if folder.name != f"step_{state.best_update}"]
+    for folder in spare[: max(0, len(folders) - limit)] if limit else []:
+        (folder / "state.json").unlink()  # without it a half-deleted folder is no checkpoint any more
+        shutil.rmtree(folder)
