@@ -10,84 +10,76 @@ LoRA on a 4-bit NF4 base by default; `--help` lists the options. Not supported: 
 
 import math
 import time
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from common import disk
-from common.data.corpus import Source, load_corpus_once, open_sources
-from common.errors import InputError, cli_errors
+from common.data.corpus import Blocks, Source, load_corpus_once, open_sources
+from common.data.report import corpus_report
+from common.errors import RESUME_HINT, InputError, cli_errors
 from common.hub import resolve_model
-from common.log import RunLog, chosen_trackers, say
-from common.options import (
-    RESUME,
-    CausalConfig,
-    DataConfig,
-    LoopConfig,
-    LoraArguments,
-    ModelConfig,
-    check_causal,
-    check_loop,
-    option,
-    parse_config,
-)
-from common.train import run_folder
-from common.train.seeds import finish as finish_seeds
-from common.train.seeds import keep_others, runs_of
+from common.log import RunLog, chosen_trackers, evaluation_cost, say
+from common.measure.metrics import TASKS, choosable, perplexity_metrics
+from common.model.losses import token_losses
+from common.options import CAUSAL_LM, CorpusDataConfig, RunConfig, option, parse_config
+from common.train.run_folder import RunFolder
+from common.train.seeds import configs_per_seed, train_each
 
-# torch and what stands on it is imported inside the functions: options and data are checked before, in a moment.
+if TYPE_CHECKING:
+    import torch
+
+    from common.text.batches import Batch
+
+# torch and what needs it is imported by `train`: options and data are checked before, in a moment.
 
 
 @dataclass
-class Config(ModelConfig, LoraArguments, LoopConfig, DataConfig, CausalConfig):
+class Config(RunConfig, CorpusDataConfig):
     """train_clm"""
 
     learning_rate: float = option(2e-4, "peak learning rate", at_least=0)
-    gradient_accumulation_steps: int = option(8, "forward passes per update", at_least=1)
+    gradient_accumulation_steps: int = option(8, "forward passes per update", at_least=1, binds=False)
     num_train_epochs: float = option(1, "passes over the training blocks", at_least=0)
-    metric_for_best_model: Literal["eval_loss", "perplexity"] = option(
-        "eval_loss", "validation metric that chooses the best weights"
+    metric_for_best_model: str = option(
+        "eval_loss", "validation metric that chooses the best weights", choices=choosable(CAUSAL_LM)
     )
 
 
-def loss_of(model: Any, batch: dict[str, Any]) -> Any:
+def loss_of(model: "torch.nn.Module", batch: "Batch") -> "torch.Tensor":
     """The SUM of weight x loss over the targets of one micro-batch. Change this one first."""
-    return (model(**batch["inputs"]) * batch["weights"]).sum()
+    losses = token_losses(model, batch)  # [targets]
+    return (losses * batch.weights).sum()
 
 
 def evaluate(
-    model: Any, blocks: Any, per_token: dict[str, float], accelerator: Any, batch_size: int, collator: Any, what: str
+    row_losses: Callable[..., list[tuple[float, int]]], blocks: Blocks, per_token: dict[str, float], what: str
 ) -> tuple[list[tuple[float, int]], dict[str, Any]]:
-    """Nats and predicted tokens of every block, and their metrics: sums and counts over all ranks."""
-    from common.measure.metrics import perplexity_metrics
-    from common.measure.perplexity import row_losses
-    from common.train.loop import evaluation_cost
+    """(loss sum in nats, predicted tokens) of every block, and their metrics: sums and counts over all ranks.
 
+    row_losses: `common.measure.perplexity.row_losses` of the model.
+    """
     started = time.perf_counter()
-    losses = row_losses(model, blocks.lengths, accelerator, batch_size, collator, what)
-    return losses, perplexity_metrics(losses, per_token) | evaluation_cost(len(blocks), started, accelerator.device)
+    losses = row_losses(blocks, what=what)
+    return losses, perplexity_metrics(losses, per_token) | evaluation_cost(len(blocks), started)
 
 
-def train(config: Config, sources: dict[str, Source], path: str, another: bool = False) -> dict[str, Any]:
-    """One run from the base model to its evaluated weights; returns its figures. another: a further run follows."""
+def train(config: Config, sources: dict[str, Source], path: str, last: bool = True) -> dict[str, Any]:
+    """One run from the base model to its evaluated weights; returns its figures. last: no further run follows."""
     import torch
-    from accelerate.utils import broadcast_object_list, set_seed
+    from accelerate.utils import set_seed
 
-    from common.data.report import corpus_report
-    from common.measure import report
+    from common.measure import baselines, report
     from common.measure.figures import draw_learning_curve, say_what_is_missing
-    from common.measure.perplexity import UNTRAINED, continue_text
+    from common.measure.perplexity import continue_text, row_losses
     from common.model import attention, base_model, lora, storage
     from common.model.token_losses import TokenLosses
     from common.text import batches
     from common.text.plan import Plan
     from common.train import loop
-    from common.train.checkpoints import State, load_checkpoint, register_hooks, save_best, save_checkpoint
+    from common.train.checkpoints import load_state, save_best, save_checkpoint
 
-    given = run_folder.options_hash(config)
-    resume = run_folder.find_resume(config) if config.resume_from_checkpoint else None
+    run = RunFolder(config)
     base_model.resolve_options(config, base_model.is_encoder(path, config))
     accelerator = loop.start_accelerator(config, chosen_trackers(config.report_to))
     say_what_is_missing(accelerator, config.report_to)
@@ -99,170 +91,141 @@ def train(config: Config, sources: dict[str, Source], path: str, another: bool =
     data = load_corpus_once(sources, config, tokenizer, accelerator)
     rows = examples = data.splits["train"]
     test = data.splits["test"]
-    data_report = corpus_report(
-        data.report, tokenizer.decode(start), not config.document_masking, tokenizer.decode(rows[0].tokens)
-    )
-    say(accelerator, data_report)
+    shown, begin = str(tokenizer.decode(rows[0].tokens)), str(tokenizer.decode(start))
+    report_text = corpus_report(data.report, begin, not config.document_masking, shown)
+    say(accelerator, report_text)
 
     # --- model
     set_seed(config.seed)  # the adapter's first weights depend on the seed alone
-    model, missing = base_model.load_base(path, config, device=accelerator.device)
+    base, missing = base_model.load_base(path, config, device=accelerator.device)
     if config.document_masking:
-        attention.check_masks(model, config, "document_masking", config.block_size)
-    if not config.full_finetuning:
-        model = lora.add_lora(model, config, missing, head=False)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model = TokenLosses(model)
-    if config.torch_compile:
-        model.compile(dynamic=True)
-    census = base_model.census(model)
-    say(accelerator, report.census_table(census, config))
+        attention.check_masks(base, config, "document_masking", config.block_size)
+    base = lora.make_trainable(base, config, missing)
+    module = TokenLosses(base)
+    census = base_model.census(module)
+    say(accelerator, report.census_table(census, config.mixed_precision))
 
     # --- optimizer, scheduler
     batch_size = config.per_device_train_batch_size
     rows_per_update = batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     plan = Plan(rows.lengths, rows_per_update, config.seed)
     total = loop.total_updates(config, plan.updates_per_epoch)
-    optimizer = loop.make_optimizer(model, config)
+    optimizer = loop.make_optimizer(module, config)
     scheduler = loop.make_scheduler(optimizer, config, total)
-    flops = loop.flops_per_token(model)
-    model, optimizer = accelerator.prepare(
-        model, optimizer, device_placement=[not (config.load_in_4bit or config.load_in_8bit), True]
-    )
-    accelerator.register_for_checkpointing(scheduler)
-    register_hooks(accelerator)
+    flops = loop.flops_per_token(module)
+    model, optimizer = loop.prepare(accelerator, module, optimizer, scheduler, config)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    inner = accelerator.unwrap_model(model).model
-    say(accelerator, f"{total} updates of {rows_per_update} blocks; {accelerator.num_processes} process(es) on "
-        f"{accelerator.device.type}, {torch.get_num_threads()} thread(s) each")  # fmt: skip
+    say(accelerator, loop.describe_plan(accelerator, total, rows_per_update, "blocks"))
     if config.dry_run:
-        loop.finish(accelerator, model, optimizer, another=another)
+        loop.finish(accelerator, model, optimizer, last=last)
         return {}
 
     # --- run folder, baseline, resume
-    where = [resume[0] if resume else run_folder.new_run_folder(config) if accelerator.is_main_process else None]
-    run_dir = Path(broadcast_object_list(where)[0])
-    best = run_dir / ("model" if config.full_finetuning else "adapter")
-    mark = {
-        **run_folder.binding_options(config),
-        **{f"content of {source['name']}": source["sha256"][:12] for source in data.sources.values()},
-        "rows_per_update": rows_per_update,
-    }
-    if resume:
-        say(accelerator, f"Resumes {run_dir} from {resume[1].name if resume[1] else 'its start: no checkpoint yet'}")
-    if accelerator.is_main_process:
-        disk.recover(best)
-        if not (resume and resume[1]):
-            splits = {"pieces cut from train": data.cut}
-            run_folder.write_start(run_dir, config, given, data, splits, data_report, accelerator.num_processes, census)
-    accelerator.wait_for_everyone()
-    collate_blocks = partial(batches.collate_numbered, batches.collate_blocks, start=start,
-                             end_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
-                             document_masking=config.document_masking)  # fmt: skip
+    run.start(
+        accelerator,
+        data,
+        splits={"pieces cut from train": data.cut},
+        data_report=report_text,
+        census=census,
+        fingerprint={"rows_per_update": rows_per_update},
+    )
+    collate = partial(
+        batches.collate_blocks,
+        start=start,
+        end_id=tokenizer.eos_token_id,
+        pad_id=tokenizer.pad_token_id,
+        document_masking=config.document_masking,
+    )
+    losses_of = partial(row_losses, model, collate=collate, accelerator=accelerator,
+                        batch_size=config.per_device_eval_batch_size)  # fmt: skip
 
     def measure(split: str, what: str) -> tuple[list[tuple[float, int]], dict[str, Any]]:
-        blocks = data.splits[split]
-        batch = config.per_device_eval_batch_size
-        return evaluate(model, blocks, data.per_token[split], accelerator, batch, partial(collate_blocks, blocks), what)
+        return evaluate(losses_of, data.splits[split], data.per_token[split], what)
 
     results = {}
     if config.baselines and test:
-        file = run_dir / "eval" / "test" / "baselines.json"
-        if not file.exists():
-            # Before the first update the adapter changes nothing; where it starts as a part of the base, it must be on.
-            changed = config.init_lora_weights in lora.BASE_CHANGING_INITS
-            with nullcontext() if changed else lora.without_adapter(inner):
-                results = {UNTRAINED: measure("test", UNTRAINED)[1]}
-            if accelerator.is_main_process:
-                disk.write_json(file, results)
-            accelerator.wait_for_everyone()
-        results = disk.read_json(file)
+        file = run.path / "eval" / "test" / "baselines.json"
+        results = baselines.untrained(file, base, config, accelerator, lambda: measure("test", baselines.UNTRAINED)[1])
     set_seed(config.seed, device_specific=True)  # dropout differs between ranks, and a baseline changes nothing
-    state = load_checkpoint(accelerator, resume[1], mark) if resume and resume[1] else State()
-    log = RunLog(run_dir, accelerator, config, total, state.update)
-    collator = partial(collate_blocks, rows)
+    state = load_state(accelerator, run)
+    log = RunLog(run.path, accelerator, config, total, state.update)
 
     def validate() -> dict[str, Any]:
         return measure("validation", "validation")[1]
 
     def keep_best() -> None:
-        save_best(accelerator, best, partial(storage.save_language_model, model=inner, tokenizer=tokenizer,
-                                             start=start, config=config))  # fmt: skip
+        save_best(accelerator, run, partial(storage.save_language_model, model=base, tokenizer=tokenizer,
+                                            start=start, config=config))  # fmt: skip
 
+    # A batch of R rows with T target tokens (common/text/batches.py): input_ids, attention_mask, position_ids
+    # [R, length]; positions [T], where in the flattened batch the targets are predicted; targets, weights, rows [T].
     # --- loop
     for numbers in plan.updates(state.update, total):  # the row numbers of one update, the same on every rank
         if config.early_stopping_patience and state.stale_evaluations >= config.early_stopping_patience:
             break
         started = time.perf_counter()
         model.train()
-        micro = loop.micro_batches(numbers, batch_size, accelerator, collator)
-        n = accelerator.reduce(loop.count_targets(micro), "sum")  # targets on all ranks
-        summed = torch.zeros_like(n)
-        for i, batch in enumerate(micro):
-            with loop.sync_context(accelerator, model, last=i == len(micro) - 1):
+        micro_batches = loop.micro_batches([rows[i] for i in numbers], batch_size, accelerator, collate)
+        target_count = accelerator.reduce(loop.count_targets(micro_batches), "sum")  # on all ranks
+        loss_sum = torch.zeros_like(target_count)
+        for i, batch in enumerate(micro_batches):
+            with loop.sync_context(accelerator, model, last=i == len(micro_batches) - 1):
                 loss = loss_of(model, batch)
-                accelerator.backward(loss * accelerator.num_processes / n)  # DDP averages; undo it
-            summed += loss.detach()
-        summed = accelerator.reduce(summed, "sum")
+                accelerator.backward(loss * accelerator.num_processes / target_count)  # DDP averages; undo it
+            loss_sum += loss.detach()
+        loss_sum = accelerator.reduce(loss_sum, "sum")
         norm = accelerator.clip_grad_norm_(trainable, config.max_grad_norm or math.inf)
-        loss = loop.finite_mean(summed, n, norm, accelerator, state.update, [examples[i].id for i in numbers])
-        rate = scheduler.get_last_lr()[0]
+        ids = [examples[i].id for i in numbers]
+        mean_loss = loop.finite_mean(loss_sum, target_count, norm, accelerator, state.update, ids)
+        rates = loop.learning_rates(scheduler)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        state.count(loss, n.item(), [rows[i].length for i in numbers], time.perf_counter() - started)
-        log.update(state, loss, learning_rate=rate, grad_norm=float(norm))
+        state.count(mean_loss, target_count.item(), [rows[i].length for i in numbers], time.perf_counter() - started)
+        log.update(state, mean_loss, **rates, grad_norm=float(norm))
         if loop.is_due(config.eval_strategy, config.eval_steps, state.update, plan.updates_per_epoch, total):
             metrics = validate()
             log.write(state.update, {"split": "validation", **metrics})
             if state.improves(config.metric_for_best_model, metrics):
                 keep_best()
         if loop.is_due(config.save_strategy, config.save_steps, state.update, plan.updates_per_epoch, total):
-            save_checkpoint(accelerator, run_dir, state, mark, config.save_total_limit)
+            save_checkpoint(accelerator, run, state, config.save_total_limit)
     # --- end loop
 
     log.close()
     if state.best_update is None:
         keep_best()
-    storage.load_weights(inner, best)  # what was saved is what is measured
+    storage.load_weights(base, run.best)  # what was saved is what is measured
     figures = {"epochs": state.update / plan.updates_per_epoch, **state.summary(flops)}
     log.write(state.update, figures)
     losses, metrics = measure("test", "test") if test else ([], {})
-    sample = continue_text(inner, tokenizer, config.sample_prompt, accelerator, config.seed)
+    sample = continue_text(base, tokenizer, config.sample_prompt, accelerator, config.seed)
     if accelerator.is_main_process:
         if test:
             results = {"this run": metrics, **results}
             metrics = {**figures, **metrics}
-            report.write_perplexity(run_dir / "eval" / "test", losses, metrics, results, "test", sample)
-            say(accelerator, "\n" + report.results_table(results, "test", report.PERPLEXITY))
+            folder = run.path / "eval" / "test"
+            table = report.write_causal_lm(folder, metrics, results, "test", blocks=losses, sample=sample)
+            say(accelerator, f"\n{table}")
         say(accelerator, f"\nA sample: {sample}")
-        draw_learning_curve(run_dir / "learning_curve.png", run_dir / "metrics.jsonl", "perplexity")
-        run_folder.mark_finished(run_dir)
-        say(accelerator, f"\nRun folder: {run_dir}\nEvaluate again: python evaluate.py --run {run_dir}")
-    loop.finish(accelerator, model, optimizer, another=another)
+        draw_learning_curve(run.path, TASKS[CAUSAL_LM].curve)
+        run.finish()
+        say(accelerator, f"\nRun folder: {run.path}\nEvaluate again: python evaluate.py --run {run.path}")
+    loop.finish(accelerator, model, optimizer, last=last)
     return {**figures, **metrics}
 
 
 def main() -> None:
     config = parse_config(Config)
-    check_loop(config)
-    check_causal(config)
-    runs = runs_of(config)
+    runs = configs_per_seed(config)
     chosen_trackers(config.report_to)
     sources = open_sources(config)
-    if "train" not in sources:
-        raise InputError(f"{config.dataset_name or 'The data'}: there is no training text; give --train_file.")
     if config.eval_strategy != "no" and "validation" not in sources and not config.validation_fraction:
         raise InputError("--eval_strategy needs validation text: set --validation_fraction, or --eval_strategy no.")
     path = resolve_model(config.model, config.revision)
-    results: dict[int, Any] = {}
-    for run in runs:
-        with keep_others(results, run, config):
-            results[run.seed] = train(run, sources, path, another=run is not runs[-1])
-    finish_seeds(results, config)
+    train_each(runs, config, partial(train, sources=sources, path=path))
 
 
 if __name__ == "__main__":
-    with cli_errors(RESUME):
+    with cli_errors(RESUME_HINT):
         main()

@@ -10,103 +10,86 @@ LoRA on a 4-bit NF4 base by default; `--help` lists the options. Not supported: 
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from common import disk
-from common.data.classification import (
-    ClassificationData,
-    Example,
-    class_weights,
-    draw_few_shot,
-    load_classification,
-)
-from common.errors import InputError, cli_errors
+from common.data.classification import ClassificationData, Example, class_weights, draw_few_shot, load_classification
+from common.data.report import data_report
+from common.errors import RESUME_HINT, InputError, cli_errors
 from common.hub import resolve_model
-from common.log import RunLog, chosen_trackers, say
-from common.options import (
-    RESUME,
-    ClassificationConfig,
-    DataConfig,
-    LoopConfig,
-    LoraArguments,
-    ModelConfig,
-    PackConfig,
-    check_classification,
-    check_loop,
-    option,
-    parse_config,
-)
+from common.log import RunLog, chosen_trackers, evaluation_cost, say
+from common.measure.metrics import TASKS, choosable, summarize
+from common.model.losses import label_losses, token_losses
+from common.options import CLASSIFICATION, ClassificationDataConfig, PackConfig, RunConfig, option, parse_config
 from common.text.prompts import check_prompt, read_template
-from common.train import run_folder
-from common.train.seeds import finish as finish_seeds
-from common.train.seeds import keep_others, runs_of
+from common.train.run_folder import RunFolder
+from common.train.seeds import configs_per_seed, train_each
 
-# torch and what stands on it is imported inside the functions: options and data are checked before, in a moment.
+if TYPE_CHECKING:
+    import torch
+
+    from common.measure.scoring import Answer, Classifier
+    from common.text.batches import Batch
+
+# torch and what needs it is imported by `train`: options and data are checked before, in a moment.
 
 
 @dataclass
-class Config(ModelConfig, LoraArguments, LoopConfig, DataConfig, PackConfig, ClassificationConfig):
+class Config(RunConfig, PackConfig, ClassificationDataConfig):
     """train_cls"""
 
-    metric_for_best_model: Literal["f1_macro", "f1_micro", "accuracy", "eval_loss"] = option(
-        "f1_macro", "validation metric that chooses the best weights"
+    metric_for_best_model: str = option(
+        "f1_macro", "validation metric that chooses the best weights", choices=choosable(CLASSIFICATION)
     )
 
 
-def loss_of(model: Any, batch: dict[str, Any]) -> Any:
+def loss_of(model: "torch.nn.Module", batch: "Batch") -> "torch.Tensor":
     """The SUM of weight x loss over the targets of one micro-batch. Change this one first."""
-    from common.train.loop import label_loss
-
-    output = model(**batch["inputs"])
-    if "pool" in batch["inputs"]:  # the logits of a classification head
-        return label_loss(output, batch)
-    return (output * batch["weights"]).sum()
+    if batch.for_head:
+        logits = model(**batch.inputs)  # [rows, labels]
+        losses = label_losses(logits, batch)
+    else:
+        losses = token_losses(model, batch)  # [targets]
+    return (losses * batch.weights).sum()
 
 
 def evaluate(
-    classifier: Any,
+    predict: "Callable[..., list[Answer]]",
+    classifier: "Classifier",
     examples: Sequence[Example],
-    accelerator: Any,
-    batch_size: int,
     what: str,
     probabilities: bool = False,
-) -> tuple:
+) -> "tuple[list[Answer], dict[str, Any]]":
     """Answers to `examples` in their order, and their metrics: sums and counts over all ranks, no means of means.
 
-    probabilities: of every label, which the metrics do not need and which cost most of the time.
+    predict: `common.measure.scoring.predict`. probabilities: of every label, which the metrics do not need and which
+    cost most of the time.
     """
-    from common.measure.metrics import summarise
-    from common.measure.scoring import predict
-    from common.train.loop import evaluation_cost
-
     started = time.perf_counter()
-    answers = predict(classifier, examples, accelerator, batch_size, what, probabilities=probabilities)
-    metrics = summarise(answers, [example.labels for example in examples], classifier.prompt.labels)
-    return answers, metrics | evaluation_cost(len(examples), started, accelerator.device)
+    answers = predict(classifier, examples, what=what, probabilities=probabilities)
+    metrics = summarize(answers, [example.labels for example in examples], classifier.prompt.labels)
+    return answers, metrics | evaluation_cost(len(examples), started)
 
 
-def train(config: Config, data: ClassificationData, path: str, another: bool = False) -> dict[str, Any]:
-    """One run from the base model to its evaluated weights; returns its figures. another: a further run follows."""
+def train(config: Config, data: ClassificationData, path: str, last: bool = True) -> dict[str, Any]:
+    """One run from the base model to its evaluated weights; returns its figures. last: no further run follows."""
     import torch
-    from accelerate.utils import broadcast_object_list, set_seed
+    from accelerate.utils import set_seed
 
-    from common.data.report import data_report as data_report_text
     from common.measure import baselines, report
     from common.measure.figures import draw_learning_curve, say_what_is_missing
-    from common.model import attention, base_model, classifier, lora, storage
-    from common.model.classifier import Classifier
+    from common.measure.scoring import predict
+    from common.model import attention, base_model, lora, storage
+    from common.model.classifier import Classifier, HeadClassifier, classification_prompt
     from common.model.token_losses import TokenLosses
     from common.text import batches
     from common.text.plan import Plan
     from common.train import loop
-    from common.train.checkpoints import State, load_checkpoint, register_hooks, save_best, save_checkpoint
+    from common.train.checkpoints import load_state, save_best, save_checkpoint
 
-    given = run_folder.options_hash(config)
-    resume = run_folder.find_resume(config) if config.resume_from_checkpoint else None
+    run = RunFolder(config)
     encoder, head = base_model.is_encoder(path, config), config.approach == "head"
     base_model.resolve_options(config, encoder, head)
     accelerator = loop.start_accelerator(config, chosen_trackers(config.report_to))
@@ -117,37 +100,25 @@ def train(config: Config, data: ClassificationData, path: str, another: bool = F
     validation, test = data.splits["validation"], data.splits["test"]
     base_model.check_length(path, config, config.max_length, "--max_length")
     tokenizer = base_model.load_tokenizer(path, config)
-    prompt = classifier.classification_prompt(
-        tokenizer,
-        encoder,
-        labels=data.labels,
-        multi_label=data.multi_label,
-        template=read_template(config.prompt_template, config.approach),
-        max_length=config.max_length,
-        few_shot=shots,
-    )
+    template = read_template(config.prompt_template, config.approach)
+    prompt = classification_prompt(tokenizer, encoder, labels=data.labels, multi_label=data.multi_label,
+                                   template=template, max_length=config.max_length, few_shot=shots)  # fmt: skip
     prompt.reserve(examples)
     weights = class_weights(config.class_weights, examples, data.labels, data.multi_label)
     rows = batches.classification_rows(examples, prompt, weights)
     prompt.count_shortened(data)
-    data_report = data_report_text(data.report, batches.show_row(rows[0], tokenizer))
-    say(accelerator, data_report)
+    report_text = data_report(data.report, batches.show_row(rows[0], tokenizer))
+    say(accelerator, report_text)
 
     # --- model
     set_seed(config.seed)  # the first weights of adapter and head depend on the seed alone
-    model, missing = base_model.load_base(
-        path, config, labels=data.labels if head else None, multi_label=data.multi_label, device=accelerator.device
-    )
-    shared_prefix = attention.resolve_shared_prefix(model, config, encoder)
-    if not config.full_finetuning:
-        model = lora.add_lora(model, config, missing, head)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model = classifier.HeadClassifier(model, encoder) if head else TokenLosses(model)
-    if config.torch_compile:
-        model.compile(dynamic=True)
-    census = base_model.census(model)
-    say(accelerator, report.census_table(census, config))
+    base, missing = base_model.load_base(path, config, labels=data.labels if head else None,
+                                         multi_label=data.multi_label, device=accelerator.device)  # fmt: skip
+    shared_prefix = attention.resolve_shared_prefix(base, config, encoder)
+    base = lora.make_trainable(base, config, missing, head)
+    module = HeadClassifier(base, encoder) if head else TokenLosses(base)
+    census = base_model.census(module)
+    say(accelerator, report.census_table(census, config.mixed_precision))
 
     # --- optimizer, scheduler
     batch_size = config.per_device_train_batch_size
@@ -155,131 +126,115 @@ def train(config: Config, data: ClassificationData, path: str, another: bool = F
     lengths = [row.length for row in rows]
     plan = Plan(lengths, rows_per_update, config.seed)
     total = loop.total_updates(config, plan.updates_per_epoch)
-    optimizer = loop.make_optimizer(model, config)
+    optimizer = loop.make_optimizer(module, config)
     scheduler = loop.make_scheduler(optimizer, config, total)
-    flops = loop.flops_per_token(model)
-    model, optimizer = accelerator.prepare(
-        model, optimizer, device_placement=[not (config.load_in_4bit or config.load_in_8bit), True]
-    )
-    accelerator.register_for_checkpointing(scheduler)
-    register_hooks(accelerator)
+    flops = loop.flops_per_token(module)
+    model, optimizer = loop.prepare(accelerator, module, optimizer, scheduler, config)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    inner = accelerator.unwrap_model(model)
-    classifier = Classifier(inner if head else inner.model, prompt, tokenizer, head, encoder, [0.5] * len(data.labels))
-    say(accelerator, f"{total} updates of {rows_per_update} rows; {accelerator.num_processes} process(es) on "
-        f"{accelerator.device.type}, {torch.get_num_threads()} thread(s) each; "
-        f"{batches.describe_prefix([row.prompt for row in rows], lengths, batch_size, shared_prefix)}")  # fmt: skip
+    classifier = Classifier(module if head else base, prompt, tokenizer, head, encoder, [0.5] * len(data.labels))
+    prefix = batches.describe_prefix([row.prompt for row in rows], lengths, batch_size, shared_prefix)
+    say(accelerator, f"{loop.describe_plan(accelerator, total, rows_per_update)}; {prefix}")
     if config.dry_run:
-        loop.finish(accelerator, model, optimizer, another=another)
+        loop.finish(accelerator, model, optimizer, last=last)
         return {}
 
     # --- run folder, baselines, resume
-    where = [resume[0] if resume else run_folder.new_run_folder(config) if accelerator.is_main_process else None]
-    run_dir = Path(broadcast_object_list(where)[0])
-    best = run_dir / ("model" if config.full_finetuning else "adapter")
-    mark = {
-        **run_folder.binding_options(config),
-        **{f"content of {source['name']}": source["sha256"][:12] for source in data.sources.values()},
-        "rows_per_update": rows_per_update,
-        "prompt": prompt.hash,
-        "weights of the labels": weights,
-    }
-    if resume:
-        say(accelerator, f"Resumes {run_dir} from {resume[1].name if resume[1] else 'its start: no checkpoint yet'}")
-    if accelerator.is_main_process:
-        disk.recover(best)
-        if not (resume and resume[1]):
-            ids = {split: [example.id for example in rows] for split, rows in data.splits.items()}
-            splits = {"ids": ids, "few_shot": [text for text, _ in shots]}
-            run_folder.write_start(run_dir, config, given, data, splits, data_report, accelerator.num_processes, census)
-    accelerator.wait_for_everyone()
-    evaluate_rows = partial(evaluate, accelerator=accelerator, batch_size=config.per_device_eval_batch_size)
+    split_ids = {split: [example.id for example in part] for split, part in data.splits.items()}
+    run.start(
+        accelerator,
+        data,
+        splits={"ids": split_ids, "few_shot": [text for text, _ in shots]},
+        data_report=report_text,
+        census=census,
+        fingerprint={"rows_per_update": rows_per_update, "prompt": prompt.hash, "weights of the labels": weights},
+    )
+    measure = partial(evaluate, partial(predict, accelerator=accelerator, batch_size=config.per_device_eval_batch_size))
     results = {}
     if config.baselines and test:
-        file = run_dir / "eval" / "test" / "baselines.json"
-        results = baselines.measure(file, classifier, data, path, config, accelerator, evaluate_rows)
+        results = baselines.measure(run.path / "eval" / "test" / "baselines.json", classifier=classifier, data=data,
+                                    path=path, config=config, accelerator=accelerator, evaluate=measure)  # fmt: skip
     set_seed(config.seed, device_specific=True)  # dropout differs between ranks, and baselines change nothing
-    state = load_checkpoint(accelerator, resume[1], mark) if resume and resume[1] else State()
-    log = RunLog(run_dir, accelerator, config, total, state.update)
-    collator = partial(batches.collate_rows, rows, pad_id=tokenizer.pad_token_id, encoder=encoder,
-                       shared_prefix=shared_prefix, pos_weight=weights if data.multi_label else None)  # fmt: skip
+    state = load_state(accelerator, run)
+    log = RunLog(run.path, accelerator, config, total, state.update)
+    collate = partial(batches.collate_rows, pad_id=tokenizer.pad_token_id, encoder=encoder,
+                      shared_prefix=shared_prefix, pos_weight=weights if data.multi_label else None)  # fmt: skip
 
     def validate() -> dict[str, Any]:
-        return evaluate_rows(classifier, validation, what="validation")[1]
+        return measure(classifier, validation, what="validation")[1]
 
     def keep_best() -> None:
-        save_best(accelerator, best, partial(storage.save_classifier, classifier=classifier, config=config))
+        save_best(accelerator, run, partial(storage.save_classifier, classifier=classifier, config=config))
 
+    # A batch of R rows with T target tokens (common/text/batches.py): input_ids, attention_mask, position_ids
+    # [R, length]; positions [T], where in the flattened batch the targets are predicted; targets, weights, rows [T].
+    # In a shared-prefix pack: input_ids [1, prefix + R x row].
+    # For a classification head: positions [R], the last tokens; targets, weights [R], or [R, labels] if multi-label.
     # --- loop
     for numbers in plan.updates(state.update, total):  # the row numbers of one update, the same on every rank
         if config.early_stopping_patience and state.stale_evaluations >= config.early_stopping_patience:
             break
         started = time.perf_counter()
         model.train()
-        micro = loop.micro_batches(numbers, batch_size, accelerator, collator)
-        n = accelerator.reduce(loop.count_targets(micro), "sum")  # targets on all ranks
-        summed = torch.zeros_like(n)
-        for i, batch in enumerate(micro):
-            with loop.sync_context(accelerator, model, last=i == len(micro) - 1):
+        micro_batches = loop.micro_batches([rows[i] for i in numbers], batch_size, accelerator, collate)
+        target_count = accelerator.reduce(loop.count_targets(micro_batches), "sum")  # on all ranks
+        loss_sum = torch.zeros_like(target_count)
+        for i, batch in enumerate(micro_batches):
+            with loop.sync_context(accelerator, model, last=i == len(micro_batches) - 1):
                 loss = loss_of(model, batch)
-                accelerator.backward(loss * accelerator.num_processes / n)  # DDP averages; undo it
-            summed += loss.detach()
-        summed = accelerator.reduce(summed, "sum")
+                accelerator.backward(loss * accelerator.num_processes / target_count)  # DDP averages; undo it
+            loss_sum += loss.detach()
+        loss_sum = accelerator.reduce(loss_sum, "sum")
         norm = accelerator.clip_grad_norm_(trainable, config.max_grad_norm or math.inf)
-        loss = loop.finite_mean(summed, n, norm, accelerator, state.update, [examples[i].id for i in numbers])
-        rate = scheduler.get_last_lr()[0]
+        ids = [examples[i].id for i in numbers]
+        mean_loss = loop.finite_mean(loss_sum, target_count, norm, accelerator, state.update, ids)
+        rates = loop.learning_rates(scheduler)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        state.count(loss, n.item(), [rows[i].length for i in numbers], time.perf_counter() - started)
-        log.update(state, loss, learning_rate=rate, grad_norm=float(norm))
+        state.count(mean_loss, target_count.item(), [rows[i].length for i in numbers], time.perf_counter() - started)
+        log.update(state, mean_loss, **rates, grad_norm=float(norm))
         if loop.is_due(config.eval_strategy, config.eval_steps, state.update, plan.updates_per_epoch, total):
             metrics = validate()
             log.write(state.update, {"split": "validation", **metrics})
             if state.improves(config.metric_for_best_model, metrics):
                 keep_best()
         if loop.is_due(config.save_strategy, config.save_steps, state.update, plan.updates_per_epoch, total):
-            save_checkpoint(accelerator, run_dir, state, mark, config.save_total_limit)
+            save_checkpoint(accelerator, run, state, config.save_total_limit)
     # --- end loop
 
     log.close()
     if state.best_update is None:
         keep_best()
-    storage.load_weights(classifier.model, best)  # what was saved is what is measured
+    storage.load_weights(classifier.model, run.best)  # what was saved is what is measured
     figures = {"epochs": state.update / plan.updates_per_epoch, **state.summary(flops)}
     log.write(state.update, figures)
-    answers, metrics = evaluate_rows(classifier, test, what="test", probabilities=True) if test else ([], {})
+    answers, metrics = measure(classifier, test, what="test", probabilities=True) if test else ([], {})
     if accelerator.is_main_process:
         if test:
-            results = {"this run": metrics, **results}
-            metrics = {**figures, **metrics}
-            report.write_evaluation(run_dir / "eval" / "test", classifier, test, answers, metrics, results)
-            say(accelerator, "\n" + report.results_table(results))
-        draw_learning_curve(run_dir / "learning_curve.png", run_dir / "metrics.jsonl", "f1_macro")
-        run_folder.mark_finished(run_dir)
-        say(accelerator, f"\nRun folder: {run_dir}\nEvaluate again: python evaluate.py --run {run_dir}")
-    loop.finish(accelerator, model, optimizer, another=another)
+            table = report.write_classification(
+                run.path / "eval" / "test", {**figures, **metrics}, {"this run": metrics, **results}, "test",
+                classifier=classifier, examples=test, answers=answers,
+            )  # fmt: skip
+            say(accelerator, f"\n{table}")
+        draw_learning_curve(run.path, TASKS[CLASSIFICATION].curve)
+        run.finish()
+        say(accelerator, f"\nRun folder: {run.path}\nEvaluate again: python evaluate.py --run {run.path}")
+    loop.finish(accelerator, model, optimizer, last=last)
     return {**figures, **metrics}
 
 
 def main() -> None:
     config = parse_config(Config)
-    check_loop(config)
-    check_classification(config)
-    runs = runs_of(config)
+    runs = configs_per_seed(config)
     chosen_trackers(config.report_to)
     data = load_classification(config)
     if config.eval_strategy != "no" and not data.splits["validation"]:
         raise InputError("--eval_strategy needs validation rows: set --validation_fraction, or --eval_strategy no.")
     path = resolve_model(config.model, config.revision)
-    check_prompt(config, data, path)
-    results: dict[int, Any] = {}
-    for run in runs:
-        with keep_others(results, run, config):
-            results[run.seed] = train(run, data, path, another=run is not runs[-1])
-    finish_seeds(results, config)
+    check_prompt(config, data, path, config.revision)
+    train_each(runs, config, partial(train, data=data, path=path))
 
 
 if __name__ == "__main__":
-    with cli_errors(RESUME):
+    with cli_errors(RESUME_HINT):
         main()

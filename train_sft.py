@@ -11,85 +11,81 @@ NF4 base by default; `--help` lists the options. Not supported: encoders, encode
 
 import math
 import time
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from common import disk
 from common.data.conversations import ChatData, load_conversations
-from common.errors import InputError, cli_errors
+from common.data.report import data_report
+from common.errors import RESUME_HINT, InputError, cli_errors
 from common.hub import resolve_model
-from common.log import RunLog, chosen_trackers, say
-from common.options import (
-    CHAT_LENGTH,
-    RESUME,
-    DataConfig,
-    InstructionConfig,
-    LoopConfig,
-    LoraArguments,
-    ModelConfig,
-    PackConfig,
-    check_instructions,
-    check_loop,
-    option,
-    parse_config,
-)
-from common.train import run_folder
-from common.train.seeds import finish as finish_seeds
-from common.train.seeds import keep_others, runs_of
+from common.log import RunLog, chosen_trackers, evaluation_cost, say
+from common.measure.metrics import TASKS, choosable, perplexity_metrics
+from common.model.losses import token_losses
+from common.options import CHAT, CHAT_LENGTH, ChatDataConfig, PackConfig, RunConfig, option, parse_config
+from common.text.chat import ChatRow, chat_rows, choose_template, show_chat_row
+from common.train.run_folder import RunFolder
+from common.train.seeds import configs_per_seed, train_each
 
-# torch and what stands on it is imported inside the functions: options and data are checked before, in a moment.
+if TYPE_CHECKING:
+    import torch
+
+    from common.text.batches import Batch
+
+# torch and what needs it is imported by `train`: options and data are checked before, in a moment.
 
 
 @dataclass
-class Config(ModelConfig, LoraArguments, LoopConfig, DataConfig, PackConfig, InstructionConfig):
+class Config(RunConfig, PackConfig, ChatDataConfig):
     """train_sft"""
 
-    max_length: int = option(CHAT_LENGTH, "tokens of a conversation", at_least=2)
+    max_length: int = option(CHAT_LENGTH, "tokens of a conversation", at_least=2, kept=True, settled=True)
     num_train_epochs: float = option(3, "passes over the training rows", at_least=0)
-    packing: bool = option(False, "rows of a micro-batch behind each other in one sequence, without padding")
-    metric_for_best_model: Literal["eval_loss", "perplexity"] = option(
-        "eval_loss", "validation metric that chooses the best weights"
+    packing: bool = option(
+        False, "experimental: rows of a micro-batch one after another in one sequence, without padding"
+    )
+    metric_for_best_model: str = option(
+        "eval_loss", "validation metric that chooses the best weights", choices=choosable(CHAT)
     )
 
+    def broken_rules(self) -> Iterator[str]:
+        if self.packing and self.shared_prefix == "on":
+            yield "--packing true and --shared_prefix on exclude each other: drop one"
 
-def loss_of(model: Any, batch: dict[str, Any]) -> Any:
+
+def loss_of(model: "torch.nn.Module", batch: "Batch") -> "torch.Tensor":
     """The SUM of weight x loss over the targets of one micro-batch. Change this one first."""
-    return (model(**batch["inputs"]) * batch["weights"]).sum()
+    losses = token_losses(model, batch)  # [targets]
+    return (losses * batch.weights).sum()
 
 
-def evaluate(model: Any, rows: Any, accelerator: Any, batch_size: int, collator: Any, what: str) -> dict[str, Any]:
-    """Loss and perplexity of the answers, given all that stands in front of them: sums and counts over all ranks."""
-    from common.measure.metrics import perplexity_metrics
-    from common.measure.perplexity import row_losses
-    from common.train.loop import evaluation_cost
+def evaluate(row_losses: Callable[..., list[tuple[float, int]]], rows: Sequence[ChatRow], what: str) -> dict[str, Any]:
+    """Loss and perplexity of the answers, given all that comes before them: sums and counts over all ranks.
 
+    row_losses: `common.measure.perplexity.row_losses` of the model.
+    """
     started = time.perf_counter()
-    losses = row_losses(model, [row.length for row in rows], accelerator, batch_size, collator, what)
-    return perplexity_metrics(losses) | evaluation_cost(len(rows), started, accelerator.device)
+    losses = row_losses(rows, what=what)
+    return perplexity_metrics(losses) | evaluation_cost(len(rows), started)
 
 
-def train(config: Config, data: ChatData, path: str, another: bool = False) -> dict[str, Any]:
-    """One run from the base model to its evaluated weights; returns its figures. another: a further run follows."""
+def train(config: Config, data: ChatData, path: str, last: bool = True) -> dict[str, Any]:
+    """One run from the base model to its evaluated weights; returns its figures. last: no further run follows."""
     import torch
-    from accelerate.utils import broadcast_object_list, set_seed
+    from accelerate.utils import set_seed
 
-    from common.data.report import data_report as data_report_text
-    from common.measure import report
+    from common.measure import baselines, report
     from common.measure.figures import draw_learning_curve, say_what_is_missing
-    from common.measure.perplexity import UNTRAINED
+    from common.measure.perplexity import row_losses
     from common.model import attention, base_model, lora, storage
     from common.model.token_losses import TokenLosses
     from common.text import batches
-    from common.text.chat import chat_rows, choose_template, show_chat_row
     from common.text.plan import Plan
     from common.train import loop
-    from common.train.checkpoints import State, load_checkpoint, register_hooks, save_best, save_checkpoint
+    from common.train.checkpoints import load_state, save_best, save_checkpoint
 
-    given = run_folder.options_hash(config)
-    resume = run_folder.find_resume(config) if config.resume_from_checkpoint else None
+    run = RunFolder(config)
     base_model.resolve_options(config, base_model.is_encoder(path, config))
     accelerator = loop.start_accelerator(config, chosen_trackers(config.report_to))
     say_what_is_missing(accelerator, config.report_to)
@@ -101,24 +97,19 @@ def train(config: Config, data: ChatData, path: str, another: bool = False) -> d
     splits = chat_rows(data, template, config.max_length, config.loss_on)
     rows = examples = splits["train"]
     test = splits["test"]
-    data_report = data_report_text(data.report, show_chat_row(rows[0], tokenizer))
-    say(accelerator, data_report)
+    report_text = data_report(data.report, show_chat_row(rows[0], tokenizer))
+    say(accelerator, report_text)
 
     # --- model
     set_seed(config.seed)  # the adapter's first weights depend on the seed alone
-    model, missing = base_model.load_base(path, config, device=accelerator.device)
+    base, missing = base_model.load_base(path, config, device=accelerator.device)
     if config.packing:
-        attention.check_masks(model, config, "packing", config.max_length)
-    shared_prefix = "off" if config.packing else attention.resolve_shared_prefix(model, config, encoder=False)
-    if not config.full_finetuning:
-        model = lora.add_lora(model, config, missing, head=False)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model = TokenLosses(model)
-    if config.torch_compile:
-        model.compile(dynamic=True)
-    census = base_model.census(model)
-    say(accelerator, report.census_table(census, config))
+        attention.check_masks(base, config, "packing", config.max_length)
+    shared_prefix = "off" if config.packing else attention.resolve_shared_prefix(base, config, encoder=False)
+    base = lora.make_trainable(base, config, missing)
+    module = TokenLosses(base)
+    census = base_model.census(module)
+    say(accelerator, report.census_table(census, config.mixed_precision))
 
     # --- optimizer, scheduler
     batch_size = config.per_device_train_batch_size
@@ -126,145 +117,117 @@ def train(config: Config, data: ChatData, path: str, another: bool = False) -> d
     lengths = [row.length for row in rows]
     plan = Plan(lengths, rows_per_update, config.seed)
     total = loop.total_updates(config, plan.updates_per_epoch)
-    optimizer = loop.make_optimizer(model, config)
+    optimizer = loop.make_optimizer(module, config)
     scheduler = loop.make_scheduler(optimizer, config, total)
-    flops = loop.flops_per_token(model)
-    model, optimizer = accelerator.prepare(
-        model, optimizer, device_placement=[not (config.load_in_4bit or config.load_in_8bit), True]
-    )
-    accelerator.register_for_checkpointing(scheduler)
-    register_hooks(accelerator)
+    flops = loop.flops_per_token(module)
+    model, optimizer = loop.prepare(accelerator, module, optimizer, scheduler, config)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    inner = accelerator.unwrap_model(model).model
-    say(accelerator, f"{total} updates of {rows_per_update} rows; {accelerator.num_processes} process(es) on "
-        f"{accelerator.device.type}, {torch.get_num_threads()} thread(s) each; "
-        f"{batches.describe_prefix([row.front for row in rows], lengths, batch_size, shared_prefix)}"
-        f"{'; batches without padding' * config.packing}")  # fmt: skip
+    prefix = batches.describe_prefix([row.prompt for row in rows], lengths, batch_size, shared_prefix)
+    say(accelerator, f"{loop.describe_plan(accelerator, total, rows_per_update)}; {prefix}"
+        f"{'; batches without padding' if config.packing else ''}")  # fmt: skip
     if config.dry_run:
-        loop.finish(accelerator, model, optimizer, another=another)
+        loop.finish(accelerator, model, optimizer, last=last)
         return {}
 
     # --- run folder, baseline, resume
-    where = [resume[0] if resume else run_folder.new_run_folder(config) if accelerator.is_main_process else None]
-    run_dir = Path(broadcast_object_list(where)[0])
-    best = run_dir / ("model" if config.full_finetuning else "adapter")
-    mark = {
-        **run_folder.binding_options(config),
-        **{f"content of {source['name']}": source["sha256"][:12] for source in data.sources.values()},
-        "rows_per_update": rows_per_update,
-        "chat template": template.hash,
-    }
-    if resume:
-        say(accelerator, f"Resumes {run_dir} from {resume[1].name if resume[1] else 'its start: no checkpoint yet'}")
-    if accelerator.is_main_process:
-        disk.recover(best)
-        if not (resume and resume[1]):
-            ids = {"ids": {split: [row.id for row in rows] for split, rows in data.splits.items()}}
-            run_folder.write_start(run_dir, config, given, data, ids, data_report, accelerator.num_processes, census)
-    accelerator.wait_for_everyone()
-    collate_chat = partial(batches.collate_numbered, batches.collate_chat, pad_id=tokenizer.pad_token_id,
-                           shared_prefix=shared_prefix, packing=config.packing)  # fmt: skip
-
-    def measure(split: str, what: str) -> dict[str, Any]:
-        batch = config.per_device_eval_batch_size
-        return evaluate(model, splits[split], accelerator, batch, partial(collate_chat, splits[split]), what)
-
+    run.start(
+        accelerator,
+        data,
+        splits={"ids": {split: [row.id for row in rows] for split, rows in data.splits.items()}},
+        data_report=report_text,
+        census=census,
+        fingerprint={"rows_per_update": rows_per_update, "chat template": template.hash},
+    )
+    collate = partial(
+        batches.collate_chat, pad_id=tokenizer.pad_token_id, shared_prefix=shared_prefix, packing=config.packing
+    )
+    losses_of = partial(row_losses, model, collate=collate, accelerator=accelerator,
+                        batch_size=config.per_device_eval_batch_size)  # fmt: skip
     results = {}
     if config.baselines and test:
-        file = run_dir / "eval" / "test" / "baselines.json"
-        if not file.exists():
-            # Before the first update the adapter changes nothing; where it starts as a part of the base, it must be on.
-            changed = config.init_lora_weights in lora.BASE_CHANGING_INITS
-            with nullcontext() if changed else lora.without_adapter(inner):
-                results = {UNTRAINED: measure("test", UNTRAINED)}
-            if accelerator.is_main_process:
-                disk.write_json(file, results)
-            accelerator.wait_for_everyone()
-        results = disk.read_json(file)
+        file = run.path / "eval" / "test" / "baselines.json"
+        results = baselines.untrained(
+            file, base, config, accelerator, lambda: evaluate(losses_of, test, baselines.UNTRAINED)
+        )
     set_seed(config.seed, device_specific=True)  # dropout differs between ranks, and a baseline changes nothing
-    state = load_checkpoint(accelerator, resume[1], mark) if resume and resume[1] else State()
-    log = RunLog(run_dir, accelerator, config, total, state.update)
-    collator = partial(collate_chat, rows)
+    state = load_state(accelerator, run)
+    log = RunLog(run.path, accelerator, config, total, state.update)
 
     def validate() -> dict[str, Any]:
-        return measure("validation", "validation")
+        return evaluate(losses_of, splits["validation"], "validation")
 
     def keep_best() -> None:
-        save_best(accelerator, best, partial(storage.save_chat_model, model=inner, tokenizer=tokenizer,
-                                             template=template, config=config))  # fmt: skip
+        save_best(accelerator, run, partial(storage.save_chat_model, model=base, tokenizer=tokenizer,
+                                            template=template, config=config))  # fmt: skip
 
+    # A batch of R rows with T target tokens (common/text/batches.py): input_ids, attention_mask, position_ids
+    # [R, length]; positions [T], where in the flattened batch the targets are predicted; targets, weights, rows [T].
+    # In a shared-prefix pack: input_ids [1, prefix + R x row]. Without padding: input_ids [1, tokens].
     # --- loop
     for numbers in plan.updates(state.update, total):  # the row numbers of one update, the same on every rank
         if config.early_stopping_patience and state.stale_evaluations >= config.early_stopping_patience:
             break
         started = time.perf_counter()
         model.train()
-        micro = loop.micro_batches(numbers, batch_size, accelerator, collator)
-        n = accelerator.reduce(loop.count_targets(micro), "sum")  # targets on all ranks
-        summed = torch.zeros_like(n)
-        for i, batch in enumerate(micro):
-            with loop.sync_context(accelerator, model, last=i == len(micro) - 1):
+        micro_batches = loop.micro_batches([rows[i] for i in numbers], batch_size, accelerator, collate)
+        target_count = accelerator.reduce(loop.count_targets(micro_batches), "sum")  # on all ranks
+        loss_sum = torch.zeros_like(target_count)
+        for i, batch in enumerate(micro_batches):
+            with loop.sync_context(accelerator, model, last=i == len(micro_batches) - 1):
                 loss = loss_of(model, batch)
-                accelerator.backward(loss * accelerator.num_processes / n)  # DDP averages; undo it
-            summed += loss.detach()
-        summed = accelerator.reduce(summed, "sum")
+                accelerator.backward(loss * accelerator.num_processes / target_count)  # DDP averages; undo it
+            loss_sum += loss.detach()
+        loss_sum = accelerator.reduce(loss_sum, "sum")
         norm = accelerator.clip_grad_norm_(trainable, config.max_grad_norm or math.inf)
-        loss = loop.finite_mean(summed, n, norm, accelerator, state.update, [examples[i].id for i in numbers])
-        rate = scheduler.get_last_lr()[0]
+        ids = [examples[i].id for i in numbers]
+        mean_loss = loop.finite_mean(loss_sum, target_count, norm, accelerator, state.update, ids)
+        rates = loop.learning_rates(scheduler)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        state.count(loss, n.item(), [rows[i].length for i in numbers], time.perf_counter() - started)
-        log.update(state, loss, learning_rate=rate, grad_norm=float(norm))
+        state.count(mean_loss, target_count.item(), [rows[i].length for i in numbers], time.perf_counter() - started)
+        log.update(state, mean_loss, **rates, grad_norm=float(norm))
         if loop.is_due(config.eval_strategy, config.eval_steps, state.update, plan.updates_per_epoch, total):
             metrics = validate()
             log.write(state.update, {"split": "validation", **metrics})
             if state.improves(config.metric_for_best_model, metrics):
                 keep_best()
         if loop.is_due(config.save_strategy, config.save_steps, state.update, plan.updates_per_epoch, total):
-            save_checkpoint(accelerator, run_dir, state, mark, config.save_total_limit)
+            save_checkpoint(accelerator, run, state, config.save_total_limit)
     # --- end loop
 
     log.close()
     if state.best_update is None:
         keep_best()
-    storage.load_weights(inner, best)  # what was saved is what is measured
+    storage.load_weights(base, run.best)  # what was saved is what is measured
     figures = {"epochs": state.update / plan.updates_per_epoch, **state.summary(flops)}
     log.write(state.update, figures)
-    metrics = measure("test", "test") if test else {}
+    metrics = evaluate(losses_of, test, "test") if test else {}
     if accelerator.is_main_process:
         if test:
             results = {"this run": metrics, **results}
             metrics = {**figures, **metrics}
-            report.write_losses(run_dir / "eval" / "test", metrics, results)
-            say(accelerator, "\n" + report.results_table(results, "test", report.ANSWER_LOSS))
-        draw_learning_curve(run_dir / "learning_curve.png", run_dir / "metrics.jsonl", "eval_loss")
-        run_folder.mark_finished(run_dir)
-        say(accelerator, f"\nRun folder: {run_dir}\nCompare its answers: python evaluate.py --run {run_dir}\n"
-            f"Talk to it: python inference.py --run {run_dir}")  # fmt: skip
-    loop.finish(accelerator, model, optimizer, another=another)
+            table = report.write_chat(run.path / "eval" / "test", metrics, results, "test")
+            say(accelerator, f"\n{table}")
+        draw_learning_curve(run.path, TASKS[CHAT].curve)
+        run.finish()
+        say(accelerator, f"\nRun folder: {run.path}\nCompare its answers: python evaluate.py --run {run.path}\n"
+            f"Chat with it: python inference.py --run {run.path}")  # fmt: skip
+    loop.finish(accelerator, model, optimizer, last=last)
     return {**figures, **metrics}
 
 
 def main() -> None:
     config = parse_config(Config)
-    check_loop(config)
-    check_instructions(config)
-    if config.packing and config.shared_prefix == "on":
-        raise InputError("--packing true and --shared_prefix on exclude each other: drop one.")
-    runs = runs_of(config)
+    runs = configs_per_seed(config)
     chosen_trackers(config.report_to)
     data = load_conversations(config)
     if config.eval_strategy != "no" and not data.splits["validation"]:
         raise InputError("--eval_strategy needs validation rows: set --validation_fraction, or --eval_strategy no.")
     path = resolve_model(config.model, config.revision)
-    results: dict[int, Any] = {}
-    for run in runs:
-        with keep_others(results, run, config):
-            results[run.seed] = train(run, data, path, another=run is not runs[-1])
-    finish_seeds(results, config)
+    train_each(runs, config, partial(train, data=data, path=path))
 
 
 if __name__ == "__main__":
-    with cli_errors(RESUME):
+    with cli_errors(RESUME_HINT):
         main()

@@ -86,6 +86,7 @@ def measure(model: Any, tokenizer: Any, config: Config, labels: int, text_tokens
 
     from common.measure import scoring
     from common.model import base_model, classifier
+    from common.model.losses import token_losses
     from common.model.token_losses import TokenLosses
     from common.text import batches
     from common.text.prompts import GENERATIVE_TEMPLATE
@@ -106,6 +107,7 @@ def measure(model: Any, tokenizer: Any, config: Config, labels: int, text_tokens
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=0.0)  # all ways are measured with the same weights
     options = {"batch_size": rows, "device": config.device}
+    labeler = classifier.Classifier(model, prompt, tokenizer, False, False, [])
 
     def autocast() -> Any:
         return torch.autocast(config.device, base_model.DTYPES[config.mixed_precision], config.mixed_precision != "no")
@@ -115,10 +117,9 @@ def measure(model: Any, tokenizer: Any, config: Config, labels: int, text_tokens
             inputs = train_speed.padded([(data[i].prompt, data[i].answer) for i in numbers])
             inputs = {name: tensor.to(config.device) for name, tensor in inputs.items()}
             return model(**inputs, num_items_in_batch=targets).loss
-        shared_prefix, pairs = "on" if way == "pack" else "off", [(i, True) for i in numbers]
-        batch = batches.collate_rows(data, pairs, pad_id=pad_id, shared_prefix=shared_prefix)
-        batch = batches.to_device(batch, config.device)
-        return losses(**batch["inputs"]).sum() / targets
+        shared_prefix, pairs = "on" if way == "pack" else "off", [(data[i], True) for i in numbers]
+        batch = batches.collate_rows(pairs, pad_id=pad_id, shared_prefix=shared_prefix).to(config.device)
+        return token_losses(losses, batch).sum() / targets
 
     def update(way: str) -> float:
         size, total = rows if way == "pack" else config.micro_batch, 0.0
@@ -135,9 +136,9 @@ def measure(model: Any, tokenizer: Any, config: Config, labels: int, text_tokens
     def answer(way: str) -> None:
         with autocast():
             if way == "scoring":
-                scoring.score_labels(model, prompt, prompts, thresholds=[0.5], pad_id=pad_id, **options)
+                scoring.score_labels(labeler, prompts, **options)
             else:
-                scoring.generate_answers(model, tokenizer, prompt, prompts, **options)
+                scoring.generate_answers(labeler, prompts, **options)
 
     results: dict[str, Any] = {"losses": {}, "speeds": {way: [] for way in WAYS}}
     for number in range(1 + config.repeats):

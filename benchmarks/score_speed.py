@@ -6,17 +6,19 @@
     python benchmarks/score_speed.py --run RUN --device cuda --rows 2000 --slow_rows 100 --warmup_rows 64 \
         --batch_sizes 16 64 256
 
-plainlora: our scoring (common/scoring.py), every label's probability to 1e-6; plainlora_answers: the likeliest label
-alone, which is what the others give. pipeline: transformers' text-generation pipeline, greedy, row by row, the label
-looked for in what it wrote. generate: greedy too, in padded batches of similar length. per_label: the log-likelihood of
-every label, each behind the whole prompt, in batches; ours should answer as its argmax does.
-All get the same prompts. Peers run under transformers' own attention, with the adapter merged into a base that is not
-quantised; those in batches, and ours, take the fastest of --batch_sizes, tried on as many rows as the largest holds.
+plainlora: our scoring (common/measure/scoring.py), the probability of every label to 1e-6; plainlora_answers: the
+likeliest label alone, which is what the others give. pipeline: transformers' text-generation pipeline, greedy, row by
+row; the label is looked for in what it wrote. generate: greedy too, in padded batches of similar length. per_label: the
+log-likelihood of every label, each after its full prompt, in batches; ours should answer as its argmax does.
+All get the same prompts. Peers run with transformers' own attention, and with the adapter merged into a base that is
+not quantized; those in batches, and ours, take the fastest of --batch_sizes, tried on as many rows as the largest
+holds.
 
 Every measurement is a fresh process and the scorers take turns. Times are from texts to answers: without loading, after
-a warm-up; CPU seconds tell more on a shared machine. Memory is what came on top of loading. The ratio is that of the
-median speeds; it is withheld where, on the rows both answered, our accuracy is more than a point below this scorer's,
-or per_label's or generate's. For one label a row, answered in text. Options of data and model are those of evaluate.py.
+a warm-up; CPU seconds tell more on a shared machine. Memory is what was needed beyond the loaded model. The ratio is
+that of the median speeds; it is withheld where, on the rows both answered, our accuracy is more than a point below this
+scorer's, or per_label's or generate's. For one label per row, answered in text. Options of data and model are those of
+evaluate.py.
 """
 
 import contextlib
@@ -27,20 +29,24 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import evaluate  # noqa: E402
 from benchmarks import turns  # noqa: E402
-from common import disk  # noqa: E402
-from common.data.classification import Example, load_classification, stratified_sample  # noqa: E402
+from common.data.classification import Example, draw_few_shot, load_classification, stratified_sample  # noqa: E402
 from common.errors import InputError, cli_errors  # noqa: E402
-from common.hub import EMBEDDED, resolve_model  # noqa: E402
-from common.model import storage  # noqa: E402
-from common.options import check_classification, option, parse_given  # noqa: E402
+from common.hub import EMBEDDED  # noqa: E402
+from common.log import peak_memory  # noqa: E402
+from common.options import CLASSIFICATION, check, option, parse_given  # noqa: E402
+from common.use.runs import Run, open_run  # noqa: E402
 
+if TYPE_CHECKING:
+    from common.use.label_models import LabelModel
+
+Answers = list[int | None]  # the index of the label that was answered; None: none of the set
 SLOW = ("pipeline", "per_label")  # answer --slow_rows
 REFERENCES = ("per_label", "generate")
 GATE = 0.01  # of accuracy
@@ -63,24 +69,30 @@ class Config(evaluate.Config):
 
 def main() -> None:
     given = parse_given(Config)
-    if "run" not in given:
-        given["run"] = given.pop("model", EMBEDDED)
-    config, folder, _ = evaluate.read_options(Config, given)
-    check_classification(config)
+    run = open_run(given.pop("run", None) or given.pop("model", EMBEDDED), CLASSIFICATION)
+    config = run.configure(Config, given, run.options_for_rows(given))
+    check(config)
     turns.use_device(config.device)
     config.scorers, config.batch_sizes = config.scorers or list(SCORERS), config.batch_sizes or [8, 32]
     if unknown := set(config.scorers) - set(SCORERS):
         raise InputError(f"--scorers {' '.join(unknown)}: there are {', '.join(SCORERS)}.")
     if config.worker:
-        turns.hand_over(measure(config, folder))
+        turns.hand_over(measure(config, run))
         return
     sizes = {name: {"BATCH_SIZE": fastest_size(config, name)} for name in config.scorers}
     rounds = turns.in_turns(sizes, config.rounds)
+    table = summarize(rounds, sizes)
+    write(config, table, rounds[config.scorers[0]][-1]["precision"])
+
+
+def summarize(rounds: dict[str, list[dict[str, Any]]], sizes: dict[str, dict[str, int]]) -> list[dict[str, Any]]:
+    """One entry per scorer; the first is what the others are compared with."""
     last = {name: results[-1] for name, results in rounds.items()}  # every round gives the same answers
-    ours, table = config.scorers[0], []
+    ours = next(iter(rounds))
+    table: list[dict[str, Any]] = []
     for name, results in rounds.items():
         speeds = [result["examples_per_second"] for result in results]
-        entry = {"scorer": name, "examples_per_second": statistics.median(speeds), "all_rounds": speeds}
+        entry: dict[str, Any] = {"scorer": name, "examples_per_second": statistics.median(speeds), "all_rounds": speeds}
         lost = max(lost_accuracy(last[ours], last[other]) for other in {name, *REFERENCES} & set(rounds))
         faster = table[0]["examples_per_second"] / entry["examples_per_second"] if table else 1.0
         entry[f"ratio_of_{ours}"] = faster if lost <= GATE else None
@@ -93,7 +105,7 @@ def main() -> None:
         same = [a == b for a, b, _ in answered_by_both(last[name], last.get("per_label", {"answers": {}}))]
         entry["agreement_with_per_label"] = statistics.mean(same) if same else None
         table.append(entry)
-    write(config, table, last[ours]["precision"])
+    return table
 
 
 def answered_by_both(one: dict[str, Any], other: dict[str, Any]) -> list[tuple[int | None, int | None, int]]:
@@ -118,41 +130,38 @@ def fastest_size(config: Config, name: str) -> int:
     return int(max(speeds, key=speeds.__getitem__))
 
 
-def measure(config: Config, folder: Path | None) -> dict[str, Any]:
+def measure(config: Config, run: Run) -> dict[str, Any]:
     """Runs one scorer here: examples per second, memory in bytes, {row: (answer, gold)}; for size 0, speed by size."""
     import peft
     import torch
 
-    from common.train.loop import peak_memory
-
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    accelerator, classifier, examples = load(config, folder)
-    prompt, device, size = classifier.prompt, accelerator.device, int(os.environ["BATCH_SIZE"])
+    model, examples = load(config, run)
+    classifier, size = model.classifier, int(os.environ["BATCH_SIZE"])
     rows = stratified_sample(examples, min(config.rows, len(examples)), config.split_seed)
     if config.worker in SLOW:
-        few = stratified_sample([examples[i] for i in rows], min(config.slow_rows, len(rows)), config.split_seed)
-        rows = [rows[i] for i in few]
+        slow = stratified_sample([examples[i] for i in rows], min(config.slow_rows, len(rows)), config.split_seed)
+        rows = [rows[i] for i in slow]
     examples = [examples[i] for i in rows]
-    peer, quantised = (
-        not config.worker.startswith("plainlora"),
-        getattr(classifier.model.config, "quantization_config", None),
-    )
-    if peer and isinstance(classifier.model, peft.PeftModel) and not quantised:
+    peer = not config.worker.startswith("plainlora")
+    quantized = getattr(classifier.model.config, "quantization_config", None)
+    if peer and isinstance(classifier.model, peft.PeftModel) and not quantized:
         classifier.model = classifier.model.merge_and_unload()
     classifier.model.config.use_cache = peer
 
-    def timed(some: Sequence[Example], size: int) -> tuple[float, list[int | None]]:
+    def timed(some: Sequence[Example], size: int) -> tuple[float, Answers]:
         with turns.as_others(classifier.model) if peer else contextlib.nullcontext():
             started = time.perf_counter()
-            answers = SCORERS[config.worker](classifier, some, accelerator, size)
+            answers = SCORERS[config.worker](model, some, size)
             return len(some) / (time.perf_counter() - started), answers
 
-    if device.type == "cuda":
+    on_gpu = model.device.type == "cuda"
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    loaded = torch.cuda.memory_allocated() if device.type == "cuda" else peak_memory(device)
+    loaded = torch.cuda.memory_allocated() if on_gpu else peak_memory()
     timed(examples[: config.warmup_rows], max(1, size))
     if not size:
-        sequences = len(prompt.labels) if config.worker == "per_label" else 1
+        sequences = len(classifier.prompt.labels) if config.worker == "per_label" else 1
         few, speeds = examples[: -(-max(config.batch_sizes) // sequences)], {}
         for size in config.batch_sizes:
             try:
@@ -164,84 +173,81 @@ def measure(config: Config, folder: Path | None) -> dict[str, Any]:
     speed, answers = timed(examples, size)
     cpu = (time.process_time() - began) / len(examples)
     pairs = {row: (answer, example.labels[0]) for row, answer, example in zip(rows, answers, examples, strict=True)}
-    precision = "NF4" if config.load_in_4bit else config.mixed_precision
-    return {"examples_per_second": speed, "cpu_seconds_per_example": cpu, "memory": peak_memory(device) - loaded,
+    precision = "NF4" if config.load_in_4bit else model.precision
+    return {"examples_per_second": speed, "cpu_seconds_per_example": cpu, "memory": peak_memory() - loaded,
             "answers": pairs, "precision": precision}  # fmt: skip
 
 
-def load(config: Config, folder: Path | None) -> tuple[Any, Any, list[Example]]:
-    """The accelerator, the classifier as evaluate.py loads it, and the rows."""
-    from accelerate import Accelerator
-
-    from common.model import base_model
+def load(config: Config, run: Run) -> "tuple[LabelModel, list[Example]]":
+    """The classifier as evaluate.py loads it, and the rows."""
+    import torch
 
     data = load_classification(config, training=False)
     examples = data.splits[config.split]
-    if folder is None:
-        path = resolve_model(config.model, config.revision)
-        config.full_finetuning = False
-        base_model.resolve_options(config, base_model.is_encoder(path, config))
+    if run.folder is None:
+        config.labels = data.labels
     else:
-        task = disk.load_task(folder)
-        evaluate.check_same_task(task, data)
-        config.mixed_precision = config.mixed_precision or task["mixed_precision"]
-        config.load_in_4bit = task["model_options"]["load_in_4bit"]
+        run.check_labels(data.labels, data.multi_label)
     if data.multi_label or config.approach == "head" or not examples:
         raise InputError(
             f"This benchmark needs {config.split} rows of one label each, and a model that answers in text."
         )
-    accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision=config.mixed_precision)
-    if folder is None:
-        return accelerator, evaluate.untrained(config, data, path, accelerator), examples
-    return accelerator, storage.load_classifier(folder, accelerator.device, config.mixed_precision), examples
+    run.resolve(config)
+    shots, _ = draw_few_shot(data, config) if run.folder is None else ([], [])
+    return run.load_classifier(config, torch.device(config.device), False, examples, shots), examples
 
 
-def plainlora(
-    classifier: Any, examples: Sequence[Example], accelerator: Any, size: int, probabilities: bool = True
-) -> list[int | None]:
+def plainlora(model: "LabelModel", examples: Sequence[Example], size: int, probabilities: bool = True) -> Answers:
     from common.measure.scoring import classify
+    from common.model.base_model import precision
 
-    answers = classify(classifier, examples, accelerator, size, labelled=False, probabilities=probabilities)
+    with precision(model.device, model.precision):
+        answers = classify(
+            model.classifier,
+            examples,
+            device=model.device,
+            batch_size=size,
+            labeled=False,
+            probabilities=probabilities,
+        )
     return [answer.labels[0] for answer in answers]
 
 
-def plainlora_answers(classifier: Any, examples: Sequence[Example], accelerator: Any, size: int) -> list[int | None]:
-    return plainlora(classifier, examples, accelerator, size, probabilities=False)
+def plainlora_answers(model: "LabelModel", examples: Sequence[Example], size: int) -> Answers:
+    return plainlora(model, examples, size, probabilities=False)
 
 
-def pipeline(classifier: Any, examples: Sequence[Example], accelerator: Any, size: int) -> list[int | None]:
-    """What stands first in the text is the answer, the longest label if several begin there."""
+def pipeline(model: "LabelModel", examples: Sequence[Example], size: int) -> Answers:
+    """The first label in the text is the answer, the longest one if several begin there."""
     import transformers
 
-    prompt, tokenizer, answers = classifier.prompt, classifier.tokenizer, []
-    ask = transformers.pipeline("text-generation", model=classifier.model, tokenizer=tokenizer)
+    prompt, tokenizer, answers = model.classifier.prompt, model.classifier.tokenizer, []
+    write = transformers.pipeline("text-generation", model=model.classifier.model, tokenizer=tokenizer)
     for example in examples:
         ids = prompt.prompt(example.text).ids
         text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         options = {"max_new_tokens": prompt.answer_tokens, "do_sample": False, "return_full_text": False}
-        written = ask(text, pad_token_id=tokenizer.pad_token_id, **options)[0]["generated_text"]
+        written = write(text, pad_token_id=tokenizer.pad_token_id, **options)[0]["generated_text"]
         found = [(written.find(label), -len(label), k) for k, label in enumerate(prompt.labels) if label in written]
         answers.append(min(found)[2] if found else None)
     return answers
 
 
-def generate(classifier: Any, examples: Sequence[Example], accelerator: Any, size: int) -> list[int | None]:
+def generate(model: "LabelModel", examples: Sequence[Example], size: int) -> Answers:
     from common.measure.scoring import generate_answers
 
-    prompt = classifier.prompt
-    prompts = [prompt.prompt(example.text).ids for example in examples]
-    options = {"batch_size": size, "device": accelerator.device}
-    answers = generate_answers(classifier.model, classifier.tokenizer, prompt, prompts, **options)
+    prompts = [model.classifier.prompt.prompt(example.text).ids for example in examples]
+    answers = generate_answers(model.classifier, prompts, batch_size=size, device=model.device)
     return [answer.labels[0] if answer.labels else None for answer in answers]
 
 
-def per_label(classifier: Any, examples: Sequence[Example], accelerator: Any, size: int) -> list[int | None]:
-    """Logits where the answer stands alone: without that, a pass would hold the whole vocabulary at every token."""
+def per_label(model: "LabelModel", examples: Sequence[Example], size: int) -> Answers:
+    """Logits of the answers' tokens alone: otherwise a pass would hold the entire vocabulary at every token."""
     import torch
 
     from common.text.batches import pad_left
 
-    prompt, pad_id, device = classifier.prompt, classifier.tokenizer.pad_token_id, accelerator.device
+    prompt, pad_id, device = model.classifier.prompt, model.classifier.tokenizer.pad_token_id, model.device
     prompts = [prompt.prompt(example.text).ids for example in examples]
     answers = [prompt.answer([k]) for k in range(len(prompt.labels))]
     pairs = [(i, k) for i in range(len(prompts)) for k in range(len(answers))]
@@ -255,7 +261,7 @@ def per_label(classifier: Any, examples: Sequence[Example], accelerator: Any, si
         inputs = pad_left([prompts[i] + answers[k] for i, k in some], pad_id)
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
         with torch.inference_mode():
-            logits = classifier.model(**inputs, use_cache=False, logits_to_keep=longest + 1).logits[:, :-1]
+            logits = model.classifier.model(**inputs, use_cache=False, logits_to_keep=longest + 1).logits[:, :-1]
             logs = logits.float().log_softmax(-1).gather(2, ids[..., None])[..., 0]
         rows, columns = zip(*some, strict=True)
         scores[list(rows), list(columns)] = (logs * counts).sum(1).cpu()
@@ -274,7 +280,8 @@ SCORERS = {
 def write(config: Config, table: list[dict[str, Any]], precision: str) -> None:
     """Markdown table and bar chart."""
     name = f"score_{Path(config.test_file or config.run).parent.name}_{precision.lower()}"
-    rows, first = [], table[0]["scorer"]
+    rows: list[list[str]] = []
+    first = table[0]["scorer"]
     for entry in table:
         ratio, agreement = entry[f"ratio_of_{first}"], entry["agreement_with_per_label"]
         rows.append([
@@ -285,7 +292,7 @@ def write(config: Config, table: list[dict[str, Any]], precision: str) -> None:
             f"{entry['accuracy']:.3f}", str(entry["outside_label_set"]),
             "" if agreement is None else f"{agreement:.3f}",
         ])  # fmt: skip
-    header = ["scorer", "examples/s", "rounds", f"{first} is faster by", "CPU s an example"]
+    header = ["scorer", "examples/s", "rounds", f"{first} is faster by", "CPU s per example"]
     header += ["MB over the model", "batch", "rows", "accuracy", "outside the set", "agrees with per_label"]
     speeds, label = [entry["examples_per_second"] for entry in table], f"examples/s, {precision}, {config.device}"
     figure = turns.bars([entry["scorer"] for entry in table], speeds, label)

@@ -51,7 +51,7 @@ def main() -> None:
 
     from common.data.report import table
     from common.hub import resolve_model
-    from common.model import attention, lean
+    from common.model import attention
     from common.model.token_losses import TokenLosses
 
     model = transformers.AutoModelForCausalLM.from_pretrained(resolve_model(config.model, None), dtype=torch.bfloat16)
@@ -70,11 +70,10 @@ def main() -> None:
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     losses = TokenLosses(model)
 
-    def step(positions: bool, ours: bool, autocast_alone: bool, kept_less: bool = False) -> None:
+    def step(positions: bool, ours: bool, autocast_alone: bool) -> None:
         model.set_attn_implementation(attention.NAME if ours else "sdpa")
         for layer in layers:
             layer.cast_input_dtype_enabled = not autocast_alone
-        (lean.use if kept_less else lean.undo)(model)
         with torch.autocast("cpu", torch.bfloat16):
             if positions:
                 loss = losses(keep, targets, **inputs).sum()
@@ -89,7 +88,6 @@ def main() -> None:
         "+ answer positions, no copies of the vocabulary matrix": lambda: step(True, False, False),
         "+ grouped attention": lambda: step(True, True, False),
         "+ casts left to autocast": lambda: step(True, True, True),
-        "+ norms and gates that keep less": lambda: step(True, True, True, True),
     }
     size = model.config.hidden_size, model.config.intermediate_size
     left, right = torch.randn(config.rows * config.tokens, size[0]).bfloat16(), torch.randn(*size).bfloat16()

@@ -198,7 +198,7 @@ def turns_of_chat(config: Config, tokenizer: Any, checking: bool, folder: Path) 
     template = choose_template(tokenizer, config.chat_template)
     data = load_conversations(config)
     rows = [row for each in data.splits["train"] for row in template.rows(each, config.max_length)]
-    return [(row.front, row.ids[len(row.front) :]) for row in rows]
+    return [(row.prompt, row.ids[len(row.prompt) :]) for row in rows]
 
 
 ROWS = {"classification": answers, "causal_lm": blocks, "chat": turns_of_chat}

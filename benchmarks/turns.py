@@ -52,7 +52,7 @@ def as_others(model: Any) -> Iterator[None]:
     """Inside the block the model computes as it does for others: transformers' own layers, PEFT's casts."""
     from peft.tuners.lora import LoraLayer
 
-    from common.model import attention, lean
+    from common.model import attention
 
     adapted, own = [m for m in model.modules() if isinstance(m, LoraLayer)], model.config._attn_implementation
 
@@ -63,12 +63,10 @@ def as_others(model: Any) -> Iterator[None]:
             model.set_attn_implementation(name)
 
     switch(True, "sdpa")
-    lean.undo(model)
     try:
         yield
     finally:
         switch(False, own)
-        lean.use(model)
 
 
 def bars(names: Sequence[str], values: Sequence[float], label: str) -> Any:

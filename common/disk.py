@@ -1,19 +1,44 @@
-"""What lies on disk: files and folders that appear whole or not at all; where runs and their weights are."""
+"""What lies on disk: files and folders that appear complete or not at all; the cache; runs and their weights."""
 
 import json
 import os
 import shutil
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common.errors import InputError
+import yaml
+
+from common.errors import InputError, why_unreadable
 
 OUTPUTS = Path("outputs")
-TASK_FILE = "task.json"  # in a folder of trained weights
+TASK_FILE = "task.json"  # in a folder of trained weights: how they are used
+WEIGHTS_FOLDERS = ("adapter", "model")  # in a run folder, the one or the other
+
+
+def read_text(path: Path, name: str, hint: str = "") -> str:
+    """The text of a UTF-8 file, which an error calls `name`. hint: what else to do about a file that is not there."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{name}: {why_unreadable(error)}{hint}.") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{name}: the file is not UTF-8.") from None
+
+
+def read_yaml(path: Path, name: str) -> Any:
+    """The content of a YAML file, which an error calls `name`; every scalar as its text."""
+    try:
+        return yaml.load(read_text(path, name), Loader=yaml.BaseLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise InputError(f"{name}{where}: not valid YAML: {getattr(error, 'problem', None) or error}.") from None
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file, whole or not at all."""
+    """Writes a JSON file, complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.tmp")
     scratch.write_text(json.dumps(content, indent=2))
@@ -21,12 +46,12 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file's object; empty where there is no such file."""
+    """The object in a JSON file; empty if there is no such file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def replace_folder(new: Path, target: Path) -> None:
-    """Puts a complete folder in the place of another by renaming; `recover` mends a kill between the two renames."""
+    """Puts a complete folder in place of another by renaming; `recover` repairs a kill between the two renames."""
     recover(target)
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
@@ -37,44 +62,64 @@ def replace_folder(new: Path, target: Path) -> None:
 
 
 def recover(target: Path) -> None:
-    """Brings `target` back from its old copy if a kill came between the renames of `replace_folder`."""
+    """Restores `target` from its old copy if a kill came between the renames of `replace_folder`."""
     old = target.with_name(f".{target.name}.old")
     if not target.exists() and old.exists():
         os.rename(old, target)
+
+
+def cached_folder(name: str, write: Callable[[Path], None]) -> Path:
+    """The folder `name` of the user's cache, which `write(new folder)` makes if it is missing.
+
+    The cache is `$PLAINLORA_CACHE`, else `plainlora` in the user's cache folder. A lock keeps a second process waiting
+    instead of writing too, and the folder appears by one rename, so that a kill leaves nothing that looks complete.
+    """
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    target = Path(os.environ.get("PLAINLORA_CACHE") or base / "plainlora") / name
+    if target.is_dir():
+        return target
+    from filelock import FileLock
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if not target.is_dir():
+            with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+                write(Path(scratch) / "new")
+                os.replace(Path(scratch) / "new", target)
+    return target
+
+
+def newest_run() -> Path | None:
+    """The run folder under outputs/ whose trained weights are the newest."""
+    found = [path for path in OUTPUTS.glob(f"**/{TASK_FILE}") if path.parent.name in WEIGHTS_FOLDERS]
+    return max(found, key=lambda path: path.stat().st_mtime).parent.parent if found else None
+
+
+def is_base_model(path: Path | None) -> bool:
+    """Whether --run names a base model instead of a run: a hub id, or a folder that holds a model alone."""
+    if path is None or not path.is_dir():
+        return True
+    return (path / "config.json").is_file() and not (path / TASK_FILE).is_file()
+
+
+def weights_folder(run: Path) -> Path:
+    """The folder of trained weights in a run folder, or `run` itself if it is one."""
+    for name in WEIGHTS_FOLDERS:
+        recover(run / name)
+    for folder in (run, *(run / name for name in WEIGHTS_FOLDERS)):
+        if (folder / TASK_FILE).is_file():
+            return folder
+    raise InputError(f"--run {run}: no trained weights there (no adapter/{TASK_FILE} or model/{TASK_FILE}).")
+
+
+def load_task(folder: Path) -> dict[str, Any]:
+    """What a folder of trained weights says about its use: task, labels, prompt, model options, ..."""
+    return json.loads((folder / TASK_FILE).read_text(encoding="utf-8"))
 
 
 def train_figures(run_dir: Path) -> dict[str, Any]:
     """train_loss, train_runtime and the like, from the last line about training in metrics.jsonl."""
     path = run_dir / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    figures = next((line for line in reversed(lines) if "train_runtime" in line), {})
+    figures: dict[str, Any] = next((line for line in reversed(lines) if "train_runtime" in line), {})
     return {name: value for name, value in figures.items() if name != "update"}
-
-
-def newest_run() -> Path | None:
-    """The run folder under outputs/ whose trained weights are the newest."""
-    found = list(OUTPUTS.glob(f"**/{TASK_FILE}"))
-    found = [path for path in found if path.parent.name in ("adapter", "model")]
-    return max(found, key=lambda path: path.stat().st_mtime).parent.parent if found else None
-
-
-def is_base_model(path: Path | None) -> bool:
-    """Whether --run names no run but a base model: a hub id, or a folder that holds a model alone."""
-    if path is None or not path.is_dir():
-        return True
-    return (path / "config.json").is_file() and not (path / TASK_FILE).is_file()
-
-
-def load_task(folder: Path) -> dict[str, Any]:
-    """What a folder of trained weights says of its use."""
-    return json.loads((folder / TASK_FILE).read_text(encoding="utf-8"))
-
-
-def weights_folder(run: Path) -> Path:
-    """The folder of trained weights of a run (`adapter` or `model`), or `run` itself if it is one."""
-    for name in ("adapter", "model"):
-        recover(run / name)
-    for folder in (run, run / "adapter", run / "model"):
-        if (folder / TASK_FILE).is_file():
-            return folder
-    raise InputError(f"--run {run}: no trained weights there (no adapter/task.json or model/task.json).")

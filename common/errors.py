@@ -6,43 +6,47 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+RESUME_HINT = "The same command with `--resume_from_checkpoint latest` continues from the last complete checkpoint."
+
 
 class InputError(Exception):
-    """What the user gave cannot be used; the message names it and says what to do."""
+    """Something that the user gave cannot be used; the message names it and says what to do."""
 
 
 @contextmanager
-def cli_errors(goes_on: str = "") -> Iterator[None]:
-    """Ends the program as a user expects: one paragraph; exit code 2 for bad input, 130 for Ctrl-C.
+def cli_errors(how_to_continue: str = "") -> Iterator[None]:
+    """Ends the program with one paragraph instead of a traceback, for errors that are not bugs.
 
-    goes_on: how what was stopped half-way is gone on with.
+    Exit codes: 2 for bad input, a full disk or missing permissions; 1 for a run that diverged; 130 for Ctrl-C.
+    how_to_continue: a sentence for a user whose run was interrupted.
     """
     try:
         yield
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        message, code = f"error: {error}", 2
     except FloatingPointError as error:  # a diverged run
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        message, code = f"error: {error}", 1
     except KeyboardInterrupt:
-        print(f"\nStopped by Ctrl-C. What had been saved stays. {goes_on}".rstrip(), file=sys.stderr)
-        sys.exit(130)
+        message, code = f"\nStopped by Ctrl-C. Everything saved so far is kept. {how_to_continue}", 130
     except OSError as error:
+        code = 2
         if error.errno == errno.ENOSPC:
-            reason = f"no space left on the disk while writing {error.filename or 'a file'}. Free some. {goes_on}"
+            place = error.filename or "a file"
+            message = f"error: no space left on the disk while writing {place}. Free some. {how_to_continue}"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            reason = f"{error.filename}: {error.strerror}. Choose a place that you may read and write."
+            message = f"error: {error.filename}: {error.strerror}. Choose a place that you may read and write."
         else:
             raise
-        print(f"error: {reason}", file=sys.stderr)
-        sys.exit(2)
+    else:
+        return
+    print(message.rstrip(), file=sys.stderr)
+    sys.exit(code)
 
 
 def why_unreadable(error: OSError) -> str:
-    """What hinders reading a file, in a few words."""
+    """Why a file cannot be read, in a few words."""
     reasons = {
         errno.ENOENT: f"there is no such file (seen from {Path.cwd()}); check the path",
         errno.EISDIR: "this is a folder; name a file in it",
     }
-    return reasons.get(error.errno) or f"the file cannot be read ({error.strerror})"
+    return reasons.get(error.errno or 0) or f"the file cannot be read ({error.strerror})"

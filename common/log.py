@@ -1,4 +1,4 @@
-"""What a run leaves behind while it goes: a progress line, metrics.jsonl, trackers, and facts about the machine."""
+"""What a run reports while it goes: progress bars, metrics.jsonl, trackers; what it costs and what it runs on."""
 
 import importlib.util
 import json
@@ -7,21 +7,39 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tqdm import tqdm
 
 from common.errors import InputError
 
-# bitsandbytes reports at import that an optional kernel package is missing, which changes nothing for a user.
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from common.options import LoopConfig
+
+# bitsandbytes reports at its import that an optional kernel package is missing, which changes nothing for a user.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warn about it in every forked process
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "scikit-learn", "numpy")
 
 
+class Training(Protocol):
+    """What RunLog reads of a run's state: counts so far, and the mean loss since the last call of `take_window`."""
+
+    update: int
+    tokens: int
+    seconds: float
+
+    def take_window(self) -> float: ...
+
+
 def chosen_trackers(report_to: list[str] | None) -> list[str]:
-    """Trackers to use: those asked for, else TensorBoard where it is installed. Raises InputError for a missing one."""
+    """The trackers of --report_to, else TensorBoard if it is installed. Raises InputError for a missing one."""
     if report_to is None:
         return ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
     names = [name for name in report_to if name != "none"]
@@ -31,11 +49,9 @@ def chosen_trackers(report_to: list[str] | None) -> list[str]:
     return names
 
 
-def say(accelerator: Any, text: str = "") -> None:
+def say(accelerator: "Accelerator", text: str = "") -> None:
     """Prints once, whatever the number of processes, above a progress bar if there is one."""
     if accelerator.is_main_process:
-        from tqdm import tqdm
-
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
@@ -43,26 +59,22 @@ def say(accelerator: Any, text: str = "") -> None:
 class RunLog:
     """The progress bar on the first process, metrics.jsonl, and Accelerate's trackers."""
 
-    def __init__(self, run_dir: Path, accelerator: Any, config: Any, total: int, start: int) -> None:
-        from tqdm import tqdm
-
+    def __init__(self, run_dir: Path, accelerator: "Accelerator", config: "LoopConfig", total: int, start: int) -> None:
         self.path, self.accelerator, self.every = run_dir / "metrics.jsonl", accelerator, config.logging_steps
         main = accelerator.is_main_process
         if main and self.path.exists():  # a resumed run repeats what came after its checkpoint, so those lines go
-            whole = [
-                line for line in self.path.read_text().splitlines() if line.endswith("}")
-            ]  # not cut by a full disk
-            lines = [line for line in whole if json.loads(line)["update"] <= start]
+            lines = self.path.read_text().splitlines(keepends=True)
+            complete = [line for line in lines if line.endswith("}\n")]  # a full disk may have cut a line short
             scratch = self.path.with_name(".metrics.jsonl.tmp")
-            scratch.write_text("".join(f"{line}\n" for line in lines))
+            scratch.write_text("".join(line for line in complete if json.loads(line)["update"] <= start))
             os.replace(scratch, self.path)
         accelerator.project_configuration.set_directories(str(run_dir))
         accelerator.project_configuration.logging_dir = str(run_dir / "logs")
         accelerator.init_trackers(config.run_name or "")
         self.bar = tqdm(total=total, initial=start, desc="train", unit="update", disable=not main, dynamic_ncols=True)
 
-    def update(self, state: Any, loss: float, **values: float) -> None:
-        """One update further: the bar shows its loss, every `--logging_steps` a line has the mean since the last."""
+    def update(self, state: Training, loss: float, **values: float) -> None:
+        """After each update: the bar shows its loss; every --logging_steps, a line has the mean since the last one."""
         self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         self.bar.update()
         if state.update % self.every == 0:
@@ -70,7 +82,7 @@ class RunLog:
             self.write(state.update, {"loss": state.take_window(), **values, **speed})
 
     def write(self, update: int, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, and its numbers to the trackers."""
+        """A line of metrics.jsonl; its numbers go to the trackers, too."""
         if self.accelerator.is_main_process:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"update": update, **values}) + "\n")
@@ -83,19 +95,9 @@ class RunLog:
 class Progress:
     """A bar for a pass over rows, on the first process; call it with the number of rows done."""
 
-    def __init__(self, accelerator: Any, what: str, total: int, unit: str = "row") -> None:
-        from tqdm import tqdm
-
-        shown = accelerator.is_main_process
-        self.bar = tqdm(
-            total=total,
-            desc=what,
-            unit=unit,
-            unit_scale=unit != "row",
-            leave=False,
-            disable=not shown,
-            dynamic_ncols=True,
-        )
+    def __init__(self, accelerator: "Accelerator", what: str, total: int, unit: str = "row") -> None:
+        style = {"unit": unit, "unit_scale": unit != "row", "leave": False, "dynamic_ncols": True}
+        self.bar = tqdm(total=total, desc=what, disable=not accelerator.is_main_process, **style)
 
     def __call__(self, rows: int) -> None:
         self.bar.update(rows)
@@ -103,7 +105,7 @@ class Progress:
             self.close()
 
     def close(self) -> None:
-        """Takes the bar away."""
+        """Removes the bar."""
         self.bar.close()
 
 
@@ -111,12 +113,6 @@ def describe_environment(processes: int) -> dict[str, Any]:
     """Versions, commit, hardware, threads and time of this run."""
     import torch
 
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
     return {
         "command": " ".join(sys.argv),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -127,13 +123,19 @@ def describe_environment(processes: int) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "processes": processes,
         "threads": torch.get_num_threads(),
-        "versions": versions,
+        "versions": {name: _version(name) for name in PACKAGES},
     }
 
 
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def _commit() -> str | None:
-    root = Path(__file__).parent.parent
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:
@@ -147,3 +149,26 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
+def evaluation_cost(rows: int, started: float) -> dict[str, float]:
+    """eval_runtime in seconds since `started` (a perf_counter), examples_per_second, peak_memory_bytes."""
+    seconds = time.perf_counter() - started
+    return {
+        "eval_runtime": seconds,
+        "examples_per_second": rows / seconds,
+        "peak_memory_bytes": peak_memory(),
+    }
+
+
+def peak_memory() -> int:
+    """Bytes: what the GPU's allocator held at most, or this process's peak resident set on a CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,4 @@
-"""Builds public data sets as local files for the training scripts, with a SOURCE.json that says what they are made of.
+"""Builds public data sets as local files for the training scripts, with a SOURCE.json that says where they are from.
 
     python -m common.prepare arxiver                       # the 5 most frequent arXiv categories, 80/10/10
     python -m common.prepare amazoncat13k --max_rows 20000
@@ -13,15 +13,16 @@ import inspect
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from common.data.builders import BUILDERS, OPTIONS, write
-from common.data.files import SPLITS
+from common.data.splits import SPLITS
 from common.errors import InputError, cli_errors
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Builds one data set and prints the command that trains on it."""
-    style = {"allow_abbrev": False, "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    style: dict[str, Any] = {"allow_abbrev": False, "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
     parser = argparse.ArgumentParser(prog="python -m common.prepare", description=__doc__.split("\n")[0], **style)
     commands = parser.add_subparsers(dest="name", metavar="NAME", required=True)
     for name, builder in BUILDERS.items():

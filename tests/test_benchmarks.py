@@ -5,8 +5,9 @@ import sys
 from unittest import mock
 
 import pytest
-from conftest import run_script, toy_options, toy_rows, write_csv
-from trained import quick, train
+from helpers.rows import toy_options, toy_rows, write_csv
+from helpers.runs import quick, train
+from helpers.scripts import run_script
 
 from benchmarks import cost_growth, score_speed, train_speed, turns
 

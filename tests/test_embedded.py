@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from conftest import run_script
-from runs import log_lines
-from test_packs import assert_same, make
+from helpers.packs import assert_same, make
+from helpers.runs import log_lines
+from helpers.scripts import run_script
 
-from common.collate import AnswerRow
-from common.config import InputError
-from common.demo_model import EMBEDDED, resolve_model
+from common.errors import InputError
+from common.hub import EMBEDDED, resolve_model
+from common.text.batches import AnswerRow
 
 FEW = ["--max_steps", "10", "--max_length", "96", "--per_device_train_batch_size", "2", "--warmup_ratio", "0.1",
        "--learning_rate", "2e-3", "--logging_steps", "1", "--eval_strategy", "no", "--baselines", "false"]  # fmt: skip

@@ -9,13 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import FAMILIES, ROOT, run_script, toy_options, toy_rows, write_csv
-from runs import fresh_accelerator, timeless  # noqa: F401
-from trained import COMBINATIONS, QUANTISED, RUNS, multi_rows, name_of, run_evaluate, task_options, train, trained  # noqa: F401
+from helpers import ROOT
+from helpers.models import FAMILIES
+from helpers.rows import multi_rows, task_options, toy_options, toy_rows, write_csv
+from helpers.runs import COMBINATIONS, QUANTIZED, RUNS, name_of, run_evaluate, timeless, train
+from helpers.scripts import run_script
 
 import evaluate
-from common import storage
-from common.config import InputError, read_yaml
+from common.errors import InputError
+from common.model import storage
+from common.options import read_saved
 
 
 def figures(folder: Path) -> dict:
@@ -32,13 +35,13 @@ def copy_of(run: Path, target: Path) -> Path:
 
 
 @pytest.mark.parametrize("run", RUNS, ids=name_of)
-def test_a_run_evaluates_to_its_own_figures(run, trained, tmp_path):  # noqa: F811
-    """CORRECTNESS 30, 32: reloaded best weights, difference 0 in every figure and every probability."""
+def test_a_run_evaluates_to_its_own_figures(run, trained, tmp_path):
+    """Reloaded best weights, difference 0 in every figure and every probability."""
     family, approach, kind, options = run
     source = trained(family, approach, kind, *options)
     folder = copy_of(source, tmp_path / "run")
     shutil.rmtree(folder / "eval")
-    run_evaluate("--run", folder, draw=options == QUANTISED)
+    run_evaluate("--run", folder, draw=options == QUANTIZED)
     before, after = source / "eval" / "test", folder / "eval" / "test"
     assert figures(after) == figures(before)
     assert predictions(after) == predictions(before)
@@ -47,7 +50,7 @@ def test_a_run_evaluates_to_its_own_figures(run, trained, tmp_path):  # noqa: F8
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
-def test_other_rows_by_an_adapter_folder_alone(trained, combination, tmp_path):  # noqa: F811
+def test_other_rows_by_an_adapter_folder_alone(trained, combination, tmp_path):
     """--test_file takes the place of the run's data; also as `--test_file=F`, and without the run folder around."""
     rows = multi_rows(5, 80) if combination[1] == "multi" else toy_rows(2, start=50)
     other = write_csv(tmp_path / "other.csv", rows)
@@ -65,8 +68,8 @@ def test_other_rows_by_an_adapter_folder_alone(trained, combination, tmp_path): 
 
 @pytest.mark.parametrize("kind", ["single", "multi"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_generated_answers_are_counted_whatever_they_are(trained, family, kind, tmp_path):  # noqa: F811
-    """CORRECTNESS 29: every row has its text; what is no label stands in the last column of the matrix."""
+def test_generated_answers_are_counted_whatever_they_are(trained, family, kind, tmp_path):
+    """Every row has its text; what is no label stands in the last column of the matrix."""
     run = trained(family, "generative", kind)
     run_evaluate("--run", run, "--decode", "generate", "--output_dir", tmp_path)
     lines, found = predictions(tmp_path), figures(tmp_path)
@@ -87,7 +90,7 @@ def test_generated_answers_are_counted_whatever_they_are(trained, family, kind, 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_base_model_with_task_options(models, family, tmp_path, monkeypatch):
-    """CORRECTNESS 18: an untrained model answers with the labels in the order given."""
+    """An untrained model answers with the labels in the order given."""
     monkeypatch.chdir(tmp_path)
     test = write_csv(tmp_path / "test.csv", toy_rows(3))
     labels = ["sport", "science", "music"]
@@ -104,7 +107,7 @@ def test_base_model_with_task_options(models, family, tmp_path, monkeypatch):
         run_evaluate("--run", models[family], "--approach", "head", "--test_file", test)
 
 
-def test_newest_run_without_an_option(trained, tmp_path, monkeypatch):  # noqa: F811
+def test_newest_run_without_an_option(trained, tmp_path, monkeypatch):
     """The newest weights under outputs/; the embedded model where there are none."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["evaluate.py"])
@@ -119,7 +122,7 @@ def test_newest_run_without_an_option(trained, tmp_path, monkeypatch):  # noqa: 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_other_split_of_the_run(trained, family, tmp_path):  # noqa: F811
+def test_other_split_of_the_run(trained, family, tmp_path):
     """Validation rows have their own folder and heading, and no test baselines."""
     run = copy_of(trained(family, "generative", "single"), tmp_path / "run")
     run_evaluate("--run", run, "--split", "validation")
@@ -130,10 +133,10 @@ def test_other_split_of_the_run(trained, family, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
-def test_a_split_with_its_own_file_needs_no_other(trained, split, tmp_path):  # noqa: F811
+def test_a_split_with_its_own_file_needs_no_other(trained, split, tmp_path):
     """Training rows may be gone, or large: nothing of theirs is in the figures."""
     run = copy_of(trained("llama", "generative", "single"), tmp_path / "run")
-    options = read_yaml(run / "config.yaml")
+    options = read_saved(run)
     options |= {f"{other}_file": str(tmp_path / "gone.csv") for other in {"train", "validation", "test"} - {split}}
     (run / "config.yaml").write_text(yaml.safe_dump(options), encoding="utf-8")
     run_evaluate("--run", run, "--split", split, "--output_dir", tmp_path / "again")
@@ -154,7 +157,7 @@ def test_changed_file_is_refused(models, family, tmp_path, monkeypatch):
         run_evaluate("--run", tmp_path / "run")
 
 
-def test_what_does_not_fit_the_run_is_refused(trained, tmp_path, monkeypatch):  # noqa: F811
+def test_what_does_not_fit_the_run_is_refused(trained, tmp_path, monkeypatch):
     """Options settled by training, labels in another order, a head that should write: said before a model is loaded."""
     monkeypatch.setattr(storage, "load_classifier", None)
     multi = write_csv(tmp_path / "multi.csv", multi_rows(4))
@@ -175,8 +178,8 @@ def test_what_does_not_fit_the_run_is_refused(trained, tmp_path, monkeypatch):  
                 run_evaluate(*options)
 
 
-def test_two_processes_write_one_processes_files(trained, tmp_path):  # noqa: F811
-    """CORRECTNESS 13 by the script itself: 13 rows over two processes, once each, the same figures."""
+def test_two_processes_write_one_processes_files(trained, tmp_path):
+    """By the script itself: 13 rows over two processes, once each, the same figures."""
     run = trained("qwen", "generative", "multi")
     script = tmp_path / "two.py"  # torchrun would take --run for an option of its own; `accelerate launch` does not
     script.write_text(

@@ -13,25 +13,21 @@ from pathlib import Path
 from unittest import mock
 
 import peft
-import pexpect
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, ROOT, build_model, run_script, toy_rows, write_csv
-from runs import fresh_accelerator, timeless  # noqa: F401
-from test_bad_input import expect_error
-from test_bad_input import run as run_alone
-from test_train_sft import chats, write
-from test_train_sft import train as train_chat
-from trained import COMBINATIONS, quick, run_evaluate, trained  # noqa: F401
+from helpers import ROOT
+from helpers.models import FAMILIES
+from helpers.rows import chats, read_jsonl, toy_rows, write_csv, write_jsonl
+from helpers.runs import COMBINATIONS, quick, run_evaluate, timeless, train_chat
+from helpers.scripts import expect_error, run_alone, run_script
 
 import inference
-from common import chat_loop, storage
-from common.answer_file import AnswerFile
-from common.chat import ChatTemplate
-from common.config import InputError, Sampling
-from common.conversations import Conversation, read_question
-from common.personas import FILE, choose_persona, read_personas
+from common.data.conversations import Conversation, read_question
+from common.errors import InputError
+from common.model import storage
+from common.options import Sampling
+from common.text.chat import ChatTemplate
 
 PLAIN = ["--load_in_4bit", "false", "--mixed_precision", "no"]
 BASE = [*PLAIN, "--chat_template", "plain"]
@@ -43,16 +39,12 @@ def run(*options) -> None:
         inference.main()
 
 
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 @pytest.fixture(scope="session")
 def talks(models, tmp_path_factory) -> dict[str, Path]:
     """A chat run of every family; `other`: a second one on the base of `llama`, with a system prompt; full; nf4."""
     base = tmp_path_factory.mktemp("talks")
-    file = write(base / "rows.jsonl", chats(11))
-    test = write(base / "test.jsonl", chats(7, 30))
+    file = write_jsonl(base / "rows.jsonl", chats(11))
+    test = write_jsonl(base / "test.jsonl", chats(7, 30))
     files = ["--train_file", file, "--validation_file", file, "--test_file", test, "--eval_strategy", "no"]
     options = ["--learning_rate", 1e-2, "--num_train_epochs", 8]
     for family in FAMILIES:
@@ -69,8 +61,8 @@ def talks(models, tmp_path_factory) -> dict[str, Path]:
 def texts_run(models, tmp_path_factory) -> Path:
     """A run on running text."""
     import train_clm
-    from common.config import parse_config
-    from common.corpus import open_sources
+    from common.data.corpus import open_sources
+    from common.options import parse_config
 
     base = tmp_path_factory.mktemp("texts")
     (base / "text.txt").write_text(" ".join(row["text"] for row in toy_rows(30)), encoding="utf-8")
@@ -90,14 +82,14 @@ def texts_run(models, tmp_path_factory) -> Path:
 def test_one_greedy_answer_everywhere(talks, family, tmp_path, capsys):
     """inference.py (file, one instruction) == evaluate.py == plain `generate` on the adapter with its saved settings.
 
-    CORRECTNESS 7: the prompt is that of training, byte for byte, with one BOS.
+    The prompt is that of training, byte for byte, with one BOS.
     """
     run_dir = talks[family]
     file = json.loads((run_dir / "splits.json").read_text())["sources"]["test"]["name"]
     more = ["--max_new_tokens", 20, "--do_sample", "false"]
     run("--run", run_dir, "--input_file", file, "--output_file", tmp_path / "a.jsonl", *more)
     run_evaluate("--run", run_dir, *more[:2], "--output_dir", tmp_path / "eval")
-    answers, evaluated = lines(tmp_path / "a.jsonl"), lines(tmp_path / "eval" / "predictions.jsonl")
+    answers, evaluated = read_jsonl(tmp_path / "a.jsonl"), read_jsonl(tmp_path / "eval" / "predictions.jsonl")
     assert [(row["id"], row["answer"], row["stopped"]) for row in answers] == [
         (row["id"], row["prediction"], row["stopped"]) for row in evaluated
     ]
@@ -140,8 +132,8 @@ def test_other_kinds_of_weights(talks, kind, tmp_path, capsys):
     more = ["--max_new_tokens", 12, "--per_device_eval_batch_size", 8]
     run("--run", talks[kind], "--input_file", file, "--output_file", tmp_path / "a.jsonl", *more)
     run_evaluate("--run", talks[kind], *more, "--output_dir", tmp_path)
-    found = [row["answer"] for row in lines(tmp_path / "a.jsonl")]
-    assert found == [row["prediction"] for row in lines(tmp_path / "predictions.jsonl")] and len(set(found)) > 1
+    found = [row["answer"] for row in read_jsonl(tmp_path / "a.jsonl")]
+    assert found == [row["prediction"] for row in read_jsonl(tmp_path / "predictions.jsonl")] and len(set(found)) > 1
     folder = talks[kind] / ("model" if kind == "full" else "adapter")
     run("--run", folder, "--input_file", file, "--output_file", tmp_path / "a.jsonl", *more)
     assert "has the answers to all 7 rows already" in capsys.readouterr().out
@@ -183,7 +175,7 @@ def test_runs_side_by_side_are_what_each_is_alone(talks, capsys):
         alone.append(capsys.readouterr().out.strip())
     tuned = storage.load_chat_model(talks["llama"] / "adapter", "cpu")
     with tuned[0].disable_adapter():
-        from common.generation import answer_prompts
+        from common.model.generation import answer_prompts
 
         ids = tuned[2].prompt([{"role": "user", "content": question}]).ids
         untrained = answer_prompts(*tuned, [ids], Sampling(max_new_tokens=12), 1, "cpu")[0].text
@@ -198,7 +190,7 @@ def test_runs_side_by_side_are_what_each_is_alone(talks, capsys):
     assert shown.count("\n[base]\n") == shown.count("\n[this run]\n") == 5
 
 
-def test_what_cannot_be_compared_is_refused(talks, texts_run, models, trained, tmp_path, monkeypatch):  # noqa: F811
+def test_what_cannot_be_compared_is_refused(talks, texts_run, models, trained, tmp_path, monkeypatch):
     """Said before a model is loaded."""
     monkeypatch.setattr(storage, "load_model", None)
     prompt = ["--prompt", "x"]
@@ -225,7 +217,7 @@ def test_running_text_goes_on(texts_run, tmp_path, capsys):
     rows = write_csv(tmp_path / "in.csv", [{"prompt": "goal team", "n": "7"}, {"prompt": "atom", "n": "8"}])
     out = tmp_path / "out.jsonl"
     run("--run", texts_run, "--input_file", rows, "--output_file", out, "--id_column", "n", "--max_new_tokens", 8)
-    found = lines(out)
+    found = read_jsonl(out)
     assert [row["id"] for row in found] == ["7", "8"] and found[0]["answer"] + "\n" == alone
     run("--run", texts_run, "--demo", "--max_new_tokens", 3)
     assert capsys.readouterr().out.count("[this run]") == 3
@@ -235,16 +227,16 @@ def test_running_text_goes_on(texts_run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
-def test_labels_are_those_of_evaluate(trained, combination, tmp_path, capsys):  # noqa: F811
-    """CORRECTNESS 29: the same predictions and probabilities; `--min_probability` abstains and keeps the numbers."""
+def test_labels_are_those_of_evaluate(trained, combination, tmp_path, capsys):
+    """The same predictions and probabilities; `--min_probability` abstains and keeps the numbers."""
     run_dir = trained("gemma", *combination)
     file = json.loads((run_dir / "splits.json").read_text())["sources"]["test"]["name"]
     with open(file, newline="") as source:
         rows = [{"text": row["text"]} for row in csv.DictReader(source)]  # without labels
     bare = write_csv(tmp_path / "bare.csv", rows)
     run("--run", run_dir, "--input_file", bare, "--output_file", tmp_path / "out.jsonl")
-    expected = lines(run_dir / "eval" / "test" / "predictions.jsonl")
-    found = lines(tmp_path / "out.jsonl")
+    expected = read_jsonl(run_dir / "eval" / "test" / "predictions.jsonl")
+    found = read_jsonl(tmp_path / "out.jsonl")
     for a, b in zip(found, expected, strict=True):
         assert (a["id"], a["prediction"], a["truncated"]) == (b["id"], b["prediction"], b["truncated"])
         assert a["probabilities"] == pytest.approx(b["probabilities"], abs=1e-5) and not a["abstained"]
@@ -255,7 +247,7 @@ def test_labels_are_those_of_evaluate(trained, combination, tmp_path, capsys):  
     ]
     limit = sorted(sure)[len(sure) // 2]
     run("--run", run_dir, "--input_file", bare, "--output_file", tmp_path / "some.jsonl", "--min_probability", limit)
-    some = lines(tmp_path / "some.jsonl")
+    some = read_jsonl(tmp_path / "some.jsonl")
     assert [row["abstained"] for row in some] == [value < limit for value in sure]
     assert 0 < sum(row["abstained"] for row in some) < len(some)
     for a, b in zip(some, found, strict=True):
@@ -289,7 +281,7 @@ def batch(folder: Path, model: Path, rows: str, out: str, *more) -> list[str]:
 
 @pytest.fixture
 def questions(tmp_path) -> str:
-    return write(tmp_path / "in.jsonl", [{"text": f"goal {'team ' * (i * 7 % 11)}number {i}"} for i in range(45)])
+    return write_jsonl(tmp_path / "in.jsonl", [{"text": f"goal {'team ' * (i * 7 % 11)}number {i}"} for i in range(45)])
 
 
 def test_a_killed_run_goes_on_to_the_same_file(models, questions, tmp_path):
@@ -313,7 +305,7 @@ def test_a_killed_run_goes_on_to_the_same_file(models, questions, tmp_path):
     cut.write_bytes(before + b'{"id": "1')
     run(*batch(tmp_path, models["qwen"], questions, "cut.jsonl", *options))
     assert cut.read_bytes() == whole.read_bytes() and whole.read_bytes().count(b"\n") == 45
-    assert [row["id"] for row in lines(cut)] == [str(i) for i in range(45)]
+    assert [row["id"] for row in read_jsonl(cut)] == [str(i) for i in range(45)]
 
 
 @pytest.mark.parametrize("kept", [1, 7, 8, 9, 44, 45])
@@ -329,7 +321,7 @@ def test_any_number_of_kept_rows(models, questions, tmp_path, capsys, kept):
     assert f"{kept} rows had been answered" in said and "rows/s" in said if kept < 45 else "all 45 rows already" in said
 
 
-def test_two_processes_write_one_processes_file(models, trained, questions, tmp_path):  # noqa: F811
+def test_two_processes_write_one_processes_file(models, trained, questions, tmp_path):
     """45 rows and 6 chunks over 2 processes, drawn answers; and a classifier's 15 rows."""
     classifier = trained("qwen", "generative", "single")
     file = json.loads((classifier / "splits.json").read_text())["sources"]["test"]["name"]
@@ -352,21 +344,21 @@ def test_two_processes_write_one_processes_file(models, trained, questions, tmp_
         script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport inference\n"
                           f"sys.argv[1:] = {options!r}\ninference.main()\n")  # fmt: skip
         run_script(str(script), processes=2)
-    assert lines(tmp_path / "two.jsonl") == lines(tmp_path / "one.jsonl")
-    labelled = [lines(tmp_path / f"{name}-labels.jsonl") for name in ("one", "two")]
+    assert read_jsonl(tmp_path / "two.jsonl") == read_jsonl(tmp_path / "one.jsonl")
+    labelled = [read_jsonl(tmp_path / f"{name}-labels.jsonl") for name in ("one", "two")]
     for one, two in zip(*labelled, strict=True):  # sums of floats follow the number of threads a process gets
         assert two.pop("probabilities") == pytest.approx(one.pop("probabilities"), abs=1e-6)
         assert two == one
-    assert len(lines(tmp_path / "two.jsonl")) == 45 and len(labelled[1]) == 15
+    assert len(read_jsonl(tmp_path / "two.jsonl")) == 45 and len(labelled[1]) == 15
 
 
 @pytest.mark.parametrize("rows", [7, 1])
 def test_evaluation_by_two_processes_is_that_of_one(talks, tmp_path, rows):
-    """CORRECTNESS 13, 23: evaluate.py on a chat run; one process has more and longer prompts than the other, or all.
+    """Evaluate.py on a chat run; one process has more and longer prompts than the other, or all.
 
     Greedy answers of different length are written by each for itself, so nobody waits for the other's tokens.
     """
-    file = write(tmp_path / "rows.jsonl", chats(rows, 30))
+    file = write_jsonl(tmp_path / "rows.jsonl", chats(rows, 30))
     options = ["--run", str(talks["mistral"]), "--test_file", file, "--max_new_tokens", "20"]
     options += ["--per_device_eval_batch_size", "1", "--output_dir"]
     run_evaluate(*options, tmp_path / "one")
@@ -379,7 +371,7 @@ def test_evaluation_by_two_processes_is_that_of_one(talks, tmp_path, rows):
     for name, intervals in one.pop("intervals_95").items():
         assert two["intervals_95"][name] == pytest.approx(intervals, rel=1e-5)
     assert {name: two[name] for name in one} == pytest.approx(one, rel=1e-5)
-    assert lines(tmp_path / "two" / "predictions.jsonl") == lines(tmp_path / "one" / "predictions.jsonl")
+    assert read_jsonl(tmp_path / "two" / "predictions.jsonl") == read_jsonl(tmp_path / "one" / "predictions.jsonl")
 
 
 def test_an_answer_file_belongs_to_its_input(models, questions, tmp_path, monkeypatch):
@@ -395,7 +387,7 @@ def test_an_answer_file_belongs_to_its_input(models, questions, tmp_path, monkey
         run(*options, "--seed", 1)
     with pytest.raises(InputError, match="made otherwise"):
         run(*options, "--system_prompt", "Be brief")
-    other = write(tmp_path / "other.jsonl", [{"text": "goal"}])
+    other = write_jsonl(tmp_path / "other.jsonl", [{"text": "goal"}])
     with pytest.raises(InputError, match="other input file"):
         run(*batch(tmp_path, models["gemma"], other, "a.jsonl", "--max_new_tokens", 4))
     assert (tmp_path / "a.jsonl").read_bytes() == written
@@ -405,18 +397,6 @@ def test_an_answer_file_belongs_to_its_input(models, questions, tmp_path, monkey
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(reversed(written.splitlines())) + b"\n")
     with pytest.raises(InputError, match="line 1: not the answer to this row"):
         run(*options)
-
-
-def test_a_run_trained_again_is_another_source(tmp_path):
-    """The hash is that of the weights, whatever the folder's name."""
-    answers = AnswerFile(tmp_path / "a.jsonl", ["x", "y"], {"weights": {"a": "1"}})
-    answers.start()
-    answers.write([{"answer": "é"}])
-    answers.close()
-    assert (tmp_path / "a.jsonl").read_text(encoding="utf-8") == '{"id": "x", "answer": "é"}\n'
-    assert AnswerFile(tmp_path / "a.jsonl", ["x", "y"], {"weights": {"a": "1"}}).done == 1
-    with pytest.raises(InputError, match="other weights"):
-        AnswerFile(tmp_path / "a.jsonl", ["x", "y"], {"weights": {"a": "2"}})
 
 
 SHAPES = [
@@ -456,7 +436,7 @@ def test_other_formats(models, tmp_path, suffix):
         file.write_text("\n".join(mark.join(cells) for cells in (rows[0], *(row.values() for row in rows))) + "\n")
     files = ["--input_file", file, "--output_file", tmp_path / "out.jsonl", "--id_column", "key"]
     run("--run", models["qwen"], *BASE, *files, "--max_new_tokens", 3)
-    found = lines(tmp_path / "out.jsonl")
+    found = read_jsonl(tmp_path / "out.jsonl")
     assert [row["id"] for row in found] == ["a", "b"] and {"answer", "stopped", "tokens", "shortened"} < set(found[0])
 
 
@@ -471,7 +451,7 @@ def test_other_formats(models, tmp_path, suffix):
         (["--input_file", "in.csv"], "--input_file and --output_file need each other"),
         (["--input_file", "in.csv", "--output_file", "gone/o.jsonl"], "there is no folder gone"),
         (["--input_file", "in.csv", "--output_file", "o.csv"], "name it .jsonl"),
-        (["--input_file", "blank.csv", "--output_file", "o.jsonl"], "blank.csv, data row 2: nothing is asked"),
+        (["--input_file", "blank.csv", "--output_file", "o.jsonl"], "blank.csv, data row 2: there is no question in"),
         (["--input_file", "in.csv", "--output_file", "o.jsonl", "--id_column", "n"], "there is no column 'n'"),
         (["--input_file", "in.csv", "--output_file", "o.jsonl", "--columns", "instruction=q"], "no column 'q'"),
         (["--input_file", "twice.csv", "--output_file", "o.jsonl", "--id_column", "n"], "an id is missing or occurs"),
@@ -502,7 +482,7 @@ def test_bad_input_is_one_paragraph_at_once(tmp_path, options, reason):
     expect_error(run_alone(*options, script="inference.py", cwd=tmp_path), reason)
 
 
-def test_what_training_settled_is_refused(talks, trained, monkeypatch):  # noqa: F811
+def test_what_training_settled_is_refused(talks, trained, monkeypatch):
     monkeypatch.setattr(storage, "load_model", None)
     with pytest.raises(InputError, match="--load_in_4bit was settled"):
         run("x", "--run", talks["llama"], "--load_in_4bit", "true")
@@ -513,177 +493,3 @@ def test_what_training_settled_is_refused(talks, trained, monkeypatch):  # noqa:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="Several processes share the rows of an --input_file"):
         run("x", "--run", talks["llama"])
-
-
-PERSONAS = [
-    ("- name: a\n  description: b\n", "persona 1: 'system_prompt' is missing or blank"),
-    ("- name: a\n  description: b\n  system_prompt: c\n" * 2, "persona 2: the name 'a' occurs twice"),
-    ("- name: a\n  tone: b\n", "persona 1: 'tone' is none of name, description, system_prompt"),
-    ("a: [b\n", "not valid YAML"),
-    ("a: b\n", "expected a list of personas"),
-    ("", "expected a list of personas"),
-    ("- a\n", "persona 1: expected name"),
-]
-
-
-@pytest.mark.parametrize(("text", "reason"), PERSONAS)
-def test_personas_are_checked(tmp_path, text, reason):
-    (tmp_path / "p.yaml").write_text(text)
-    with pytest.raises(InputError, match=reason):
-        read_personas(tmp_path / "p.yaml")
-
-
-def test_personas_of_the_project():
-    assert list(read_personas()) == ["order", "billing", "sales", "support"]
-    assert "invoices" in choose_persona("billing").system_prompt
-    with pytest.raises(InputError, match="there is no such file"):
-        read_personas(FILE.with_name("gone.yaml"))
-
-
-# --- the terminal
-
-
-@pytest.fixture(scope="module")
-def talker(tmp_path_factory) -> Path:
-    """A model that talks for long: many positions, and no end token for what is asked here."""
-    return build_model(tmp_path_factory.mktemp("talker") / "model", "llama", max_position_embeddings=20000)
-
-
-class Terminal:
-    """A chat in a pseudo terminal; every wait has an end."""
-
-    def __init__(self, folder: Path, *options) -> None:
-        environment = {**os.environ, "TERM": "dumb", "HF_HUB_OFFLINE": "1"}
-        command = [str(ROOT / "inference.py"), *map(str, options)]
-        self.child = pexpect.spawn(
-            sys.executable, command, cwd=folder, env=environment, encoding="utf-8", timeout=90,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores Ctrl-C
-        )  # fmt: skip
-        self.child.setwinsize(50, 1000)
-
-    def line(self, text: str, *expected: str) -> str:
-        """Types a line; what is printed up to the next prompt has the expected parts."""
-        self.child.sendline(text)
-        self.child.expect_exact(text.replace("\t", ""))  # the echo
-        return self.until_prompt(*expected)
-
-    def until_prompt(self, *expected: str) -> str:
-        self.child.expect(r"\r\n(\x1b\[\?2004h)?(> |\. )")
-        for part in expected:
-            assert part in self.child.before, (part, self.child.before)
-        return self.child.before.strip()
-
-    def interrupt(self) -> None:
-        self.child.sendintr()
-
-
-def test_a_session_in_a_terminal(talker, tmp_path):
-    """Stream, Ctrl-C mid-answer, retry, undo, reset, persona, several lines, params, save, load, Ctrl-D."""
-    terminal = Terminal(tmp_path, "--run", talker, *BASE, "--max_new_tokens", 12)
-    terminal.until_prompt("/help lists the commands")
-    first = terminal.line("goal team")
-    assert first
-    assert terminal.line("/retry") == first  # greedy
-    terminal.line("/params max_new_tokens=15000", "max_new_tokens=15000")
-    terminal.child.sendline("coach of the team")
-    terminal.child.expect_exact("coach of the team\r\n")
-    terminal.child.expect(r"\S+")  # it streams
-    time.sleep(0.2)
-    started = time.monotonic()
-    terminal.interrupt()
-    stopped = terminal.until_prompt(" [stopped]")
-    assert time.monotonic() - started < 10 and len(stopped) > len("[stopped]")
-    terminal.line("/params max_new_tokens=12 temperature=0.8", "temperature=0.8")
-    terminal.line("/params tempature=1", "error: /params tempature=1", "Did you mean temperature=...?")
-    terminal.line("/params top_p=2", "error: --top_p 2.0: must be at most 1")
-    terminal.line("/params temperature=", "temperature= top_p=")
-    terminal.line("/undo", "(taken back: coach of the team)")
-    assert terminal.line("/retry") == first
-    terminal.line("/persona", "billing", "support")
-    terminal.line("/persona biling", "error: There is no persona 'biling'. Did you mean billing?")
-    terminal.line("/persona billing", "(persona: Billing and pricing")
-    other = terminal.line("goal team")
-    terminal.line("several \\")
-    several = terminal.line("lines")
-    assert several
-    terminal.line("/undo", "(taken back: several lines)")
-    terminal.line("/save talk.txt", "error: /save: name a file that ends in .jsonl")
-    terminal.line("/save talk.jsonl", "(saved to talk.jsonl)")
-    terminal.line("/save talk.jsonl", "error: /save talk.jsonl: there is such a file already")
-    (row,) = lines(tmp_path / "talk.jsonl")
-    assert [turn["role"] for turn in row["messages"]] == ["system", *["user", "assistant"] * 2]
-    assert row["messages"][0]["content"] == choose_persona("billing").system_prompt
-    assert [" ".join(turn["content"].split()) for turn in row["messages"][2::2]] == [
-        " ".join(answer.split()) for answer in (first, other)
-    ]
-    terminal.line("/reset", "(a new conversation)")
-    terminal.line("/undo", "error: nothing has been asked yet")
-    terminal.line("/system", "(no system turn)")
-    assert terminal.line("goal team") == first  # as at the start
-    terminal.line("/load gone.jsonl", "error: gone.jsonl: there is no such file")
-    terminal.line("/load talk.jsonl", "(4 turns, the last one:")
-    assert terminal.line("/retry") == other
-    terminal.line("/lod x", "error: there is no command /lod. Did you mean /load?")
-    terminal.line("/help", "/persona NAME", "Ctrl-C stops an answer")
-    terminal.child.send("half a li")
-    terminal.child.expect_exact("half a li")
-    time.sleep(0.2)  # a signal while readline is at a character waits for the next key
-    terminal.interrupt()
-    terminal.until_prompt("(dropped; Ctrl-D or /quit ends)")
-    terminal.child.send("goal taem\x08\x08\x08eam\r")  # corrected while it is typed
-    terminal.until_prompt()
-    terminal.line("/undo", "(taken back: goal team)")
-    terminal.child.sendeof()
-    terminal.child.expect(pexpect.EOF)
-    terminal.child.close()
-    assert terminal.child.exitstatus == 0
-
-
-def test_a_classifier_in_a_terminal(trained, tmp_path):  # noqa: F811
-    terminal = Terminal(tmp_path, "--run", trained("llama", "head", "single"))
-    terminal.until_prompt("Every text that you type is classified")
-    terminal.line("goal team coach", "sport", "0.")
-    terminal.child.sendline("/quit")
-    terminal.child.expect(pexpect.EOF)
-    terminal.child.close()
-    assert terminal.child.exitstatus == 0
-
-
-def scripted(monkeypatch, *typed: str) -> list[str | None]:
-    """What `read_text` makes of these lines."""
-    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in typed)))
-    found = []
-    while (text := chat_loop.read_text("> ")) is not None:
-        found.append(text)
-    return found
-
-
-def test_texts_of_several_lines(monkeypatch):
-    assert scripted(monkeypatch, "a\\", "b", "'''", "c", "", "d\\", "'''", "'''e'''", "f") == [
-        "a\nb", "c\n\nd\\", "e", "f",
-    ]  # fmt: skip
-    assert scripted(monkeypatch, "'''open", "end") == ["open\nend"]
-
-
-def test_a_question_without_an_answer_does_not_stay(capsys):
-    """Empty answers, errors and Ctrl-C before the first word; a stopped retry leaves what there was."""
-    said = iter(["yes", "", InputError("no"), KeyboardInterrupt(), "  "])
-
-    def answer(messages, sampling):
-        found = next(said)
-        if isinstance(found, BaseException):
-            raise found
-        yield found
-
-    chat = chat_loop.Chat(answer, Sampling())
-    chat.ask("one")
-    kept = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "yes"}]
-    chat.ask("two")
-    assert chat.messages == kept and "(no answer; nothing was added)" in capsys.readouterr().out
-    with pytest.raises(InputError):
-        chat.ask("three")
-    assert chat.messages == kept
-    chat.command("/retry")
-    assert chat.messages == kept
-    chat.ask("five")
-    assert chat.messages == kept

@@ -6,17 +6,8 @@ import errno
 import pytest
 import yaml
 
-from common.config import (
-    InputError,
-    check_classification,
-    check_loop,
-    cli_errors,
-    dump_config,
-    from_texts,
-    option,
-    parse_config,
-    parse_given,
-)
+from common.errors import InputError, cli_errors
+from common.options import check, check_task, convert, dump_config, names, option, parse_config, parse_given, read_saved
 from train_cls import Config
 
 ODD_LABELS = ["01", "1", "1.0", "1e3", "off", "no", "yes", "null", "~", "true", "-1", "a: b", "# c", "x, y", "[z]"]
@@ -82,7 +73,7 @@ def test_yaml_and_command_line_convert_alike(tmp_path, name, text, value):
 
 
 def test_labels_are_always_texts(tmp_path):
-    """CORRECTNESS 18: `01`, `1.0` and `off` name labels, not numbers or truth values."""
+    """`01`, `1.0` and `off` name labels, not numbers or truth values."""
     names = ["01", "1.0", "1", "off", "-1"]
     assert parse_config(Config, ["--labels", *names]).labels == names
     assert from_yaml(tmp_path, "labels: [01, 1.0, 1, off, -1]").labels == names
@@ -230,9 +221,9 @@ def test_an_empty_config_file_changes_nothing(tmp_path):
     ],
 )
 def test_contradictory_loop_options_are_refused(changes, message):
-    check_loop(Config())
+    check(Config())
     with pytest.raises(InputError, match=message):
-        check_loop(Config(**changes))
+        check(Config(**changes))
 
 
 @pytest.mark.parametrize(
@@ -251,15 +242,15 @@ def test_contradictory_loop_options_are_refused(changes, message):
     ],
 )
 def test_contradictory_classification_options_are_refused(changes, message):
-    check_classification(Config())
+    check(Config())
     with pytest.raises(InputError, match=message):
-        check_classification(Config(**changes))
+        check(Config(**changes))
 
 
 def test_options_that_fit_together_pass():
-    check_loop(Config(eval_strategy="steps", eval_steps=5, save_strategy="steps", save_steps=5, seeds=[1, 2]))
-    check_loop(Config(max_steps=3, num_train_epochs=0.0, full_finetuning=True, load_in_4bit=False))
-    check_classification(Config(label_columns=["a", "b"], text_fields=["title"]))
+    check(Config(eval_strategy="steps", eval_steps=5, save_strategy="steps", save_steps=5, seeds=[1, 2]))
+    check(Config(max_steps=3, num_train_epochs=0.0, full_finetuning=True, load_in_4bit=False))
+    check(Config(label_columns=["a", "b"], text_fields=["title"]))
 
 
 def test_every_option_has_a_help_text(capsys):
@@ -274,8 +265,8 @@ def test_only_given_options_are_passed_on(tmp_path):
     """evaluate.py lays the command line over a run's own options, so unset ones must stay unset."""
     (tmp_path / "run.yaml").write_text("seed: 007\n")
     assert parse_given(Config, ["--config", str(tmp_path / "run.yaml"), "--lora_r", "2"]) == {
-        "seed": "007",
-        "lora_r": "2",
+        "seed": 7,
+        "lora_r": 2,
     }
     assert parse_given(Config, []) == {}
 
@@ -290,20 +281,52 @@ def test_an_own_option_works_from_both_sides(tmp_path):
         margin: float = option(0.5, "a margin", at_least=0)
 
     assert parse_config(Mine, ["--margin", "2"]).margin == 2.0
-    assert from_texts(Mine, yaml.load(dump_config(Mine(margin=0.25)), yaml.BaseLoader)).margin == 0.25
+    assert convert(Mine, yaml.load(dump_config(Mine(margin=0.25)), yaml.BaseLoader))["margin"] == 0.25
+
+
+def test_a_saved_config_comes_back_in_its_types(tmp_path):
+    """Whoever reads a run folder gets numbers, booleans and lists, not texts; a copied adapter has no config.yaml."""
+    config = Config(load_in_4bit=False, lora_alpha=8.0, label_columns=["a", "b"], learning_rate=2e-4)
+    (tmp_path / "config.yaml").write_text(f"# given: x\n{dump_config(config)}")
+    saved = read_saved(tmp_path)
+    assert saved == {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
+    assert read_saved(tmp_path / "missing") == {}
+
+
+def test_everything_about_an_option_is_said_where_it_is_declared():
+    """What binds a resume, what task.json keeps and what training settles are facts of the options themselves."""
+
+    @dataclasses.dataclass
+    class Mine(Config):
+        """mine"""
+
+        margin: float = option(0.5, "a margin", binds=False, kept=True, settled=True)
+        kind: str = option("soft", "its kind", choices=["soft", "hard"], tasks=["classification"])
+
+    assert "margin" in names(Mine, "settled") and "margin" in names(Mine, "kept")
+    assert "margin" not in names(Mine, "binds") and "kind" in names(Mine, "binds")
+    assert {"seed", "learning_rate"} <= set(names(Config, "binds"))
+    assert not {"output_dir", "num_threads", "logging_steps"} & set(names(Config, "binds"))
+    with pytest.raises(InputError, match="--kind firm: expected soft or hard"):
+        parse_config(Mine, ["--kind", "firm"])
+    check_task(Mine, {"kind": "hard", "lora_r": 2}, "classification", "this run")
+    with pytest.raises(InputError, match="--kind does not belong to chat"):
+        check_task(Mine, {"kind": "hard"}, "chat", "this run")
+    with pytest.raises(InputError, match="--approach does not belong to causal_lm"):
+        check_task(Mine, {"approach": "head"}, "causal_lm", "this run")
 
 
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
         (InputError("Do this."), 2, "error: Do this."),
-        (KeyboardInterrupt(), 130, "Stopped by Ctrl-C. What had been saved stays. Go on with --this."),
+        (KeyboardInterrupt(), 130, "Stopped by Ctrl-C. Everything saved so far is kept. Continue with --this."),
         (OSError(errno.ENOSPC, "No space left on device", "x.bin"), 2, "no space left on the disk while writing x.bin"),
         (PermissionError(errno.EACCES, "Permission denied", "x.bin"), 2, "x.bin: Permission denied"),
     ],
 )
 def test_expected_errors_end_without_a_traceback(capsys, error, code, message):
-    with pytest.raises(SystemExit) as stop, cli_errors("Go on with --this."):
+    with pytest.raises(SystemExit) as stop, cli_errors("Continue with --this."):
         raise error
     assert stop.value.code == code
     assert message in capsys.readouterr().err

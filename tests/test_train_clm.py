@@ -1,7 +1,6 @@
 """train_clm.py: perplexity that anyone can compute again, and a run that is the same however it is cut."""
 
 import csv
-import gc
 import json
 import math
 import shutil
@@ -12,31 +11,24 @@ from unittest import mock
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, ROOT, build_tokenizer, run_script
-from runs import PLAIN, Stopped, assert_same_bits, assert_same_updates, fresh_accelerator, stop_at  # noqa: F401
-from test_corpus import prose
-from trained import quick, run_evaluate
+from helpers import ROOT
+from helpers.models import FAMILIES, build_tokenizer
+from helpers.runs import TEXT, Stopped, assert_same_bits, assert_same_updates, run_evaluate, stop_at
+from helpers.runs import train_text as train
+from helpers.scripts import run_script
+from helpers.texts import prose
 
 import train_clm
-from common import report
-from common.collate import collate_blocks
-from common.config import InputError, check_causal, check_loop, parse_config
-from common.corpus import Block, open_sources
-from common.run_table import write_table
-from common.token_losses import TokenLosses
+from common import report as report_command
+from common.data.corpus import Block
+from common.errors import InputError
+from common.measure import figures
+from common.measure.run_table import write_table
+from common.model.losses import token_losses
+from common.model.token_losses import TokenLosses
+from common.text.batches import collate_blocks
 
-OWN = [*PLAIN, "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1", "--block_size", "32"]
 NAMES = ("train", "validation", "test")
-
-
-def train(*options, another: bool = False) -> dict:
-    """What `python train_clm.py OPTIONS` does for one seed, but for the pictures; the figures it returns."""
-    config = parse_config(train_clm.Config, [*OWN, *map(str, options)])
-    check_loop(config)
-    check_causal(config)
-    gc.freeze()
-    with quick():
-        return train_clm.train(config, open_sources(config), config.model, another)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -79,7 +71,7 @@ def by_hand(folder: Path, text: str, size: int, stride: int | None = None) -> fl
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("stride", [None, 10])
 def test_perplexity_is_that_of_an_independent_computation(models, texts, tmp_path, family, stride):
-    """CORRECTNESS 14: whatever the batch size; the last, short block counts by its tokens."""
+    """Whatever the batch size; the last, short block counts by its tokens."""
     found = []
     for batch in (1, 3, 8):
         options = ["--run", models[family], "--task", "causal_lm", "--test_file", texts["test"], "--block_size", 32]
@@ -102,18 +94,17 @@ def test_perplexity_is_that_of_an_independent_computation(models, texts, tmp_pat
 TWO = """
 import json, os, sys
 sys.path[:0] = sys.argv[1:3]
-from test_train_clm import train
-from runs import timeless
+from helpers.runs import timeless, train_text
 jobs = json.loads(open(sys.argv[3]).read())
 for options in jobs:
-    figures = timeless(train(*options, another=options is not jobs[-1]))
+    figures = timeless(train_text(*options, last=options is jobs[-1]))
     with open(options[options.index("--output_dir") + 1] + f"/rank_{os.environ['RANK']}.json", "w") as file:
         json.dump(figures, file)
 """
 
 
 def test_an_update_is_the_same_however_it_is_cut(models, texts, tmp_path):
-    """CORRECTNESS 8, 9, 10, 14: (4, 1, 1) == (2, 2, 1) == (2, 1, 2 processes) in loss, gradient norm and weights."""
+    """(4, 1, 1) == (2, 2, 1) == (2, 1, 2 processes) in loss, gradient norm and weights."""
     common = [*text_options(texts), "--max_steps", 4, "--lora_dropout", 0, "--baselines", "true"]
     jobs = []
     for family in FAMILIES:
@@ -138,11 +129,11 @@ def test_an_update_is_the_same_however_it_is_cut(models, texts, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_resuming_is_exact(models, texts, tmp_path, monkeypatch, family):
-    """CORRECTNESS 11: killed between two checkpoints, with dropout, the run ends with the same bits."""
+    """Killed between two checkpoints, with dropout, the run ends with the same bits."""
     options = ["--model", models[family], *text_options(texts), "--lora_dropout", 0.1, "--max_steps", 7]
     options += ["--save_strategy", "steps", "--save_steps", 2, "--eval_strategy", "steps", "--eval_steps", 3]
     train(*options, "--output_dir", tmp_path / "whole")
-    from common import loop
+    from common.train import loop
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_at(patch, loop, "finite_mean", 6)
@@ -164,7 +155,7 @@ def test_a_run_learns_and_is_evaluated_again(models, texts, tmp_path, family, ex
     written = json.loads((tmp_path / "eval/test/metrics.json").read_text())
     run_evaluate("--run", tmp_path, "--output_dir", tmp_path / "again")
     again = json.loads((tmp_path / "again" / "metrics.json").read_text())
-    assert again["perplexity"] == pytest.approx(written["perplexity"], rel=1e-6)  # CORRECTNESS 32
+    assert again["perplexity"] == pytest.approx(written["perplexity"], rel=1e-6)  # measured again after a reload
     assert again.keys() == written.keys()
     text = (tmp_path / "eval/test/report.md").read_text()
     assert "untrained base" in text and "> In a shocking discovery," in text
@@ -177,7 +168,7 @@ def test_a_run_learns_and_is_evaluated_again(models, texts, tmp_path, family, ex
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_documents_are_kept_apart_when_asked(models, family):
-    """CORRECTNESS 28: a block's loss is the sum of its documents' losses; without masking, it is not."""
+    """A block's loss is the sum of its documents' losses; without masking, it is not."""
     model = transformers.AutoModelForCausalLM.from_pretrained(models[family], dtype=torch.float32)
     losses = TokenLosses(model.eval())
     documents = [[*range(10, 17), 2], [*range(30, 41), 2], [50, 51, 52]]
@@ -187,8 +178,8 @@ def test_documents_are_kept_apart_when_asked(models, family):
     def nats(rows: list[Block], masking: bool) -> torch.Tensor:
         batch = collate_blocks([(row, True) for row in rows], [], 2, 2, masking)
         with torch.no_grad():
-            found = losses(**batch["inputs"])
-        return torch.zeros(len(rows)).index_add(0, batch["rows"], found)
+            found = token_losses(losses, batch)
+        return torch.zeros(len(rows)).index_add(0, batch.rows, found)
 
     apart = sum(nats([Block("", tokens)], False)[0] for tokens in documents)
     together = nats([whole, short], True)  # beside a padded row
@@ -197,7 +188,7 @@ def test_documents_are_kept_apart_when_asked(models, family):
     assert nats([whole], False)[0].item() != pytest.approx(apart.item(), rel=1e-2)
     batch = collate_blocks([(whole, True), (short, True)], [], 2, 2, True)
     model.train()
-    losses(**batch["inputs"]).sum().backward()
+    token_losses(losses, batch).sum().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
@@ -219,7 +210,7 @@ def test_the_loop_is_the_same_text_in_every_script():
         (["--validation_fraction", "0", "--test_fraction", "0"], "--eval_strategy needs validation text"),
         (["--labels", "a"], "there is no such option"),
         (["--max_length", "128"], "there is no such option"),
-        (["--test_file", "{test}"], "there is no training text"),
+        (["--test_file", "{test}"], "there are no training rows; give --train_file"),
         (["--model", "{llama}", "--block_size", "600"], "longer than the 512 positions"),
         (["--stride", "5", "--document_masking", "true"], "choose one"),
     ],
@@ -227,7 +218,7 @@ def test_the_loop_is_the_same_text_in_every_script():
 def test_bad_input_is_one_paragraph(models, texts, capsys, monkeypatch, options, message):
     options = [option.format(test=texts["test"], llama=models["llama"]) for option in options]
     monkeypatch.setattr(sys, "argv", ["train_clm.py", *options])
-    with pytest.raises(InputError, match=message), mock.patch.object(report, "can_draw", lambda: False):
+    with pytest.raises(InputError, match=message), mock.patch.object(figures, "can_draw", lambda: False):
         train_clm.main()
 
 
@@ -250,7 +241,7 @@ def test_runs_side_by_side(models, texts, tmp_path):
     for name, options in runs.items():
         options = ["--model", models["llama"], *text_options(texts), "--max_steps", 2, *options]
         figures[name] = train(*options, "--baselines", "true", "--output_dir", tmp_path / "runs" / name)
-    report.main(["table", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "out")])
+    report_command.main(["table", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "out")])
     rows = list(csv.DictReader((tmp_path / "out" / "table.csv").open()))
     assert {row["run"]: row["training"] for row in rows} == {"lora": "LoRA", "nf4": "4-bit LoRA", "full": "full"}
     for row in rows:
@@ -258,7 +249,7 @@ def test_runs_side_by_side(models, texts, tmp_path):
         assert float(row["perplexity"]) == values["perplexity"]
         assert [float(row["low_95"]), float(row["high_95"])] == values["intervals_95"]["perplexity"]
         assert float(row["tokens/s"]) == values["train_tokens_per_second"]
-        assert float(row["s an epoch"]) == pytest.approx(values["train_runtime"] / values["epochs"])
+        assert float(row["s per epoch"]) == pytest.approx(values["train_runtime"] / values["epochs"])
         assert int(row["memory_bytes"]) == values["peak_memory_bytes"] and int(row["weights_bytes"]) > 1000
     text = (tmp_path / "out" / "table.md").read_text()
     assert text.count("\n") == 2 + 3 + 2 and text.count("untrained base") == 2  # in 32 and in 4 bits
@@ -282,7 +273,7 @@ def test_a_copied_adapter_is_measured_as_its_run(models, texts, tmp_path):
     run_evaluate("--run", tmp_path / "run", "--block_size", 16)
     assert (tmp_path / "run/eval/test-windows-16-16/metrics.json").exists()
     assert (tmp_path / "run/eval/test/metrics.json").read_bytes() == before
-    report.main(["table", str(tmp_path), "--output_dir", str(tmp_path / "out")])
+    report_command.main(["table", str(tmp_path), "--output_dir", str(tmp_path / "out")])
     with pytest.raises(InputError, match="longer than the 512 positions"):
         run_evaluate("--run", tmp_path / "run", "--block_size", 600)
 
@@ -304,7 +295,7 @@ def test_whole_experts_are_loaded_again(texts, tmp_path):
 def test_a_text_that_cannot_be_used_ends_two_processes_with_its_reason(models, tmp_path):
     """No process waits at a barrier for one that has given up, and adds the failed connection to the message."""
     (tmp_path / "rows.jsonl").write_text('{"text": "One."}\n{"text": 7', encoding="utf-8")
-    options = ["--model", str(models["llama"]), "--train_file", str(tmp_path / "rows.jsonl"), *OWN]
+    options = ["--model", str(models["llama"]), "--train_file", str(tmp_path / "rows.jsonl"), *TEXT]
     found = run_script("train_clm.py", *options, cwd=tmp_path, processes=2, timeout=120, check=False)
     assert found.returncode and "rows.jsonl" in found.stderr
     assert found.stderr.count("Traceback") == 1 and "ChildFailedError" in found.stderr  # torchrun's own

@@ -8,14 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FAMILIES, toy_options, toy_rows, write_csv
-from runs import assert_same_updates, fresh_accelerator  # noqa: F401
-from trained import QUANTISED, RUNS, name_of, task_options, train, trained  # noqa: F401
+from helpers.models import FAMILIES
+from helpers.rows import task_options, toy_options, toy_rows, write_csv
+from helpers.runs import RUNS, assert_same_updates, name_of, train
 
-from common import modeling, report, scoring, storage
-from common.config import InputError
-from common.files import read_rows
-from common.prompts import GENERATIVE_TEMPLATE
+from common.data.files import read_rows
+from common.errors import InputError
+from common.measure import figures, scoring
+from common.model import base_model, classifier, storage
+from common.text.prompts import GENERATIVE_TEMPLATE
 
 TREE = {
     "config.yaml", "environment.json", "splits.json", "data_report.md", "data_report.json", "metrics.jsonl",
@@ -32,7 +33,7 @@ METRICS = {
 
 
 @pytest.fixture(params=RUNS, ids=name_of)
-def run(request, trained) -> Path:  # noqa: F811
+def run(request, trained) -> Path:
     family, approach, kind, options = request.param
     return trained(family, approach, kind, *options)
 
@@ -86,7 +87,7 @@ def test_predictions_have_a_line_a_row_in_input_order(run):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generative_model_learns_its_rows_and_to_stop(models, family, tmp_path, monkeypatch):
-    """CORRECTNESS 5: pad == eos; after 60 updates on 21 rows it answers them, and ends each answer by itself."""
+    """Pad == eos; after 60 updates on 21 rows it answers them, and ends each answer by itself."""
     rows = toy_rows(7)
     files = {"train": str(write_csv(tmp_path / "train.csv", rows)), "test": str(write_csv(tmp_path / "test.csv", rows))}
     options = ["--max_steps", 60, "--learning_rate", 1e-2, "--eval_strategy", "no", "--validation_fraction", 0]
@@ -101,7 +102,7 @@ def test_generative_model_learns_its_rows_and_to_stop(models, family, tmp_path, 
     generate = classifier.model.generate
     monkeypatch.setattr(classifier.model, "generate", lambda **kw: outputs.append(generate(**kw)) or outputs[-1])
     ids = [prompt.prompt(f"{row['text']}.").ids for row in rows]
-    answers = scoring.generate_answers(classifier.model, classifier.tokenizer, prompt, ids, batch_size=1, device="cpu")
+    answers = scoring.generate_answers(classifier, ids, batch_size=1, device="cpu")
     order = sorted(range(21), key=lambda i: -len(ids[i]))
     stopped = [output[0, len(ids[i]) :].tolist().count(2) == 1 for i, output in zip(order, outputs, strict=True)]
     assert sum(stopped) >= 0.95 * 21
@@ -134,17 +135,17 @@ def test_baselines_are_measured_on_the_untrained_base(models, family, approach, 
     assert found["TF-IDF + logistic regression"]["accuracy"] > 0.9 and found["majority class"]["accuracy"] == 1 / 3
 
     config = storage.TrainedOptions(model=str(models[family]), load_in_4bit=False)
-    base = modeling.load_base(config.model, config)[0].eval()
-    tokenizer = modeling.load_tokenizer(config.model, config)
-    prompt = modeling.classification_prompt(
+    base = base_model.load_base(config.model, config)[0].eval()
+    tokenizer = base_model.load_tokenizer(config.model, config)
+    prompt = classifier.classification_prompt(
         tokenizer, False, labels=["music", "science", "sport"], multi_label=False,
         template=GENERATIVE_TEMPLATE, max_length=256,
     )  # fmt: skip
     rows = toy_rows(5, start=30)
-    options = {"thresholds": [0.5] * 3, "batch_size": 16, "pad_id": 2, "device": "cpu"}
+    base_classifier = classifier.Classifier(base, prompt, tokenizer, False, False, [0.5] * 3)
     gold = [(prompt.labels.index(row["label"]),) for row in rows]
     ids = [prompt.prompt(f"{row['text']}.").ids for row in rows]
-    answers = scoring.score_labels(base, prompt, ids, gold=gold, **options)
+    answers = scoring.score_labels(base_classifier, ids, gold=gold, batch_size=16, device="cpu")
     loss = sum(answer.nll for answer in answers) / sum(answer.targets for answer in answers)
     assert found["untrained base, zero-shot"]["eval_loss"] == pytest.approx(loss, rel=1e-5)
 
@@ -177,7 +178,7 @@ def test_missing_extras_are_named_once_with_their_command(models, tmp_path, monk
         assert printed.index("pip install") < printed.index("# Data report")
         assert not list(run.rglob("*.png"))
         assert "confusion_matrix.png" not in (run / "eval" / "test" / "report.md").read_text()
-    report.say_what_is_missing(SimpleNamespace(is_main_process=True), None)
+    figures.say_what_is_missing(SimpleNamespace(is_main_process=True), None)
     assert "`pip install matplotlib tensorboard`" in capsys.readouterr().out
 
 
@@ -194,7 +195,7 @@ def test_pictures_survive_any_label(models, family, tmp_path):
     assert r"| $x^{ a\|b$ |" in text
 
 
-def test_trained_weights_are_finite(trained):  # noqa: F811
+def test_trained_weights_are_finite(trained):
     """The run used by the other tests moved its adapter."""
     from safetensors.torch import load_file
 
@@ -210,7 +211,7 @@ def test_trained_weights_are_finite(trained):  # noqa: F811
     [(["--max_length", 600], "longer than the 512 positions"), (["--mixed_precision", "fp16"], "needs a GPU")],
 )
 def test_what_the_model_or_the_machine_cannot_do_is_said_at_once(models, tmp_path, monkeypatch, options, message):
-    monkeypatch.setattr(modeling, "load_base", None)
+    monkeypatch.setattr(base_model, "load_base", None)
     task = task_options("single", tmp_path / "data")
     with pytest.raises(InputError, match=message):
         train("--model", models["llama"], *task, *options, "--output_dir", tmp_path / "run")

@@ -1,84 +1,46 @@
 """train_sft.py: a run that is the same however it is cut, and a model that ends its answers by itself."""
 
-import gc
 import json
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, ROOT, build_model, run_script
+from helpers import ROOT
+from helpers.models import FAMILIES, build_model
+from helpers.rows import TOPICS, chats, write_jsonl
+from helpers.runs import Stopped, assert_same_bits, assert_same_updates, quick, run_evaluate, stop_at
+from helpers.runs import train_chat as train
+from helpers.scripts import run_script
 from peft import LoraConfig, get_peft_model
-from runs import PLAIN, Stopped, assert_same_bits, assert_same_updates, fresh_accelerator, stop_at  # noqa: F401
-from trained import quick, run_evaluate
 
 import train_sft
-from common import attention, storage
-from common.chat import choose_template
-from common.collate import collate_chat
-from common.config import InputError, check_instructions, check_loop, parse_config
-from common.conversations import Conversation, load_conversations
-from common.metrics import text_overlap
-from common.token_losses import TokenLosses
-
-OWN = [*PLAIN, "--per_device_train_batch_size", "4", "--chat_template", "plain", "--max_length", "96"]
-TOPICS = {"goal": "striker", "atom": "laser", "violin": "chorus", "team": "coach", "quark": "enzyme"}
-
-
-def train(*options, another: bool = False) -> dict:
-    """What `python train_sft.py OPTIONS` does for one seed, but for the pictures; the figures it returns."""
-    config = parse_config(train_sft.Config, [*OWN, *map(str, options)])
-    check_loop(config)
-    check_instructions(config)
-    gc.freeze()
-    with quick():
-        return train_sft.train(config, load_conversations(config), config.model, another)
-
-
-def chats(count: int, start: int = 0) -> list[dict]:
-    """Conversations of one to three exchanges of unequal length."""
-    rows = []
-    for i in range(start, start + count):
-        words = list(TOPICS.items())
-        messages = []
-        for k in range(1 + i % 3):
-            question, answer = words[(i + k) % len(words)]
-            messages.append({"role": "user", "content": f"{question} number {i}"})
-            messages.append({"role": "assistant", "content": " ".join([answer] * (1 + (i * 3 + k) % 5))})
-        rows.append({"messages": messages})
-    return rows
-
-
-def write(path: Path, rows: list[dict]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-@pytest.fixture(scope="session")
-def files(tmp_path_factory) -> list[str]:
-    """Options that name train, validation and test files."""
-    base = tmp_path_factory.mktemp("chats")
-    sizes = {"train": (11, 0), "validation": (5, 20), "test": (7, 30)}
-    return [p for name, size in sizes.items() for p in (f"--{name}_file", write(base / f"{name}.jsonl", chats(*size)))]
-
+from common.data.conversations import Conversation
+from common.errors import InputError
+from common.measure.metrics import text_overlap
+from common.model import attention, storage
+from common.model.losses import token_losses
+from common.model.token_losses import TokenLosses
+from common.text.batches import collate_chat
+from common.text.chat import choose_template
 
 TWO = """
 import json, sys
 sys.path[:0] = sys.argv[1:3]
-from test_train_sft import train
+from helpers.runs import train_chat
 jobs = json.loads(open(sys.argv[3]).read())
 for options in jobs:
-    train(*options, another=options is not jobs[-1])
+    train_chat(*options, last=options is jobs[-1])
 """
 
 
-def test_an_update_is_the_same_however_it_is_cut(models, files, tmp_path):
-    """CORRECTNESS 8, 9, 10: (4, 1, 1) == (2, 2, 1) == (2, 1, 2 processes) in loss, gradient norm, weights, metrics."""
+def test_an_update_is_the_same_however_it_is_cut(models, chat_files, tmp_path):
+    """(4, 1, 1) == (2, 2, 1) == (2, 1, 2 processes) in loss, gradient norm, weights, metrics."""
     jobs = []
     for family in FAMILIES:
-        options = ["--model", str(models[family]), *files, "--max_steps", 4, "--lora_dropout", 0, "--baselines", "true"]
+        options = ["--model", str(models[family]), *chat_files, "--max_steps", 4, "--lora_dropout", 0]
+        options += ["--baselines", "true"]
         for name, batch, accumulation in (("big", 4, 1), ("small", 2, 2)):
             sizes = ["--per_device_train_batch_size", batch, "--gradient_accumulation_steps", accumulation]
             train(*options, *sizes, "--output_dir", tmp_path / name / family)
@@ -98,12 +60,12 @@ def test_an_update_is_the_same_however_it_is_cut(models, files, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_resuming_is_exact(models, files, tmp_path, monkeypatch, family):
-    """CORRECTNESS 11: killed between two checkpoints, with dropout, the run ends with the same bits."""
-    options = ["--model", models[family], *files, "--lora_dropout", 0.1, "--max_steps", 7]
+def test_resuming_is_exact(models, chat_files, tmp_path, monkeypatch, family):
+    """Killed between two checkpoints, with dropout, the run ends with the same bits."""
+    options = ["--model", models[family], *chat_files, "--lora_dropout", 0.1, "--max_steps", 7]
     options += ["--save_strategy", "steps", "--save_steps", 2, "--eval_strategy", "steps", "--eval_steps", 3]
     train(*options, "--output_dir", tmp_path / "whole")
-    from common import loop
+    from common.train import loop
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_at(patch, loop, "finite_mean", 6)
@@ -115,7 +77,7 @@ def test_resuming_is_exact(models, files, tmp_path, monkeypatch, family):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("loss_on", ["assistant", "all"])
 def test_the_loss_is_that_of_the_masked_tokens(models, family, loss_on):
-    """Against transformers' own loss, one row at a time; beside padded rows, and with pad == eos (CORRECTNESS 5)."""
+    """Against transformers' own loss, one row at a time; beside padded rows, and with pad == eos."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(models[family])
     model = transformers.AutoModelForCausalLM.from_pretrained(models[family], dtype=torch.float32)
     template = choose_template(tokenizer, "plain")
@@ -130,9 +92,9 @@ def test_the_loss_is_that_of_the_masked_tokens(models, family, loss_on):
         nats += loss.item() * sum(row.mask)
         assert labels[-1] == tokenizer.eos_token_id or loss_on == "all"  # the end token is learnt
     with torch.no_grad():
-        losses = TokenLosses(model)(**batch["inputs"])
-    assert (losses * batch["weights"]).sum().item() == pytest.approx(nats, rel=1e-5)
-    assert batch["weights"].sum().item() == sum(sum(row.mask) for row in rows[:3])
+        losses = token_losses(TokenLosses(model), batch)
+    assert (losses * batch.weights).sum().item() == pytest.approx(nats, rel=1e-5)
+    assert batch.weights.sum().item() == sum(sum(row.mask) for row in rows[:3])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -152,11 +114,11 @@ def test_a_pack_behind_a_shared_system_turn_is_the_padded_batch(models, family):
     for way in ("on", "off"):
         losses.zero_grad()
         batch = collate_chat([(row, True) for row in rows], 2, way)
-        total = (losses(**batch["inputs"]) * batch["weights"]).sum()
+        total = (token_losses(losses, batch) * batch.weights).sum()
         total.backward()
         found[way] = total.item(), [p.grad.clone() for p in losses.parameters() if p.requires_grad]
-    assert len(batch["inputs"]["input_ids"]) == 7  # padded, and before that a pack
-    assert len(collate_chat([(row, True) for row in rows], 2, "auto")["inputs"]["input_ids"]) == 1
+    assert len(batch.input_ids) == 7  # padded, and before that a pack
+    assert len(collate_chat([(row, True) for row in rows], 2, "auto").input_ids) == 1
     assert found["on"][0] == pytest.approx(found["off"][0], rel=1e-5)
     for a, b in zip(found["on"][1], found["off"][1], strict=True):
         assert (a - b).norm() <= 1e-5 * b.norm()
@@ -167,8 +129,8 @@ def test_a_pack_behind_a_shared_system_turn_is_the_padded_batch(models, family):
     [("llama", ()), ("mistral", ("--load_in_4bit", "true", "--mixed_precision", "bf16")),
      ("gemma", ("--loss_on", "all")), ("qwen", ("--full_finetuning", "true"))],
 )  # fmt: skip
-def test_a_run_learns_and_is_loaded_again(models, files, tmp_path, family, extra):
-    options = ["--model", models[family], *files, "--learning_rate", 1e-2, "--num_train_epochs", 12]
+def test_a_run_learns_and_is_loaded_again(models, chat_files, tmp_path, family, extra):
+    options = ["--model", models[family], *chat_files, "--learning_rate", 1e-2, "--num_train_epochs", 12]
     figures = train(*options, "--baselines", "true", "--system_prompt", "You coach", *extra, "--output_dir", tmp_path)
     baseline = json.loads((tmp_path / "eval/test/baselines.json").read_text())["untrained base"]
     assert figures["perplexity"] < 0.5 * baseline["perplexity"]
@@ -178,14 +140,14 @@ def test_a_run_learns_and_is_loaded_again(models, files, tmp_path, family, extra
     model, tokenizer, template = storage.load_chat_model(folder, "cpu")
     assert template.hash == task["chat_template_hash"] and tokenizer.chat_template == template.text
     assert set(model.generation_config.eos_token_id) == {tokenizer.eos_token_id}
-    saved = transformers.GenerationConfig.from_pretrained(str(folder))  # CORRECTNESS 6
+    saved = transformers.GenerationConfig.from_pretrained(str(folder))  # the end of a turn, and eos
     assert saved.eos_token_id == template.stop_ids
     report = (tmp_path / "eval/test/report.md").read_text()
     assert "untrained base" in report and f"{figures['eval_loss']:.3f}" in report
 
 
-def test_another_template_is_said(models, files, tmp_path, capsys):
-    train("--model", models["llama"], *files, "--max_steps", 1, "--output_dir", tmp_path)
+def test_another_template_is_said(models, chat_files, tmp_path, capsys):
+    train("--model", models["llama"], *chat_files, "--max_steps", 1, "--output_dir", tmp_path)
     storage.load_chat_model(tmp_path / "adapter")
     assert "warning" not in capsys.readouterr().err
     *_, template = storage.load_chat_model(tmp_path / "adapter", chat_template="alpaca")
@@ -193,24 +155,24 @@ def test_another_template_is_said(models, files, tmp_path, capsys):
     assert "### Response" in template.text
 
 
-def test_a_generation_config_that_contradicts_itself_is_saved_without_what_contradicts(models, files, tmp_path):
+def test_a_generation_config_that_contradicts_itself_is_saved_without_what_contradicts(models, chat_files, tmp_path):
     """Some checkpoints ship settings of a draw beside greedy search, which transformers reads but refuses to save."""
     shutil.copytree(models["llama"], tmp_path / "model")
     (tmp_path / "model" / "generation_config.json").write_text('{"temperature": 0.9, "top_p": 0.6, "eos_token_id": 7}')
-    train("--model", tmp_path / "model", *files, "--max_steps", 1, "--output_dir", tmp_path / "run")
+    train("--model", tmp_path / "model", *chat_files, "--max_steps", 1, "--output_dir", tmp_path / "run")
     saved = transformers.GenerationConfig.from_pretrained(str(tmp_path / "run" / "adapter"))
     assert (saved.temperature, saved.top_p) in ((None, None), (1.0, 1.0)) and 7 in saved.eos_token_id
 
 
 def test_an_overfitted_model_ends_its_answers_by_itself(tmp_path):
-    """CORRECTNESS 5, 6: 20 rows, pad == eos; plain `generate` with the saved settings stops at an end token."""
+    """20 rows, pad == eos; plain `generate` with the saved settings stops at an end token."""
     model = build_model(tmp_path / "model", "llama", hidden_size=64, head_dim=16)
     words = [word for pair in TOPICS.items() for word in pair] + ["melody", "rhythm", "tempo", "sonata", "genome"]
     rows = [
         {"instruction": f"{words[i % 15]} {words[(i * 4 + 1) % 15]} {i}", "output": " ".join(words[i % 7 : i % 7 + 3])}
         for i in range(20)
     ]
-    file = write(tmp_path / "rows.jsonl", rows)
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
     options = ["--train_file", file, "--validation_file", file, "--test_file", file, "--eval_strategy", "no"]
     options += ["--learning_rate", 1e-2, "--lora_r", 16, "--num_train_epochs", 60, "--output_dir", tmp_path / "run"]
     train("--model", model, *options)
@@ -226,9 +188,9 @@ def test_an_overfitted_model_ends_its_answers_by_itself(tmp_path):
     assert stopped >= 19 and right >= 15
 
 
-def test_answers_are_measured(models, files, tmp_path):
+def test_answers_are_measured(models, chat_files, tmp_path):
     """evaluate.py: the loss of training's own evaluation; greedy answers and what they share with the references."""
-    options = ["--model", models["qwen"], *files, "--learning_rate", 1e-2, "--num_train_epochs", 12]
+    options = ["--model", models["qwen"], *chat_files, "--learning_rate", 1e-2, "--num_train_epochs", 12]
     figures = train(*options, "--baselines", "true", "--output_dir", tmp_path / "run")
     found = {}
     for batch in (1, 8):
@@ -237,7 +199,7 @@ def test_answers_are_measured(models, files, tmp_path):
         found[batch] = json.loads((tmp_path / str(batch) / "metrics.json").read_text())
     assert found[8]["eval_loss"] == pytest.approx(figures["eval_loss"], rel=1e-5)
     files_of = {batch: (tmp_path / str(batch) / "predictions.jsonl").read_text() for batch in found}
-    assert files_of[1] == files_of[8]  # CORRECTNESS 24: greedy answers do not depend on the batch
+    assert files_of[1] == files_of[8]  # greedy answers do not depend on the batch
     rows = [json.loads(line) for line in files_of[8].splitlines()]
     assert [row["id"] for row in rows] == [str(i) for i in range(7)]
     gold = [row["messages"][-1]["content"] for row in chats(7, 30)]
@@ -247,8 +209,8 @@ def test_answers_are_measured(models, files, tmp_path):
     assert found[8]["rouge_l"] >= sum(same) / 7 and 0 < found[8]["chrf"] <= 100
     report = (tmp_path / "8" / "report.md").read_text()
     assert "untrained base" in report and report.count("reference:") == 7
-    run_evaluate("--run", models["qwen"], "--task", "chat", "--chat_template", "plain", *files[4:], "--max_length", 96,
-                 "--max_new_tokens", 5, "--mixed_precision", "no", "--load_in_4bit", "false",
+    run_evaluate("--run", models["qwen"], "--task", "chat", "--chat_template", "plain", *chat_files[4:],
+                 "--max_length", 96, "--max_new_tokens", 5, "--mixed_precision", "no", "--load_in_4bit", "false",
                  "--output_dir", tmp_path / "base")  # fmt: skip
     base = json.loads((tmp_path / "base" / "metrics.json").read_text())
     saved = json.loads((tmp_path / "run/eval/test/baselines.json").read_text())["untrained base"]

@@ -1,4 +1,7 @@
-"""Rows of files -> classification rows with their labels; splits; the counts of the data report.
+"""Rows -> classification examples: their text and labels; the label set; class weights; the counts of the data report.
+
+    {"title": "On qubits", "abstract": "We show ...", "label": "quant-ph"}      a row
+    Example(id="0", text="On qubits. We show ...", labels=(4,))                 index 4 of the sorted label set
 
 Imports neither torch nor transformers: whatever is wrong with the data is reported before a model is loaded.
 """
@@ -9,17 +12,22 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from common.data.files import SPLITS, cut_splits, read_files, read_hub
-from common.errors import InputError, why_unreadable
-from common.options import ClassificationConfig, TextConfig
+from common.data.files import Row, columns_of, require_columns, row_ids, text_columns
+from common.data.splits import DEMO_FOLDERS, SPLITS, Sources, complete_splits, count_copies, read_splits
+from common.disk import read_text
+from common.errors import InputError
+from common.options import ClassificationConfig, ClassificationDataConfig, TextConfig
 
+DEMO = DEMO_FOLDERS / ClassificationConfig.demo
 SEPARATOR = ", "  # between the labels of an instruction, and of a multi-label answer
 MIN_COMBINATION = 10  # rows; rarer label combinations are one stratum when a split is cut
+LabelNames = tuple[str, ...]  # of one row
 
 
 @dataclass(frozen=True)
@@ -33,65 +41,74 @@ class Example:
 
 @dataclass
 class ClassificationData:
-    """The three splits (a missing one is empty), the label set in its order, and what happened on the way."""
+    """The three splits (a missing one is empty), the label set in its order, and the data report."""
 
     splits: dict[str, list[Example]]
     labels: list[str]
     multi_label: bool
-    sources: dict[str, dict[str, str]]  # split -> file (or data set) and its hash
+    sources: Sources
     report: dict[str, Any] = field(default_factory=dict)
 
 
-def load_classification(config: Any, training: bool = True) -> ClassificationData:
-    """Reads, checks and cuts the splits that `config` (DataConfig and ClassificationConfig) describes.
+def load_classification(config: ClassificationDataConfig, training: bool = True) -> ClassificationData:
+    """Reads, checks and cuts the splits that the options describe; for training, there must be training rows.
 
     The label set is `--labels`, else `--label_columns`, else the labels of the training rows, sorted.
     Raises InputError that names file, row and column for whatever cannot be used.
     """
-    tables, sources = read_hub(config) if config.dataset_name else read_files(config)
-    if training and "train" not in tables:
-        raise InputError(f"{config.dataset_name or 'The data'}: there are no training rows; give --train_file.")
-    multi_label = _is_multi_label(config, tables)
-    named = {split: _named_labels(rows, sources[split]["name"], config) for split, rows in tables.items()}
-    labels = config.labels or config.label_columns or _collect_labels(named)
+    tables, sources = read_splits(config, DEMO, training)
+    multi_label = _is_multi_label(tables, config)
+    names = {split: _read_labels(rows, sources[split]["name"], config) for split, rows in tables.items()}
+    labels = config.labels or config.label_columns or _label_set(names)
     if not labels:
-        raise InputError(f"{next(iter(sources.values()))['name']}: no row has a label. Is --label_column right?")
+        source = next(iter(sources.values()))["name"]
+        raise InputError(f"{source}: no row has a label. Is --label_column right?")
     _check_labels(labels, multi_label, config)
+
     report: dict[str, Any] = {"files": sources, "labels": labels, "multi_label": multi_label, "rows": {}}
-    examples = {}
+    splits: dict[str, list[Example]] = {}
     for split, rows in tables.items():
-        examples[split] = _examples(rows, named[split], labels, multi_label, split, sources[split]["name"], config)
-        report["rows"][split] = {"read": len(rows), "dropped_empty_text": len(rows) - len(examples[split])}
-    if "train" in examples:
-        counts = Counter(label for example in examples["train"] for label in example.labels)
-        if len(counts) < (1 if multi_label else 2):
-            found = f"have the label {labels[next(iter(counts))]!r}" if counts else "are without a label"
+        source = sources[split]["name"]
+        examples = unlabeled_rows(rows, row_ids(rows, source, config.id_column), source, config)
+        indices = _indices(names[split], labels, source)
+        examples = [Example(row.id, row.text, found) for row, found in zip(examples, indices, strict=True)]
+        if split == "train":  # an empty text teaches nothing; but every row to be evaluated gets an answer
+            examples = [example for example in examples if example.text]
+        if not examples:
+            raise InputError(f"{source}: no row has any text. Is --text_fields right?")
+        splits[split] = examples
+        report["rows"][split] = {"read": len(rows), "dropped_empty_text": len(rows) - len(examples)}
+    if "train" in splits:
+        used = {label for example in splits["train"] for label in example.labels}
+        if len(used) < (1 if multi_label else 2):
+            option = "--label_columns" if config.label_columns else "--label_column"
+            what = f"have the label {labels[used.pop()]!r}" if used else "are without a label"
             raise InputError(
-                f"{sources['train']['name']}: all {len(examples['train'])} rows {found}, so there is nothing to tell "
-                f"apart. Is {'--label_columns' if config.label_columns else '--label_column'} right?"
+                f"{sources['train']['name']}: all {len(splits['train'])} rows {what}, so there is nothing to tell "
+                f"apart. Is {option} right?"
             )
-    examples = cut_splits(examples, config, report, stratified_sample) if "train" in examples else examples
-    for split, limit in (("train", config.max_train_samples), ("validation", config.max_eval_samples)):
-        if limit and len(examples.get(split, ())) > limit:
-            chosen = stratified_sample(examples[split], limit, config.split_seed)
-            examples[split] = [examples[split][i] for i in chosen]
-    if training:
-        class_weights(config.class_weights, examples["train"], labels, multi_label)  # a file is checked right now
-    _count(examples, labels, report)
-    return ClassificationData(
-        {split: examples.get(split, []) for split in SPLITS}, labels, multi_label, sources, report
-    )
+    splits = complete_splits(splits, config, report, stratified_sample)
+    if training:  # a file of weights is checked right now
+        class_weights(config.class_weights, splits["train"], labels, multi_label)
+    count_copies(splits, report, attrgetter("text"), attrgetter("text"))
+    for split, examples in splits.items():
+        counts = Counter(label for example in examples for label in example.labels)
+        report["rows"][split]["label_counts"] = {label: counts[i] for i, label in enumerate(labels)}
+    splits = {split: splits.get(split, []) for split in SPLITS}
+    return ClassificationData(splits, labels, multi_label, sources, report)
 
 
-def unlabelled_rows(
-    rows: Sequence[dict[str, Any]], ids: Sequence[str], source: str, config: TextConfig
-) -> list[Example]:
-    """Rows without labels, to be answered: their texts are joined as those of training rows are."""
-    fields = _text_fields(_columns(list(rows)), source, config)
-    return [Example(name, join_fields(row, fields), ()) for name, row in zip(ids, rows, strict=True)]
+def unlabeled_rows(rows: Sequence[Row], ids: Sequence[str], source: str, config: TextConfig) -> list[Example]:
+    """The rows as examples without labels, as for rows to be answered."""
+    columns = columns_of(rows)
+    names = text_columns(columns, config.text_fields)
+    require_columns(names, columns, source, "--text_fields")
+    return [Example(id, join_fields(row, names), ()) for id, row in zip(ids, rows, strict=True)]
 
 
-def draw_few_shot(data: ClassificationData, config: Any) -> tuple[list[tuple[str, tuple[int, ...]]], list[Example]]:
+def draw_few_shot(
+    data: ClassificationData, config: ClassificationDataConfig
+) -> tuple[list[tuple[str, tuple[int, ...]]], list[Example]]:
     """--few_shot stratified (text, labels) pairs for the prompt, and the training rows without them."""
     rows, count = data.splits["train"], config.few_shot
     if count and count >= len(rows):
@@ -104,38 +121,39 @@ def draw_few_shot(data: ClassificationData, config: Any) -> tuple[list[tuple[str
 
 
 def class_weights(option: str, rows: Sequence[Example], labels: Sequence[str], multi_label: bool) -> list[float] | None:
-    """The weights of `--class_weights`, one a label, or None.
+    """The weights of `--class_weights`, one per label, or None.
 
-    balanced: n / (K n_k) for a row of label k (as scikit-learn); for several labels a row, negatives / positives, the
-    `pos_weight` of binary cross-entropy. A file: {label: weight} in JSON. A label without a row counts as with one.
+    balanced: n / (K n_k) for a row of label k (as scikit-learn); for multi-label rows negatives / positives, the
+    `pos_weight` of binary cross-entropy. A label without a row counts as if it had one. A file: JSON {label: weight}.
     """
     if option == "none":
         return None
+    if option != "balanced":
+        return _read_weights(option, labels)
     counts = Counter(label for row in rows for label in row.labels)
-    number = [max(1, counts[k]) for k in range(len(labels))]
-    if option == "balanced":
-        if multi_label:
-            return [(len(rows) - n) / n for n in number]
-        return [len(rows) / (len(labels) * n) for n in number]
+    sizes = [max(1, counts[k]) for k in range(len(labels))]
+    if multi_label:
+        return [(len(rows) - size) / size for size in sizes]
+    return [len(rows) / (len(labels) * size) for size in sizes]
+
+
+def _read_weights(path: str, labels: Sequence[str]) -> list[float]:
+    text = read_text(Path(path), f"--class_weights {path}", ". Give none, balanced, or a JSON file {label: weight}")
     try:
-        given = json.loads(Path(option).read_text(encoding="utf-8"))
+        given = json.loads(text)
         weights = [float(given[label]) for label in labels]
-    except OSError as error:
-        raise InputError(
-            f"--class_weights {option}: {why_unreadable(error)}. Give none, balanced, or a JSON file {{label: weight}}."
-        ) from None
     except KeyError as error:
-        raise InputError(f"--class_weights {option}: the file has no weight for the label {error}. Add it.") from None
+        raise InputError(f"--class_weights {path}: the file has no weight for the label {error}. Add it.") from None
     except (ValueError, TypeError) as error:
-        raise InputError(f"--class_weights {option}: not a JSON object {{label: weight}}: {error}.") from None
+        raise InputError(f"--class_weights {path}: not a JSON object {{label: weight}}: {error}.") from None
     for label, weight in zip(labels, weights, strict=True):
         if not 0 <= weight < math.inf:
-            raise InputError(f"--class_weights {option}: the weight of {label!r} is {weight}; use a number from 0 up.")
+            raise InputError(f"--class_weights {path}: the weight of {label!r} is {weight}; use a number from 0 up.")
     return weights
 
 
-def join_fields(row: dict[str, Any], names: Sequence[str]) -> str:
-    """The fields as one run of sentences: blank ones skipped, a period after each that lacks an end mark."""
+def join_fields(row: Row, names: Sequence[str]) -> str:
+    """The fields as a sequence of sentences: blank ones skipped, a period after each that lacks an end mark."""
     cells = (row.get(name) for name in names)
     texts = [" ".join(str(cell).split()) for cell in cells if cell is not None and cell == cell]  # NaN is not itself
     return " ".join(text if text[-1] in ".!?" else f"{text}." for text in texts if text)
@@ -160,82 +178,58 @@ def stratified_sample(examples: Sequence[Example], count: int, seed: int) -> lis
     return sorted(int(number) for key, n in zip(keys, take, strict=True) for number in rng.permutation(strata[key])[:n])
 
 
-def _is_multi_label(config: ClassificationConfig, tables: dict) -> bool:
+def _is_multi_label(tables: dict[str, list[Row]], config: ClassificationConfig) -> bool:
     column = config.label_column or "label"
     lists = any(isinstance(row.get(column), list) for rows in tables.values() for row in rows)
-    seen = bool(config.label_columns or config.label_delimiter or lists)
-    if config.problem_type and seen != (config.problem_type == "multi_label_classification"):
+    detected = bool(config.label_columns or config.label_delimiter or lists)
+    if config.problem_type and detected != (config.problem_type == "multi_label_classification"):
         raise InputError(
-            f"--problem_type {config.problem_type} does not fit the labels: several labels a row come from "
+            f"--problem_type {config.problem_type} does not fit the labels: several labels per row come from "
             "--label_columns, from --label_delimiter or from JSON lists, and only from those."
         )
-    return seen
+    return detected
 
 
-def _columns(rows: list[dict]) -> list[str]:
-    """The columns in their order; JSON rows may each lack some."""
-    return list(dict.fromkeys(name for row in rows for name in row))
+def _read_labels(rows: Sequence[Row], source: str, config: ClassificationConfig) -> list[LabelNames]:
+    """The label names of every row."""
+    where, several = f"{source}, data row", config.label_columns
+    column = config.label_column or "label"
+    require_columns(several or [column], columns_of(rows), source, "--label_columns" if several else "--label_column")
+    if several:
+        return [
+            tuple(name for name in several if _is_set(row.get(name), f"{where} {number}, column {name!r}"))
+            for number, row in enumerate(rows, 1)
+        ]
+    return [
+        _labels_in(row.get(column), f"{where} {number}, column {column!r}", config.label_delimiter)
+        for number, row in enumerate(rows, 1)
+    ]
 
 
-def _text_fields(columns: list[str], source: str, config: TextConfig) -> list[str]:
-    known = f"it has {', '.join(map(str, columns))}."
-    if not config.text_fields:
-        for names in (["text"], ["title", "abstract"]):
-            if set(names) <= set(columns):
-                return names
-        raise InputError(
-            f"{source}: there is neither a column 'text' nor 'title' and 'abstract'; {known} "
-            "Name the text columns with --text_fields."
-        )
-    for name in config.text_fields:
-        if name not in columns:
-            raise InputError(f"{source}: there is no text column {name!r}; {known} Correct --text_fields.")
-    return config.text_fields
-
-
-def _named_labels(rows: list[dict], source: str, config: Any) -> list[tuple[str, ...]]:
-    """The label names of every row, as strings."""
-    columns, present = config.label_columns or [config.label_column or "label"], _columns(rows)
-    for column in columns:
-        if column not in present:
-            option = "--label_columns" if config.label_columns else "--label_column"
-            raise InputError(
-                f"{source}: there is no label column {column!r}; it has {', '.join(map(str, present))}. Set {option}."
-            )
-    result = []
-    for number, row in enumerate(rows, 1):
-        where = f"{source}, data row {number}, column"
-        if config.label_columns:
-            result.append(tuple(name for name in columns if _flag(row.get(name), f"{where} {name!r}")))
-        else:
-            result.append(_cell_labels(row.get(columns[0]), f"{where} {columns[0]!r}", config.label_delimiter))
-    return result
-
-
-def _flag(value: Any, where: str) -> bool:
-    text = str(value).strip().lower()
+def _is_set(cell: Any, where: str) -> bool:
+    text = str(cell).strip().lower()
     if text in ("1", "1.0", "true"):
         return True
     if text in ("0", "0.0", "false"):
         return False
-    raise InputError(f"{where}: {value!r} is not 0 or 1. Correct the cell.")
+    raise InputError(f"{where}: {cell!r} is not 0 or 1. Correct the cell.")
 
 
-def _cell_labels(value: Any, where: str, delimiter: str | None) -> tuple[str, ...]:
-    if isinstance(value, list):
-        parts = [_label_text(part) for part in value]
-    elif delimiter and isinstance(value, str):
-        parts = [part.strip() for part in value.split(delimiter) if part.strip()]
+def _labels_in(cell: Any, where: str, delimiter: str | None) -> LabelNames:
+    if isinstance(cell, list):
+        names = [_label_name(item) for item in cell]
+    elif delimiter and isinstance(cell, str):
+        names = [name.strip() for name in cell.split(delimiter) if name.strip()]
     else:
-        parts = [_label_text(value)]
-    if any(part.lower() in ("", "nan") for part in parts):
+        names = [_label_name(cell)]
+    if any(name.lower() in ("", "nan") for name in names):
         raise InputError(f"{where}: the label is missing (empty or NaN). Fill it in or delete the row.")
-    if len(set(parts)) != len(parts):
-        raise InputError(f"{where}: a label occurs twice in {value!r}. Name each label once.")
-    return tuple(parts)
+    if len(set(names)) != len(names):
+        raise InputError(f"{where}: a label occurs twice in {cell!r}. Name each label once.")
+    return tuple(names)
 
 
-def _label_text(value: Any) -> str:
+def _label_name(value: Any) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, float) and value.is_integer():
@@ -243,12 +237,12 @@ def _label_text(value: Any) -> str:
     return str(value).strip()
 
 
-def _collect_labels(named: dict[str, list[tuple[str, ...]]]) -> list[str]:
-    """The labels of the training rows (of all rows where there are none); numbers in numeric order."""
-    rows = named["train"] if "train" in named else [row for rows in named.values() for row in rows]
-    names = {name for row in rows for name in row}
-    numeric = all(re.fullmatch(r"-?[0-9]+", name) for name in names)
-    return sorted(names, key=lambda name: (int(name), name)) if numeric else sorted(names)  # 1 and 01 are two labels
+def _label_set(names: dict[str, list[LabelNames]]) -> list[str]:
+    """The labels of the training rows (of all rows if there are none), sorted; whole numbers by their value."""
+    rows = names["train"] if "train" in names else [row for rows in names.values() for row in rows]
+    labels = {name for row in rows for name in row}
+    numeric = all(re.fullmatch(r"-?[0-9]+", name) for name in labels)
+    return sorted(labels, key=lambda name: (int(name), name)) if numeric else sorted(labels)  # 1 and 01 are two labels
 
 
 def _check_labels(labels: list[str], multi_label: bool, config: ClassificationConfig) -> None:
@@ -257,64 +251,24 @@ def _check_labels(labels: list[str], multi_label: bool, config: ClassificationCo
         if count > 1:
             raise InputError(f"{option} names {label!r} twice. Name each label once.")
         if label != label.strip() or not label:
-            raise InputError(f"{option}: the label {label!r} is blank or has a space at an end. Rename it.")
+            raise InputError(f"{option}: the label {label!r} is blank, or begins or ends with a space. Rename it.")
         if multi_label and SEPARATOR.strip() in label:
             raise InputError(f"The label {label!r} contains a comma, which separates labels in an answer. Rename it.")
     if multi_label and config.class_weights not in ("none", "balanced"):
-        raise InputError("--class_weights takes a file for one label a row only; for several, use balanced.")
+        raise InputError("--class_weights takes a file for one label per row only; for several, use balanced.")
     if multi_label and config.class_weights == "balanced" and config.approach == "generative":
-        raise InputError(
-            "--class_weights with several labels a row needs --approach head: an answer has no single weight."
-        )
+        raise InputError("--class_weights with several labels per row needs --approach head: an answer has no weight.")
 
 
-def _examples(
-    rows: list[dict],
-    named: list[tuple[str, ...]],
-    labels: list[str],
-    multi_label: bool,
-    split: str,
-    source: str,
-    config: Any,
-) -> list[Example]:
+def _indices(names: Sequence[LabelNames], labels: Sequence[str], source: str) -> list[tuple[int, ...]]:
+    """The label names of every row as indices in the label set, ascending."""
     index = {label: i for i, label in enumerate(labels)}
-    columns = _columns(rows)
-    fields = _text_fields(columns, source, config)
-    if config.id_column and config.id_column not in columns:
-        raise InputError(
-            f"{source}: there is no column {config.id_column!r} (--id_column); it has {', '.join(columns)}."
-        )
-    ids: set[str] = set()
-    examples = []
-    for number, (row, names) in enumerate(zip(rows, named, strict=True), 1):
-        for name in names:
+    for number, row in enumerate(names, 1):
+        for name in row:
             if name not in index:
                 known = ", ".join(labels[:10]) + (" ..." if len(labels) > 10 else "")
                 raise InputError(
                     f"{source}, data row {number}: the label {name!r} is not among the labels ({known}). "
                     "Correct the row, or list every label with --labels."
                 )
-        identifier = str(row.get(config.id_column)) if config.id_column else str(number - 1)
-        if config.id_column and (row.get(config.id_column) in (None, "") or identifier in ids):
-            raise InputError(
-                f"{source}, data row {number}, column {config.id_column!r}: an id is missing or occurs twice."
-            )
-        ids.add(identifier)
-        text = join_fields(row, fields)
-        if text or split != "train":  # every row to be evaluated gets an answer; an empty one teaches nothing
-            examples.append(Example(identifier, text, tuple(sorted(index[name] for name in names))))
-    if not examples:
-        raise InputError(f"{source}: no row has any text in {', '.join(fields)}. Is --text_fields right?")
-    return examples
-
-
-def _count(examples: dict[str, list[Example]], labels: list[str], report: dict) -> None:
-    train = Counter(example.text for example in examples.get("train", ()))
-    for split, rows in examples.items():
-        entry = report["rows"].setdefault(split, {})
-        counts = Counter(label for example in rows for label in example.labels)
-        entry["used"] = len(rows)
-        entry["duplicates"] = len(rows) - len({example.text for example in rows})
-        if split != "train":
-            entry["also_in_train"] = sum(example.text in train for example in rows)
-        entry["label_counts"] = {label: counts[i] for i, label in enumerate(labels)}
+    return [tuple(sorted(index[name] for name in row)) for row in names]

@@ -3,6 +3,15 @@
 from collections.abc import Sequence
 from typing import Any
 
+ROW_COLUMNS = {  # key in the report -> title; those that no split has are left out
+    "read": "read", "dropped_empty_text": "dropped: no text", "few_shot": "in the prompt",
+    "dropped_unanswered": "turns dropped: no answer", "with_tools": "with tools, in the system turn",
+    "used": "used", "answers": "answers", "in_several_rows": "too long for one row",
+    "without_early_turns": "rows without early turns", "shortened": "shortened", "cut_answers": "answers cut",
+    "duplicates": "duplicate texts", "also_in_train": "also in train",
+}  # fmt: skip
+CORPUS_COLUMNS = ("documents", "bytes", "words", "tokens", "blocks", "used")
+
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table with aligned columns: the first to the left, the others to the right."""
@@ -18,53 +27,52 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def data_report(report: dict[str, Any], example: str) -> str:
-    """The data report as Markdown: what was kept, shortened, dropped and why, and one row as the model sees it."""
-    lines = ["# Data report", ""]
-    for split, source in report["files"].items():
-        lines.append(f"- {split}: {source['name']} (sha256 {source['sha256'][:12]})")
+    """The data report of examples or conversations. example: a training row as the model sees it."""
+    facts = []
     drawn = ", stratified" if "labels" in report else ""
     for split, count in report.get("cut_from_train", {}).items():
-        lines.append(f"- {split}: {count} rows cut from the training file{drawn}; row ids in splits.json")
+        facts.append(f"{split}: {count} rows cut from the training file{drawn}; row ids in splits.json")
     for split, shapes in report.get("shapes", {}).items():
-        lines.append(f"- {split}: shape {', '.join(f'{name} ({count} rows)' for name, count in shapes.items())}")
+        facts.append(f"{split}: shape {', '.join(f'{name} ({count} rows)' for name, count in shapes.items())}")
     if template := report.get("chat_template"):
-        lines.append(f"- {template['source']} (sha256 {template['sha256'][:12]}); answers end with {template['end']}")
-        lines += [f"- {note}" for note in template["notes"]]
-    columns = {
-        "read": "read", "dropped_empty_text": "dropped: no text", "few_shot": "in the prompt",
-        "dropped_unanswered": "turns dropped: no answer", "with_tools": "with tools, in the system turn",
-        "used": "used", "answers": "answers", "in_several_rows": "too long for one row",
-        "without_early_turns": "rows without early turns", "shortened": "shortened", "cut_answers": "answers cut",
-        "duplicates": "duplicate texts", "also_in_train": "also in train",
-    }  # fmt: skip
-    columns = {key: name for key, name in columns.items() if any(key in entry for entry in report["rows"].values())}
-    rows = [[split, *(str(entry.get(key, "-")) for key in columns)] for split, entry in report["rows"].items()]
-    lines += ["", table(["rows", *columns.values()], rows), ""]
+        facts.append(f"{template['source']} (sha256 {template['sha256'][:12]}); answers end with {template['end']}")
+        facts += template["notes"]
+    entries = report["rows"]
+    columns = {key: title for key, title in ROW_COLUMNS.items() if any(key in entry for entry in entries.values())}
+    rows = [[split, *(str(entry.get(key, "-")) for key in columns)] for split, entry in entries.items()]
+    parts = [table(["rows", *columns.values()], rows)]
     if "labels" in report:
-        splits, entries = list(report["rows"]), report["rows"].values()
-        counts = [[label, *(str(entry["label_counts"][label]) for entry in entries)] for label in report["labels"]]
-        lines += [table(["label", *splits], counts), ""]
-    lines += ["One training row; what is trained on stands in [[ ]]:", ""]
-    return "\n".join([*lines, *(f"    {line}" for line in example.splitlines()), ""])
+        counts = [
+            [label, *(str(entry["label_counts"][label]) for entry in entries.values())] for label in report["labels"]
+        ]
+        parts.append(table(["label", *entries], counts))
+    return _markdown(report, facts, parts, "One training row; what is trained on is in [[ ]]:", example)
 
 
 def corpus_report(report: dict[str, Any], start: str, wrapped: bool, block: str) -> str:
-    """The data report of a corpus as Markdown: text and blocks of each split, what the blocks are, and one of them.
+    """The data report of a corpus: text and blocks of each split, what the blocks are, and one of them.
 
     start: the text of the ids in front of every block. wrapped: whether tokens see earlier documents of their block.
     """
-    lines = ["# Data report", ""]
-    for split, source in report["files"].items():
-        lines.append(f"- {split}: {source['name']} (sha256 {source['sha256'][:12]})")
-    for split in report["splits"].keys() - report["files"].keys():
-        lines.append(f"- {split}: cut from the training text; the numbers of its pieces are in splits.json")
-    columns = ("documents", "bytes", "words", "tokens", "blocks", "used")
-    rows = [[split, *(f"{entry[name]:,}" for name in columns)] for split, entry in report["splits"].items()]
-    lines += ["", table(["split", *columns], rows), ""]
-    lines.append(f"Every block begins with {start}." if start else "Blocks begin without a BOS token.")
-    lines.append(
+    facts = [
+        f"{split}: cut from the training text; the numbers of its pieces are in splits.json"
+        for split in report["splits"]
+        if split not in report["files"]
+    ]
+    rows = [[split, *(f"{entry[name]:,}" for name in CORPUS_COLUMNS)] for split, entry in report["splits"].items()]
+    begin = f"Every block begins with {start}." if start else "Blocks begin without a BOS token."
+    seen = (
         "Blocks are windows of the text: a token sees the end of the document before its own (wrapped packing)."
         if wrapped
         else "No token sees another document of its block (document masking)."
     )
-    return "\n".join([*lines, "", "One training block:", "", *(f"    {line}" for line in block.splitlines()), ""])
+    parts = [table(["split", *CORPUS_COLUMNS], rows), f"{begin}\n{seen}"]
+    return _markdown(report, facts, parts, "One training block:", block)
+
+
+def _markdown(report: dict[str, Any], facts: Sequence[str], parts: Sequence[str], shown: str, example: str) -> str:
+    """The files of the splits and other facts as a list, then the parts, then what is shown as an example."""
+    files = [f"{split}: {file['name']} (sha256 {file['sha256'][:12]})" for split, file in report["files"].items()]
+    listed = "\n".join(f"- {fact}" for fact in (*files, *facts))
+    indented = "\n".join(f"    {line}" for line in example.splitlines())
+    return "\n\n".join(["# Data report", listed, *parts, shown, indented]) + "\n"

@@ -1,73 +1,103 @@
-"""What a classifier must beat: the majority class, and TF-IDF with logistic regression, on the same rows."""
+"""What a trained model must beat on the same rows: its untrained base; for labels also majority class and TF-IDF."""
 
-import json
+import contextlib
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import Accelerator
+from torch import nn
 
 from common.data.classification import ClassificationData, Example
-from common.disk import write_json
+from common.disk import read_json, write_json
 from common.errors import InputError
 from common.measure.metrics import classification_metrics, indicator
+from common.measure.scoring import Answer
 from common.model import base_model, lora
 from common.model.classifier import Classifier, classification_prompt
+from common.options import LoraArguments
 from common.text.prompts import GENERATIVE_TEMPLATE
 
+UNTRAINED = "untrained base"
 TFIDF = "TF-IDF + logistic regression"
-UNTRAINED = "untrained base, zero-shot"
+ZERO_SHOT = "untrained base, zero-shot"
+
+
+def untrained(
+    file: Path, model: nn.Module, config: LoraArguments, accelerator: Accelerator, measure: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """What `measure` finds before the first update, with the adapter switched off; kept in `file`."""
+
+    def measured() -> dict[str, Any]:
+        # An adapter at its start changes nothing; one that starts as a part of the base must be on.
+        on = config.init_lora_weights in lora.BASE_CHANGING_INITS
+        with contextlib.nullcontext() if on else lora.without_adapter(model):
+            return {UNTRAINED: measure()}
+
+    return _kept(file, accelerator, measured)
 
 
 def measure(
     file: Path,
+    *,
     classifier: Classifier,
     data: ClassificationData,
     path: str,
     config: Any,
-    accelerator: Any,
-    evaluate: Callable[..., tuple],
+    accelerator: Accelerator,
+    evaluate: Callable[..., tuple[Sequence[Answer], dict[str, Any]]],
 ) -> dict[str, Any]:
-    """All baselines on the test split; kept in `file`, so that a resumed run does not measure them again.
+    """All baselines of a classifier on the test split, name -> metrics or "n/a"; kept in `file`.
 
-    The untrained base is asked with the default prompt, whatever the run's own; an encoder cannot be asked.
-    evaluate(classifier, examples, what=...) -> answers, metrics.
+    path: of the base model. evaluate: (classifier, examples, what=...) -> answers, metrics.
     """
+    train, test, labels = data.splits["train"], data.splits["test"], data.labels
+    gold = [example.labels for example in test]
+
+    def measured() -> dict[str, Any]:
+        metrics = classification_metrics(gold, majority(train, test), labels)
+        results: dict[str, Any] = {"majority class": metrics, TFIDF: "n/a", ZERO_SHOT: "n/a"}
+        with contextlib.suppress(ValueError):  # scikit-learn's, for texts without words, or one label in a small sample
+            found = tfidf_logistic_regression(train, test, len(labels), data.multi_label)
+            results[TFIDF] = classification_metrics(gold, found, labels)
+        if base := None if classifier.encoder else _prompted_base(classifier, data, path, config, accelerator):
+            with lora.without_adapter(base.model):
+                results[ZERO_SHOT] = evaluate(base, test, what=ZERO_SHOT)[1]
+        return results
+
+    return _kept(file, accelerator, measured)
+
+
+def _prompted_base(
+    classifier: Classifier, data: ClassificationData, path: str, config: Any, accelerator: Accelerator
+) -> Classifier | None:
+    """The base model with the default prompt, whatever the run's own; the adapter is to be switched off.
+
+    None where --max_length is too short for the instruction, as it may be for a head.
+    """
+    kind: dict[str, Any] = {"labels": data.labels, "multi_label": data.multi_label, "max_length": config.max_length}
+    try:
+        prompt = classification_prompt(classifier.tokenizer, False, template=GENERATIVE_TEMPLATE, **kind)
+        prompt.reserve(data.splits["train"])
+    except InputError:
+        return None
+    model = classifier.model
+    if classifier.head or config.init_lora_weights in lora.BASE_CHANGING_INITS:
+        model = base_model.load_base(path, config, device=accelerator.device)[0]
+    return replace(classifier, model=model, prompt=prompt, head=False)
+
+
+def _kept(file: Path, accelerator: Accelerator, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What is in the file; else what `measure` finds, which is written there for a run that is resumed."""
     known = file.exists()
     accelerator.wait_for_everyone()  # all have looked before one writes
     if known:
-        return json.loads(file.read_text())
-    train, test, labels = data.splits["train"], data.splits["test"], data.labels
-    gold = [example.labels for example in test]
-    results: dict[str, Any] = {"majority class": classification_metrics(gold, majority(train, test), labels)}
-    try:
-        answers = tfidf_logistic_regression(train, test, len(labels), data.multi_label)
-        results[TFIDF] = classification_metrics(gold, answers, labels)
-    except ValueError:  # scikit-learn's, for texts without a single word or one label left of a small sample
-        results[TFIDF] = "n/a"
-    results[UNTRAINED] = "n/a"
-    if not classifier.encoder:
-        try:
-            prompt = classification_prompt(
-                classifier.tokenizer,
-                False,
-                labels=labels,
-                multi_label=data.multi_label,
-                template=GENERATIVE_TEMPLATE,
-                max_length=config.max_length,
-            )
-            prompt.reserve(train)
-        except InputError:  # a head's --max_length may be too short for the instruction
-            prompt = None
-        if prompt:
-            model = classifier.model
-            if classifier.head or config.init_lora_weights in lora.BASE_CHANGING_INITS:
-                model = base_model.load_base(path, config, device=accelerator.device)[0]
-            base = Classifier(model, prompt, classifier.tokenizer, False, False, classifier.thresholds)
-            with lora.without_adapter(model):
-                results[UNTRAINED] = evaluate(base, test, what=UNTRAINED)[1]
+        return read_json(file)
+    results = measure()
     if accelerator.is_main_process:
         write_json(file, results)
     accelerator.wait_for_everyone()
@@ -77,29 +107,29 @@ def measure(
 def majority(train: Sequence[Example], test: Sequence[Example]) -> list[tuple[int, ...]]:
     """The most frequent label (or label combination) of the training rows, for every test row."""
     counts = Counter(example.labels for example in train)
-    answer = min(counts, key=lambda labels: (-counts[labels], labels))
-    return [answer] * len(test)
+    return [min(counts, key=lambda labels: (-counts[labels], labels))] * len(test)
 
 
 def tfidf_logistic_regression(
     train: Sequence[Example], test: Sequence[Example], labels: int, multi_label: bool
 ) -> list[tuple[int, ...]]:
-    """TF-IDF of words and word pairs, logistic regression with C = 10; one a label at 0.5 for several labels."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
+    """TF-IDF of words and word pairs, logistic regression with C = 10; for several labels one per label, at 0.5.
+
+    Raises ValueError for texts without words, or where one label is left.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer  # here, as only classification needs it
     from sklearn.linear_model import LogisticRegression
     from sklearn.multiclass import OneVsRestClassifier
+    from sklearn.pipeline import make_pipeline
 
     vectorizer = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"(?u)\b\w+\b")
-    features = vectorizer.fit_transform([example.text for example in train])
-    model = LogisticRegression(C=10, max_iter=1000)
+    regression = LogisticRegression(C=10, max_iter=1000)
+    model = make_pipeline(vectorizer, OneVsRestClassifier(regression) if multi_label else regression)
+    gold = [example.labels for example in train]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a label without a row in a small training split
-        if multi_label:
-            target = indicator([example.labels for example in train], labels)
-            fitted = OneVsRestClassifier(model).fit(features, target)
-        else:
-            fitted = model.fit(features, [example.labels[0] for example in train])
-        predicted = fitted.predict(vectorizer.transform([example.text for example in test]))
+        model.fit([example.text for example in train], indicator(gold, labels) if multi_label else [k for (k,) in gold])
+        predicted = model.predict([example.text for example in test])
     if multi_label:
         return [tuple(int(k) for k in np.flatnonzero(row)) for row in predicted]
     return [(int(k),) for k in predicted]

@@ -1,24 +1,40 @@
-"""Which continuations of a prompt to compute: candidate answers as a tree of tokens, searched best first.
+"""Which tokens of the labels to compute after a prompt: the labels as a tree of tokens, searched best first.
 
-Pure Python. A search yields the nodes whose next-token probabilities it needs, and whoever runs the model fills them in
-(common/continuations.py), for many rows at once.
+An example: the labels `card lost`, `card late` and `top up fails`, one token per word, each ended by the end token.
+Computing a node gives the log-probability of all tokens that may follow it. Here they are, with probabilities:
+
+    (prompt)              computed before the search
+    |-- card    -0.22  0.8     computed in pass 1
+    |   |-- lost  -0.51  0.6     computed in pass 2; the end follows with -0.11  0.9
+    |   +-- late  -1.20  0.3     computed in pass 2; the end follows with -0.11  0.9
+    +-- top    -15.42  2e-7    skipped, with `up` and `fails` below it
+
+Pass 1: `card` is the likeliest branch. `top` could be computed in the same pass, but 2e-7 is less than 1e-6, the
+tolerance, times 0.8, so that the outcome of `card` may well make it needless. Pass 2: `lost` and `late`, together.
+Found: 0.8 x 0.6 x 0.9 = 0.432 for `card lost` and 0.8 x 0.3 x 0.9 = 0.216 for `card late`, in sum 0.648. The search
+is done, since what is left, 2e-7, is at most 1e-6 x 0.648: three nodes in two passes, where all would be six nodes.
+
+Why the bound holds: labels below `top` are different texts that all begin with it, so that together they are at most
+as likely as `top`, whatever follows. The sum over all labels lies between 0.648 and 0.648 + 2e-7, so that no normalized
+probability moves by more than 2e-7 / 0.648 = 3.1e-7. Reported: 0.6667, 0.3333, and for `top up fails` the bound 3.1e-7.
 """
 
 import heapq
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from common.model.prompt_cache import Node, log_sum
+from common.text.prompts import ClassificationPrompt
 
-BUDGET = 12  # nodes that a search asks for at first; twice as many each time after, as far as they may matter
+BUDGET = 12  # nodes that a search wants at first; twice as many each time after, as far as they may matter
 
 
 @dataclass
 class Trie:
     """Candidates that begin alike: the numbers of those that end here, with the ids that may follow, and the rest.
 
-    candidates: what the whole tree was built from, at its root.
+    candidates: what the entire tree was built from, at its root.
     """
 
     ends: list[tuple[int, Sequence[int]]] = field(default_factory=list)
@@ -41,46 +57,54 @@ def build_trie(candidates: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Tri
     return root
 
 
-def unknown(nodes: Sequence[Node]) -> list[Node]:
-    """Those that still have to be computed, marked as asked for."""
-    found = [node for node in nodes if not node.asked]
-    for node in found:
-        node.asked = True
-    return found
+def label_trie(prompt: ClassificationPrompt, first: int = 0, chosen: bool = False) -> Trie:
+    """One label per row: all labels. Several: those from `first` on, after others if some are `chosen`, and the end."""
+    if not prompt.multi_label:
+        return build_trie([(ids, prompt.end_ids) for ids in prompt.first_ids])
+    pieces, candidates = prompt.next_ids if chosen else prompt.first_ids, []
+    for k in range(first, len(prompt.labels)):
+        followers = {ids[0] for ids in prompt.next_ids[k + 1 :]} | set(prompt.end_ids)
+        candidates.append((pieces[k], sorted(followers)))
+    return build_trie([*candidates, ([], prompt.end_ids)])
 
 
-class Search:
-    """Log-probabilities of all candidates of `trie` behind `root`, the most probable branches first.
+class TrieSearch:
+    """Log-probabilities of all candidates of `trie` after `start`, the most probable branches first.
 
-    A branch is left out once all that are left out hold no more than `tolerance` of the probability of the candidates
-    found: whatever they are, no candidate's normalised probability moves by more. Their candidates share the branch's
-    probability, which is an upper bound. The likeliest candidate is always among those found. tolerance 0: nothing is
-    left out; infinite: all but what might be likelier than the likeliest.
+    Call `next_nodes` and compute what it returns, until it returns nothing.
+    tolerance: the search is done once all branches that are left hold no more than this share of the probability of the
+    candidates found, so that no normalized probability is off by more. 0: nothing is left out; infinite: everything
+    that cannot be the likeliest candidate, which is found in any case.
+    also: ids after `start` whose nodes are computed with the first ones, whatever they are worth.
     """
 
-    def __init__(self, root: Node, trie: Trie) -> None:
-        self.root, self.trie = root, trie
-        self.found: dict[int, float] = {}
-        self.frontier: list[tuple[float, int, Node, Trie]] = [(-0.0, 0, root, trie)]  # (- log-probability, tie, ...)
+    def __init__(self, start: Node, trie: Trie, tolerance: float, also: Sequence[int] = ()) -> None:
+        self.start, self.trie, self.tolerance, self.budget = start, trie, tolerance, BUDGET
+        self.first = start.descend(also).path()
+        self.found: dict[int, float] = {}  # candidate -> log-probability
+        self.frontier: list[tuple[float, int, Node, Trie]] = [(-0.0, 0, start, trie)]  # (- log-probability, tie, ...)
         self.ties = 1
-        self.taken: list[tuple[float, list[tuple[Node, Trie]]]] = []
+        self.taken: list[tuple[float, list[tuple[Node, Trie]]]] = []  # branches that wait for their nodes' computation
 
-    def run(self, tolerance: float, also: Sequence[Node] = ()) -> Iterator[list[Node]]:
-        """Yields nodes to be computed, until no more are needed. also: further nodes, computed with the first ones."""
-        wanted, budget = unknown([*self.root.path(), *also]), BUDGET
+    def next_nodes(self) -> list[Node]:
+        """The nodes to compute next; empty: the search is done. Those of the last call must have been computed."""
         while True:
-            while len(wanted) < budget and not self._settled(tolerance):
-                wanted += unknown(self._take())
-            if wanted:
-                yield wanted
-            elif not self.taken:
-                return
             for log, branch in self.taken:
                 self._read(log, branch)
-            wanted, self.taken, budget = [], [], 2 * budget
+            self.taken = []
+            wanted, self.first = _not_yet_requested(self.first), []
+            while len(wanted) < self.budget and not self._enough():
+                wanted += _not_yet_requested(self._take())
+            self.budget *= 2
+            if wanted or not self.taken:
+                return wanted
+
+    def tighten(self, tolerance: float) -> None:
+        """Continues a search that was done, with a smaller tolerance."""
+        self.tolerance, self.budget = tolerance, BUDGET
 
     def scores(self) -> list[float]:
-        """The log-probability of every candidate, by number."""
+        """The log-probability of every candidate, by number; candidates of a branch left out share its probability."""
         logs = dict(self.found)
         for negative, _, _, trie in self.frontier:
             numbers = trie.numbers()
@@ -97,17 +121,17 @@ class Search:
 
     def node(self, number: int) -> Node:
         """The last node of a candidate."""
-        return self.root.walk(self.trie.candidates[number][0])
+        return self.start.descend(self.trie.candidates[number][0])
 
-    def _settled(self, tolerance: float) -> bool:
-        if not self.frontier or not tolerance:
+    def _enough(self) -> bool:
+        """Whether to take no further branch for now."""
+        if not self.frontier or not self.tolerance:
             return not self.frontier
-        if self.taken:  # what is next is taken with them unless their outcome may well settle it
-            best = max(*(item[0] for item in self.taken), *self.found.values(), -math.inf)
-            return -self.frontier[0][0] < best + math.log(tolerance)
-        if -self.frontier[0][0] >= max(self.found.values(), default=-math.inf):
-            return False
-        return self.left_out() <= log_sum(list(self.found.values())) + math.log(tolerance)
+        following, likeliest = -self.frontier[0][0], max(self.found.values(), default=-math.inf)
+        if self.taken:  # the outcome of those taken may well settle it
+            return following < max(likeliest, *(log for log, _ in self.taken)) + math.log(self.tolerance)
+        settled = self.left_out() <= log_sum(list(self.found.values())) + math.log(self.tolerance)
+        return settled and following < likeliest
 
     def _take(self) -> list[Node]:
         """The best branch, down to where it divides: those tokens are known, so one pass computes them all."""
@@ -115,17 +139,92 @@ class Search:
         branch = [(node, trie)]
         while len(trie.children) == 1:
             [(token, trie)] = trie.children.items()
-            node = node.walk([token])
+            node = node.descend([token])
             branch.append((node, trie))
         self.taken.append((-negative, branch))
         return [node for node, _ in branch if node.parent]
 
     def _read(self, log: float, branch: list[tuple[Node, Trie]]) -> None:
+        """Moves a computed branch's ends to those found, and its children to the frontier."""
         for i, (node, trie) in enumerate(branch):
             if i:
-                log += node.parent.logs[node.token]
+                log += node.parent.log_probs[node.token]
             for number, enders in trie.ends:
-                self.found[number] = log + node.log_any(enders)
+                self.found[number] = log + node.log_prob_of_any(enders)
         for token, child in trie.children.items():
-            heapq.heappush(self.frontier, (-log - node.logs[token], self.ties, node.walk([token]), child))
+            heapq.heappush(self.frontier, (-log - node.log_probs[token], self.ties, node.descend([token]), child))
             self.ties += 1
+
+
+class OneLabel(TrieSearch):
+    """The search for a row's one label."""
+
+    def answer(self) -> tuple[tuple[int, ...], list[float]]:
+        """The likeliest label, and the probability of each; none of these if the tolerance is infinite."""
+        logs = [] if self.tolerance == math.inf else self.scores()
+        total = log_sum(logs)
+        return (self.best(),), [math.exp(log - total) for log in logs]
+
+
+class LabelChain:
+    """The search for several labels of a row: a chain of yes / no decisions in label order.
+
+    With q_m the probability that label m comes next (then a separator or the end) after those already chosen, and
+    q_stop that of the end, p_k = q_k / (q_k + sum of q_m over later m + q_stop); p_k at or above its threshold adds k.
+    The p_k are the reported probabilities.
+    trie: (the first label that may come, whether others are chosen) -> as of `label_trie`.
+    """
+
+    def __init__(
+        self,
+        root: Node,
+        trie: Callable[[int, bool], Trie],
+        thresholds: Sequence[float],
+        tolerance: float,
+        also: Sequence[int] = (),
+    ) -> None:
+        self.trie, self.thresholds, self.tolerance = trie, thresholds, tolerance
+        self.chosen: tuple[int, ...] = ()
+        self.probabilities: list[float] = []
+        self.search = TrieSearch(root, trie(0, False), tolerance, also)
+
+    def next_nodes(self) -> list[Node]:
+        """As of TrieSearch."""
+        while len(self.probabilities) < len(self.thresholds):
+            if nodes := self.search.next_nodes():
+                return nodes
+            self._decide()
+        return []
+
+    def answer(self) -> tuple[tuple[int, ...], list[float]]:
+        """The labels chosen, and the probability of each decision."""
+        return self.chosen, self.probabilities
+
+    def _decide(self) -> None:
+        """Decides up to the next label that is chosen, or tightens the search if too much was left out for that."""
+        first, logs = len(self.probabilities), self.search.scores()
+        top = max(logs)
+        q = [math.exp(log - top) for log in logs]  # of labels first, first + 1, ..., and of stopping
+        decided: list[float] = []
+        least, chosen = 0.0, False
+        while len(decided) < len(q) - 1 and not chosen:
+            least = sum(q[len(decided) :])  # of what this decision is made among
+            decided.append(q[len(decided)] / least if least else 0.0)
+            chosen = decided[-1] >= self.thresholds[first + len(decided) - 1]
+        if math.exp(self.search.left_out() - top) > self.tolerance * least:
+            self.search.tighten(self.search.tolerance * least / sum(q) / 2)
+            return
+        self.probabilities += decided
+        node = self.search.start
+        if chosen:
+            self.chosen += (len(self.probabilities) - 1,)
+            node = self.search.node(len(decided) - 1)
+        self.search = TrieSearch(node, self.trie(len(self.probabilities), bool(self.chosen)), self.tolerance)
+
+
+def _not_yet_requested(nodes: Sequence[Node]) -> list[Node]:
+    """The nodes that no search has requested, which now count as requested."""
+    found = [node for node in nodes if not node.requested]
+    for node in found:
+        node.requested = True
+    return found

@@ -1,20 +1,107 @@
-"""Honest figures: classification metrics with bootstrap intervals, counted from per-row results."""
+"""The registry of metrics and tasks, and the metrics themselves, each counted from per-row results.
+
+Imports numpy alone, so that the scripts can offer the metrics as values of an option.
+"""
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-RESAMPLES = 1000
+from common.errors import InputError
+from common.options import CAUSAL_LM, CHAT, CLASSIFICATION
+
+if TYPE_CHECKING:
+    from common.measure.scoring import Answer
+
+RESAMPLES = 1000  # of the bootstrap
+LARGEST_EXPONENT = 700.0  # a float ends at e^709
 
 
-def indicator(rows: Sequence[Sequence[int]], labels: int) -> np.ndarray:
-    """[rows, labels] of 0/1 from the label indices of each row."""
-    matrix = np.zeros((len(rows), labels), dtype=np.int64)
-    for i, row in enumerate(rows):
-        matrix[i, list(row)] = 1
-    return matrix
+@dataclass(frozen=True)
+class Metric:
+    """One number of metrics.json: its key there, its title in tables, and which way is better."""
+
+    name: str
+    title: str
+    higher_is_better: bool
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a model is trained for (its name in task.json), and the names of the metrics that tell how well.
+
+    headlines: what its tables show, in order. choosable: what may choose the best weights, on the validation split,
+    the default first. curve: drawn over the updates. compared: what several runs are compared by.
+    """
+
+    name: str
+    headlines: tuple[str, ...]
+    choosable: tuple[str, ...]
+    curve: str
+    compared: str
+
+
+METRICS: dict[str, Metric] = {}
+TASKS: dict[str, Task] = {}
+
+
+def register_metric(name: str, title: str, *, higher_is_better: bool, tasks: Sequence[str] = ()) -> None:
+    """Adds a metric. tasks: those whose tables show it where it was measured, and whose best weights it may choose."""
+    METRICS[name] = Metric(name, title, higher_is_better)
+    for task in tasks:
+        if name not in choosable(task):
+            old = TASKS[task]
+            TASKS[task] = replace(old, headlines=(*old.headlines, name), choosable=(*old.choosable, name))
+
+
+def register_task(task: Task) -> None:
+    """Adds a task. Raises InputError where it names a metric that is not registered."""
+    for name in (*task.headlines, *task.choosable, task.curve, task.compared):
+        metric(name)
+    TASKS[task.name] = task
+
+
+def metric(name: str) -> Metric:
+    """A registered metric. Raises InputError for any other."""
+    if name not in METRICS:
+        raise InputError(f"{name}: there is no such metric. Known are {', '.join(METRICS)}; register_metric adds one.")
+    return METRICS[name]
+
+
+def headlines(task: str) -> list[Metric]:
+    """What the tables of a task show, in order; nothing for a task that is not registered."""
+    return [METRICS[name] for name in TASKS[task].headlines] if task in TASKS else []
+
+
+def choosable(task: str) -> tuple[str, ...]:
+    """What may choose the best weights of a task, the default first. Raises InputError for an unknown task."""
+    if task not in TASKS:
+        raise InputError(f"{task}: there is no such task. Known are {', '.join(TASKS)}; register_task adds one.")
+    return TASKS[task].choosable
+
+
+register_metric("accuracy", "accuracy", higher_is_better=True)
+register_metric("f1_micro", "micro-F1", higher_is_better=True)
+register_metric("f1_macro", "macro-F1", higher_is_better=True)
+register_metric("perplexity", "perplexity", higher_is_better=False)
+register_metric("eval_loss", "nats per token", higher_is_better=False)
+register_metric("bits_per_byte", "bits per byte", higher_is_better=False)
+register_metric("word_perplexity", "perplexity per word", higher_is_better=False)
+register_metric("rouge_l", "ROUGE-L", higher_is_better=True)
+register_metric("chrf", "chrF", higher_is_better=True)
+register_metric("bleu", "BLEU", higher_is_better=True)
+register_metric("stopped", "ends by itself", higher_is_better=True)
+
+LABELS, LOSSES = ("accuracy", "f1_micro", "f1_macro"), ("eval_loss", "perplexity")
+CHOOSABLE = ("f1_macro", "f1_micro", "accuracy", "eval_loss")
+TEXTS = ("perplexity", "eval_loss", "bits_per_byte", "word_perplexity")
+ANSWERS = (*LOSSES, "rouge_l", "chrf", "bleu", "stopped")  # the losses alone where no answer was generated
+register_task(Task(CLASSIFICATION, LABELS, CHOOSABLE, curve="f1_macro", compared="accuracy"))
+register_task(Task(CAUSAL_LM, TEXTS, LOSSES, curve="perplexity", compared="perplexity"))
+register_task(Task(CHAT, ANSWERS, LOSSES, curve="eval_loss", compared="perplexity"))
 
 
 def classification_metrics(
@@ -26,14 +113,12 @@ def classification_metrics(
     Definitions are scikit-learn's with all labels listed and zero_division=0. Intervals are percentiles of RESAMPLES
     bootstrap resamples of the rows (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13).
     """
-    truth = indicator(gold, len(labels))
-    answer = indicator([row or () for row in predicted], len(labels))
-    exact = np.array(
-        [p is not None and tuple(g) == tuple(p) for g, p in zip(gold, predicted, strict=True)], dtype=float
-    )
-    hits, found, real = truth & answer, answer, truth
+    real, found = indicator(gold, len(labels)), indicator(predicted, len(labels))
+    hits = real & found
+    right = [p is not None and tuple(g) == tuple(p) for g, p in zip(gold, predicted, strict=True)]
+    exact = np.array(right, dtype=float)
 
-    def headline(weight: np.ndarray) -> dict[str, np.ndarray]:
+    def measure(weight: np.ndarray) -> dict[str, np.ndarray]:
         """weight: [resamples, rows], how often each row occurs -> values of [resamples]."""
         tp, pred, true = weight @ hits, weight @ found, weight @ real
         per_label = _ratio(2 * tp, pred + true)
@@ -44,43 +129,35 @@ def classification_metrics(
             "f1_weighted": _ratio((per_label * true).sum(1), true.sum(1)),
         }
 
-    once = np.ones((1, len(exact)))
-    values = {name: float(value[0]) for name, value in headline(once).items()}
+    values = {name: float(value[0]) for name, value in measure(np.ones((1, len(exact)))).items()}
     rng = np.random.default_rng(seed)
-    shares, at_once = np.full(len(exact), 1 / len(exact)), max(1, 10**7 // len(exact))  # so 80 MB, however many rows
+    shares, at_once = np.full(len(exact), 1 / len(exact)), max(1, 10**7 // len(exact))  # 80 MB for any number of rows
     sizes = [min(at_once, RESAMPLES - done) for done in range(0, RESAMPLES, at_once)]
-    parts = [headline(rng.multinomial(len(exact), shares, size=size).astype(float)) for size in sizes]
-    resampled = {name: np.concatenate([part[name] for part in parts]) for name in values}
-    intervals = {name: np.percentile(value, [2.5, 97.5]).tolist() for name, value in resampled.items()}
+    parts = [measure(rng.multinomial(len(exact), shares, size=size).astype(float)) for size in sizes]
     tp, pred, true = hits.sum(0), found.sum(0), real.sum(0)
-    per_label = {
-        label: {
-            "precision": float(_ratio(tp[k], pred[k])),
-            "recall": float(_ratio(tp[k], true[k])),
-            "f1": float(_ratio(2 * tp[k], pred[k] + true[k])),
-            "support": int(true[k]),
-        }
-        for k, label in enumerate(labels)
-    }
+    per_label = zip(labels, _ratio(tp, pred), _ratio(tp, true), _ratio(2 * tp, pred + true), true, strict=True)
     return {
         **values,
-        "intervals_95": intervals,
+        "intervals_95": {name: _percentiles(np.concatenate([part[name] for part in parts])) for name in values},
         "rows": len(exact),
         "outside_label_set": sum(row is None for row in predicted),
-        "per_label": per_label,
+        "per_label": {
+            label: {"precision": float(precision), "recall": float(recall), "f1": float(f1), "support": int(support)}
+            for label, precision, recall, f1, support in per_label
+        },
     }
 
 
-def summarise(answers: Sequence[Any], gold: Sequence[Sequence[int]], labels: Sequence[str]) -> dict[str, Any]:
-    """`classification_metrics` of answers (common.scoring.Answer), and what their likelihoods of the gold ones give.
+def summarize(answers: Sequence["Answer"], gold: Sequence[Sequence[int]], labels: Sequence[str]) -> dict[str, Any]:
+    """`classification_metrics` of the answers, and the loss that their likelihoods of the gold answers amount to.
 
-    eval_loss: nats a target (a token of the answer; a row or a row's label for a head); mean_token_accuracy: share of
-    the targets that were the likeliest choice; perplexity: e to the eval_loss.
+    eval_loss: nats per target (a token of the answer; for a head a row, or a row's label); mean_token_accuracy: share
+    of the targets that were the likeliest choice; perplexity: e to the eval_loss.
     """
     metrics = classification_metrics(gold, [answer.labels for answer in answers], labels)
     if targets := sum(answer.targets for answer in answers):
         metrics["eval_loss"] = sum(answer.nll for answer in answers) / targets
-        metrics["perplexity"] = math.exp(min(metrics["eval_loss"], 700))  # a float ends at e^709
+        metrics["perplexity"] = math.exp(min(metrics["eval_loss"], LARGEST_EXPONENT))
         metrics["mean_token_accuracy"] = sum(answer.correct for answer in answers) / targets
     return metrics
 
@@ -88,20 +165,21 @@ def summarise(answers: Sequence[Any], gold: Sequence[Sequence[int]], labels: Seq
 def perplexity_metrics(
     blocks: Sequence[tuple[float, int]], per_token: dict[str, float] | None = None, seed: int = 0
 ) -> dict[str, Any]:
-    """Perplexity and its kin from (nats, predicted tokens) of every block: sums over all, no means of means.
+    """Perplexity and related metrics from (nats, predicted tokens) of every block: sums over all, no means of means.
 
-    eval_loss: nats a token; perplexity: e to that. bits_per_byte and word_perplexity put it on the split's UTF-8 bytes
-    and white-space words, so that models with different tokenizers compare.
-    per_token: {bytes, words} of a token; unset: without these two.
+    eval_loss: nats per token; perplexity: e to that. bits_per_byte and word_perplexity divide by the split's UTF-8
+    bytes and white-space words instead, so that models with different tokenizers compare.
+    per_token: {bytes, words} per token; unset: without these two.
     95 % intervals: percentiles of RESAMPLES bootstrap resamples of the blocks.
     """
     nats, tokens = np.array(blocks, dtype=float).T
 
-    def headline(loss: np.ndarray) -> dict[str, np.ndarray]:
-        values = {"eval_loss": loss, "perplexity": np.exp(np.minimum(loss, 700))}  # a float ends at e^709
+    def measure(loss: np.ndarray) -> dict[str, np.ndarray]:
+        values = {"eval_loss": loss, "perplexity": np.exp(np.minimum(loss, LARGEST_EXPONENT))}
         if per_token:
+            per_word = loss / max(per_token["words"], 1e-9)
             values["bits_per_byte"] = loss / per_token["bytes"] / math.log(2)
-            values["word_perplexity"] = np.exp(np.minimum(loss / max(per_token["words"], 1e-9), 700))
+            values["word_perplexity"] = np.exp(np.minimum(per_word, LARGEST_EXPONENT))
         return values
 
     rng = np.random.default_rng(seed)
@@ -109,9 +187,12 @@ def perplexity_metrics(
     for i in range(RESAMPLES):
         rows = rng.integers(len(nats), size=len(nats))
         resampled[i] = nats[rows].sum() / tokens[rows].sum()
-    intervals = {name: np.percentile(value, [2.5, 97.5]).tolist() for name, value in headline(resampled).items()}
-    values = {name: float(value) for name, value in headline(nats.sum() / tokens.sum()).items()}
-    return {**values, "intervals_95": intervals, "rows": len(nats), "predicted_tokens": int(tokens.sum())}
+    return {
+        **{name: float(value) for name, value in measure(nats.sum() / tokens.sum()).items()},
+        "intervals_95": {name: _percentiles(value) for name, value in measure(resampled).items()},
+        "rows": len(nats),
+        "predicted_tokens": int(tokens.sum()),
+    }
 
 
 def text_overlap(answers: Sequence[str], references: Sequence[str], seed: int = 0) -> dict[str, Any]:
@@ -121,7 +202,7 @@ def text_overlap(answers: Sequence[str], references: Sequence[str], seed: int = 
     reads words), with a 95 % bootstrap interval over the rows; chrf: character n-grams (Popovic, 2015) and bleu:
     word n-grams (Papineni et al., 2002), over the corpus, by sacrebleu with its defaults.
     """
-    import sacrebleu
+    import sacrebleu  # these two are extras
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"])
@@ -131,26 +212,45 @@ def text_overlap(answers: Sequence[str], references: Sequence[str], seed: int = 
         "rouge_l": float(shared.mean()),
         "chrf": sacrebleu.corpus_chrf(list(answers), [list(references)]).score,
         "bleu": sacrebleu.corpus_bleu(list(answers), [list(references)]).score,
-        "intervals_95": {"rouge_l": np.percentile(shared[drawn].mean(1), [2.5, 97.5]).tolist()},
+        "intervals_95": {"rouge_l": _percentiles(shared[drawn].mean(1))},
     }
 
 
 def confusion_matrix(
     gold: Sequence[Sequence[int]], predicted: Sequence[Sequence[int] | None], labels: int, multi_label: bool
 ) -> np.ndarray:
-    """One label a row: [labels + 1, labels + 1], gold by prediction, where the last row and column are "no label".
+    """One label per row: [labels + 1, labels + 1], gold by prediction, where the last row and column are "no label".
 
-    Several: [labels, 2, 2], for each label gold by prediction, not / yes.
+    Several: [labels, 2, 2], for each label gold by prediction, no / yes.
     """
     if multi_label:
-        truth, answer = indicator(gold, labels), indicator([row or () for row in predicted], labels)
-        return np.stack([[((truth == g) & (answer == p)).sum(0) for p in (0, 1)] for g in (0, 1)]).transpose(2, 0, 1)
+        real, found = indicator(gold, labels), indicator(predicted, labels)
+        return np.stack([[((real == g) & (found == p)).sum(0) for p in (0, 1)] for g in (0, 1)]).transpose(2, 0, 1)
     matrix = np.zeros((labels + 1, labels + 1), dtype=np.int64)
     for g, p in zip(gold, predicted, strict=True):
         matrix[g[0] if g else labels, p[0] if p else labels] += 1
     return matrix
 
 
+def interval(metrics: dict[str, Any], name: str) -> list[float] | None:
+    """The 95 % interval of a metric, [low, high], if it has one."""
+    return metrics.get("intervals_95", {}).get(name)
+
+
+def indicator(rows: Sequence[Sequence[int] | None], labels: int) -> np.ndarray:
+    """[rows, labels] of 0/1 from the label indices of each row; None has none."""
+    matrix = np.zeros((len(rows), labels), dtype=np.int64)
+    for i, row in enumerate(rows):
+        matrix[i, list(row or ())] = 1
+    return matrix
+
+
 def _ratio(numerator: Any, denominator: Any) -> np.ndarray:
+    """The quotient, 0 where the denominator is 0."""
     denominator = np.asarray(denominator, dtype=float)
     return np.divide(numerator, denominator, out=np.zeros_like(denominator), where=denominator > 0)
+
+
+def _percentiles(resampled: np.ndarray) -> list[float]:
+    """The bounds that 95 % of the values are between."""
+    return np.percentile(resampled, [2.5, 97.5]).tolist()

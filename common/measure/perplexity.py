@@ -1,46 +1,53 @@
-"""The losses of a text's blocks or of conversations, row by row, however batched or shared among processes."""
+"""The losses of blocks of text or of conversations, row by row, and a sample of what a model writes."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
+from common.data.corpus import Block
 from common.log import Progress
-from common.text.batches import Batch, to_device
+from common.model.losses import token_losses
+from common.text.batches import Batch
+from common.text.chat import ChatRow
 
-UNTRAINED = "untrained base"
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 SAMPLE_TOKENS = 60
 
 
 @torch.inference_mode()
 def row_losses(
     model: nn.Module,
-    lengths: Sequence[int],
-    accelerator: Any,
+    rows: Sequence[Block] | Sequence[ChatRow],
+    *,
+    collate: Callable[[list[tuple[Any, bool]]], Batch],
+    accelerator: Accelerator,
     batch_size: int,
-    collate: Callable[[list[tuple[int, bool]]], Batch],
     what: str,
 ) -> list[tuple[float, int]]:
-    """(nats, predicted tokens) of every row, in their order, on every process.
+    """(loss sum in nats, predicted tokens) of every row, in the rows' order, on every process.
 
-    model: a TokenLosses. lengths: tokens of each row; a batch has rows of like lengths. collate: (row number, True)
-    pairs -> batch, whose `rows` say which row a target belongs to.
+    The processes share the rows, and a batch has rows of similar lengths. model: a TokenLosses. collate: (row, True)
+    pairs -> batch. what: of the progress bar.
     """
     model = accelerator.unwrap_model(model).eval()
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])  # the most memory is asked for first
+    lengths = [row.length for row in rows]
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])  # the batch that needs most memory first
     share = order[accelerator.process_index :: accelerator.num_processes]
     progress = Progress(accelerator, what, len(share))
-    results = []
+    results: list[tuple[int, float, int]] = []
     for start in range(0, len(share), batch_size):
         numbers = share[start : start + batch_size]
-        batch = to_device(collate([(number, True) for number in numbers]), accelerator.device)
+        batch = collate([(rows[number], True) for number in numbers]).to(accelerator.device)
         with accelerator.autocast():
-            losses = model(**batch["inputs"]).double()
-        row = batch["rows"]
-        nats = torch.zeros(len(numbers), dtype=torch.double, device=row.device).index_add(0, row, losses)
-        counts = torch.bincount(row, minlength=len(numbers))
+            losses = token_losses(model, batch).double()
+        nats = losses.new_zeros(len(numbers)).index_add(0, batch.rows, losses)
+        counts = torch.bincount(batch.rows, minlength=len(numbers))
         results += zip(numbers, nats.tolist(), counts.tolist(), strict=True)
         progress(len(numbers))
     gathered = sorted(gather_object(results))
@@ -48,15 +55,17 @@ def row_losses(
 
 
 @torch.inference_mode()
-def continue_text(model: nn.Module, tokenizer: Any, prompt: str, accelerator: Any, seed: int) -> str:
-    """The prompt and up to SAMPLE_TOKENS tokens behind it, drawn (temperature 0.8, top_p 0.95) by `seed`."""
+def continue_text(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", prompt: str, accelerator: Accelerator, seed: int
+) -> str:
+    """The prompt and up to SAMPLE_TOKENS tokens after it, drawn (temperature 0.8, top_p 0.95) by `seed`."""
     model.eval()
     ids = tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]
     inputs = torch.tensor([ids], device=accelerator.device)
     torch.manual_seed(seed)
     with accelerator.autocast():
-        output = model.generate(
+        output = model.generate(  # type: ignore[operator]
             inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=SAMPLE_TOKENS, use_cache=True,
             do_sample=True, temperature=0.8, top_p=0.95, top_k=0, pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
-    return tokenizer.decode(output[0], skip_special_tokens=True)
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))

@@ -1,48 +1,62 @@
-"""Runs side by side, of any task: one table as Markdown and CSV, and pictures of quality and speed."""
+"""Runs side by side, of any task: seeds of one call, and runs as one table in Markdown and CSV, with pictures."""
 
 import csv
-import json
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.data.report import table
-from common.disk import weights_folder
+from common.disk import load_task, read_json, weights_folder
 from common.errors import InputError
-from common.measure.figures import can_draw, draw_bars, pyplot
-from common.measure.report import CLASSIFICATION, PERPLEXITY
-from common.options import read_yaml
+from common.measure import figures
+from common.measure.metrics import METRICS, TASKS, interval
+from common.measure.report import value_text
+from common.options import TrainingConfig, read_saved
 
-SEED_COLUMNS = {
-    "epochs": "epochs", "train_loss": "train loss", "eval_loss": "eval loss", "accuracy": "accuracy",
-    "f1_micro": "micro-F1", "f1_macro": "macro-F1", "perplexity": "perplexity",
+LOSSES = {"epochs": "epochs", "train_loss": "train loss", "eval_loss": "eval loss"}
+SPEEDS = {
     "train_runtime": "train s", "eval_runtime": "eval s",
     "train_steps_per_second": "steps/s", "train_samples_per_second": "samples/s",
 }  # fmt: skip
+FORMS = {"trained": "{:,}", "epochs": "{:.3g}", "s per epoch": "{:.0f}", "tokens/s": "{:.0f}"}  # in Markdown
 
 
 def write_seed_table(file: Path, runs: dict[int, dict[str, Any] | str]) -> None:
-    """Prints and writes one row a seed (a text: why it failed), then mean and standard deviation."""
-    done = [metrics for metrics in runs.values() if not isinstance(metrics, str)]
-    columns = [key for key in SEED_COLUMNS if any(key in metrics for metrics in done)]
+    """Prints and writes one row per seed (a text: why it failed), then mean and standard deviation."""
+    done = [metrics for metrics in runs.values() if isinstance(metrics, dict)]
+    titles = LOSSES | {name: known.title for name, known in METRICS.items() if name not in LOSSES} | SPEEDS
+    titles = {key: title for key, title in titles.items() if any(key in metrics for metrics in done)}
     rows, notes = [], []
     for seed, metrics in runs.items():
         if isinstance(metrics, str):
             notes.append(f"Seed {seed} {metrics}")
-            metrics = {}
-        rows.append([str(seed), *(f"{metrics[key]:.4g}" if key in metrics else "failed" for key in columns)])
+            rows.append([str(seed), *["failed"] * len(titles)])
+        else:
+            rows.append([str(seed), *(f"{metrics[key]:.4g}" if key in metrics else "-" for key in titles)])
     if len(done) > 1:
-        spread = [[metrics[key] for metrics in done] for key in columns]
-        rows.append(["mean ± sd", *(f"{statistics.mean(v):.4g} ± {statistics.stdev(v):.2g}" for v in spread)])
-    text = "\n".join([table(["seed", *(SEED_COLUMNS[key] for key in columns)], rows), *notes])
+        rows.append(["mean ± sd", *(_spread([metrics[key] for metrics in done if key in metrics]) for key in titles)])
+    text = "\n".join([table(["seed", *titles.values()], rows), *notes])
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text + "\n", encoding="utf-8")
     print(f"\n{text}\n\nWritten to {file}")
 
 
-COLUMNS = ("run", "model", "training", "r, alpha", "trained", "epochs", "s an epoch", "tokens/s")
-LAST = ("memory", "weights")
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.4g} ± {statistics.stdev(values):.2g}" if len(values) > 1 else "-"
+
+
+@dataclass
+class Run:
+    """One run of the table."""
+
+    described: dict[str, Any]  # title -> value, None where its files do not tell
+    metrics: dict[str, Any]  # of the test split
+    compared: str  # the metric that it is compared by
+    base: str  # "4-bit base", "8-bit base" or "base"
+    weights: int  # bytes
+    baselines: dict[str, dict[str, Any] | str]
 
 
 def find_runs(folders: Sequence[Path]) -> list[Path]:
@@ -54,90 +68,75 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
     return runs
 
 
-def describe(run: Path) -> dict[str, Any]:
-    """One run's row: what was trained, how fast, how well. Figures are numbers; bytes and seconds as such."""
-    config = read_yaml(run / "config.yaml")
-    environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
-    metrics = json.loads((run / "eval" / "test" / "metrics.json").read_text(encoding="utf-8"))
-    baselines = run / "eval" / "test" / "baselines.json"
-    metric = next(name for name in (*CLASSIFICATION, *PERPLEXITY) if name in metrics)
-    whole = config["full_finetuning"] == "true"
-    bits = "4-bit " if config["load_in_4bit"] == "true" else "8-bit " if config["load_in_8bit"] == "true" else ""
-    return {
-        "run": run.name,
-        "model": Path(config["model"]).name,
-        "bits": bits,
-        "training": "full" if whole else bits + ("DoRA" if config["use_dora"] == "true" else "LoRA"),
-        "r, alpha": "" if whole else f"{config['lora_r']}, {float(config['lora_alpha']):g}",
-        "trained": environment["census"]["trainable"],
-        "epochs": metrics["epochs"],
-        "s an epoch": metrics["train_runtime"] / metrics["epochs"],
-        "tokens/s": metrics["train_tokens_per_second"],
-        "metric": metric,
-        "value": metrics[metric],
-        "interval": metrics["intervals_95"][metric],
-        "memory": metrics["peak_memory_bytes"],
-        "weights": sum(file.stat().st_size for file in weights_folder(run).glob("*.safetensors")),
-        "baselines": json.loads(baselines.read_text(encoding="utf-8")) if baselines.exists() else {},
+def read_run(folder: Path) -> Run:
+    """A run, from its files. Raises InputError where there are no trained weights, or no metric to compare it by."""
+    config, weights = TrainingConfig(**read_saved(folder)), weights_folder(folder)
+    metrics, environment = read_json(folder / "eval/test/metrics.json"), read_json(folder / "environment.json")
+    epochs, runtime = metrics.get("epochs"), metrics.get("train_runtime")
+    bits = "4-bit " if config.load_in_4bit else "8-bit " if config.load_in_8bit else ""
+    adapter = f"{bits}{'DoRA' if config.use_dora else 'LoRA'}"
+    described = {
+        "run": folder.name,
+        "model": Path(config.model).name,
+        "training": "full" if config.full_finetuning else adapter,
+        "r, alpha": "" if config.full_finetuning else f"{config.lora_r}, {config.lora_alpha:g}",
+        "trained": environment.get("census", {}).get("trainable"),
+        "epochs": epochs,
+        "s per epoch": runtime / epochs if runtime and epochs else None,
+        "tokens/s": metrics.get("train_tokens_per_second"),
     }
+    compared = _compared(folder, load_task(weights)["task"], config.metric_for_best_model, metrics)
+    size = sum(file.stat().st_size for file in weights.glob("*.safetensors"))
+    return Run(described, metrics, compared, f"{bits}base", size, read_json(folder / "eval/test/baselines.json"))
+
+
+def _compared(folder: Path, task: str, chosen_by: str | None, metrics: dict[str, Any]) -> str:
+    """What runs of this task are compared by; for one that is not registered, what chose the best weights."""
+    for name in (TASKS[task].compared if task in TASKS else None, chosen_by):
+        if name in metrics:
+            return name
+    raise InputError(f"{folder}: its test metrics have none to compare runs of the task {task} by.")
 
 
 def write_table(folders: Sequence[Path], target: Path) -> str:
     """Writes table.md, table.csv and, with matplotlib, quality.png and speed.png; returns the Markdown table.
 
-    Raises InputError where the runs have no headline figure in common.
+    Raises InputError where the runs are not compared by the same metric.
     """
-    runs = [describe(run) for run in find_runs(folders)]
-    metrics = {entry["metric"] for entry in runs}
-    if len(metrics) > 1:
-        raise InputError(f"The runs are of different tasks ({', '.join(sorted(metrics))}): give those of one.")
-    (metric,) = metrics
-    header = [*COLUMNS, metric, *LAST]
-    rows = [
-        [
-            *(entry[name] for name in ("run", "model", "training", "r, alpha")),
-            f"{entry['trained']:,}", f"{entry['epochs']:.3g}", f"{entry['s an epoch']:.0f}", f"{entry['tokens/s']:.0f}",
-            _figure(entry["value"], entry["interval"]),
-            f"{entry['memory'] / 2**20:.0f} MB", f"{entry['weights'] / 2**20:.1f} MB",
-        ]
-        for entry in runs
-    ]  # fmt: skip
-    seen = set()
-    for entry in runs:
-        for name, figures in entry["baselines"].items():
-            if metric in figures:
-                cell = _figure(figures[metric], figures["intervals_95"][metric])
-                row = (name, entry["model"], f"{entry['bits']}base" if "untrained" in name else "", cell)
-                if row not in seen:  # the same base, measured by several runs
-                    rows.append([*row[:3], *[""] * (len(COLUMNS) - 3), cell, *[""] * len(LAST)])
-                seen.add(row)
-    text = table(header, rows)
+    runs = [read_run(folder) for folder in find_runs(folders)]
+    compared = sorted({run.compared for run in runs})
+    if len(compared) > 1:
+        raise InputError(f"The runs are of different tasks ({', '.join(compared)}): give those of one.")
+    name = compared[0]
+    text = _markdown(runs, name)
     target.mkdir(parents=True, exist_ok=True)
     (target / "table.md").write_text(text + "\n", encoding="utf-8")
     with open(target / "table.csv", "w", encoding="utf-8", newline="") as file:
-        numbers = csv.writer(file)
-        numbers.writerow([*COLUMNS, metric, "low_95", "high_95", "memory_bytes", "weights_bytes"])
-        for entry in runs:
-            figures = [entry["value"], *entry["interval"], entry["memory"], entry["weights"]]
-            numbers.writerow([*(entry[name] for name in COLUMNS), *figures])
-    if can_draw():
-        draw(runs, metric, target)
+        sheet = csv.writer(file)
+        sheet.writerow([*runs[0].described, name, "low_95", "high_95", "memory_bytes", "weights_bytes"])
+        for run in runs:
+            bounds = interval(run.metrics, name) or ("", "")
+            memory = run.metrics.get("peak_memory_bytes")
+            sheet.writerow([*run.described.values(), run.metrics[name], *bounds, memory, run.weights])
+    if figures.can_draw():
+        figures.draw_bars(target / "quality.png", {run.described["run"]: run.metrics for run in runs}, name)
+        speeds = {run.described["run"]: (run.described["tokens/s"], run.metrics[name]) for run in runs}
+        known = {run: point for run, point in speeds.items() if point[0] is not None}
+        figures.draw_speed(target / "speed.png", known, name)
     return text
 
 
-def _figure(value: float, interval: Sequence[float]) -> str:
-    return f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
-
-
-def draw(runs: list[dict[str, Any]], metric: str, target: Path) -> None:
-    """quality.png, a bar a run; speed.png, tokens a second against quality."""
-    named = {entry["run"]: {metric: entry["value"], "intervals_95": {metric: entry["interval"]}} for entry in runs}
-    draw_bars(target / "quality.png", named, metric)
-    plt = pyplot()
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for entry in runs:
-        axes.plot(entry["tokens/s"], entry["value"], "o")
-        axes.annotate(entry["run"], (entry["tokens/s"], entry["value"]), (4, 4), textcoords="offset points")
-    axes.set(xlabel="training tokens a second", ylabel=metric)
-    figure.savefig(target / "speed.png", dpi=120)
-    plt.close(figure)
+def _markdown(runs: Sequence[Run], name: str) -> str:
+    """The runs, then what their baselines reached; a baseline that several runs measured alike is shown once."""
+    rows, baselines = [], {}
+    for run in runs:
+        described = run.described.items()
+        cells = ["-" if value is None else FORMS.get(title, "{}").format(value) for title, value in described]
+        memory = run.metrics.get("peak_memory_bytes", 0) / 2**20
+        rows.append([*cells, value_text(run.metrics, name), f"{memory:.0f} MB", f"{run.weights / 2**20:.1f} MB"])
+        for method, metrics in run.baselines.items():
+            if isinstance(metrics, dict) and name in metrics:
+                start = (method, run.described["model"], run.base if "untrained" in method else "")
+                row = (*start, *[""] * (len(cells) - 3), value_text(metrics, name), "", "")
+                baselines[row] = row
+    return table([*runs[0].described, name, "memory", "weights"], [*rows, *baselines.values()])

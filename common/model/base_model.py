@@ -1,5 +1,6 @@
-"""Base models (bf16, fp16, fp32, NF4), tokenizers, LoRA, and the census of a model's weights."""
+"""Base models (bf16, fp16, fp32, NF4, 8-bit), their tokenizers, the precision they run in, and counts of weights."""
 
+import contextlib
 import warnings
 from collections import Counter
 from typing import Any
@@ -10,7 +11,7 @@ from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from common.errors import InputError
-from common.model import attention, lean
+from common.model import attention
 from common.options import ModelConfig
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -32,7 +33,7 @@ def resolve_options(config: Any, encoder: bool, head: bool = False) -> None:
         )
     if encoder and (config.load_in_4bit or config.load_in_8bit):
         raise InputError(
-            f"--model {config.model} is an encoder, and those are trained unquantised: drop --load_in_*bit."
+            f"--model {config.model} is an encoder, and those are trained unquantized: drop --load_in_*bit."
         )
     if config.load_in_4bit is None:
         config.load_in_4bit = not (encoder or config.full_finetuning or config.load_in_8bit)
@@ -46,15 +47,19 @@ def resolve_options(config: Any, encoder: bool, head: bool = False) -> None:
         config.bnb_4bit_compute_dtype = str(DTYPES[config.mixed_precision]).removeprefix("torch.")
 
 
-def is_encoder(path: str, config: ModelConfig) -> bool:
-    """Whether the model attends in both directions (BERT-like), judged by its having a masked-LM class."""
-    loaded = transformers.AutoConfig.from_pretrained(
+def read_config(path: str, config: ModelConfig) -> transformers.PretrainedConfig:
+    """The config.json of a base model or a run."""
+    return transformers.AutoConfig.from_pretrained(
         path, revision=config.revision, trust_remote_code=config.trust_remote_code
     )
-    return loaded.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
-def load_tokenizer(path: str, config: ModelConfig) -> Any:
+def is_encoder(path: str, config: ModelConfig) -> bool:
+    """Whether the model attends in both directions (BERT-like), judged by its having a masked-LM class."""
+    return read_config(path, config).model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def load_tokenizer(path: str, config: ModelConfig) -> transformers.PreTrainedTokenizerBase:
     """The tokenizer of a base model or a run; one without a pad token pads with the end token, masked by position."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(
         path, revision=config.revision, trust_remote_code=config.trust_remote_code
@@ -64,29 +69,26 @@ def load_tokenizer(path: str, config: ModelConfig) -> Any:
     return tokenizer
 
 
-def start_ids(tokenizer: Any) -> list[int]:
-    """What the tokenizer itself puts in front of a text: a BOS, or nothing."""
+def start_ids(tokenizer: transformers.PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer itself puts before a text: a BOS, or nothing."""
     return [i for i in tokenizer("")["input_ids"] if i == tokenizer.bos_token_id]
 
 
 def check_length(path: str, config: Any, tokens: int, option: str) -> None:
-    """Refuses rows of so many `tokens` (by --`option`) if the model has fewer positions."""
-    loaded = transformers.AutoConfig.from_pretrained(
-        path, revision=config.revision, trust_remote_code=config.trust_remote_code
-    )
-    most = getattr(loaded.get_text_config(), "max_position_embeddings", None) or tokens
+    """Raises InputError where rows of this many `tokens` (set by `option`) need more positions than the model has."""
+    most = getattr(read_config(path, config).get_text_config(), "max_position_embeddings", None) or tokens
     if tokens > most:
         raise InputError(f"{option}: rows of {tokens} tokens are longer than the {most} positions of {config.model}.")
 
 
 def load_base(
     path: str, config: Any, *, labels: list[str] | None = None, multi_label: bool = False, device: Any = None
-) -> tuple[nn.Module, list[str]]:
+) -> tuple[transformers.PreTrainedModel, list[str]]:
     """The base model, and the names of the modules that its checkpoint lacks (a new head, a new pooler).
 
-    labels: loads a sequence classifier with one output a label instead of a causal language model.
+    labels: loads a sequence classifier with one output per label instead of a causal language model.
     """
-    quantised = config.load_in_4bit or config.load_in_8bit
+    quantized = config.load_in_4bit or config.load_in_8bit
     options: dict[str, Any] = {
         "dtype": torch.float32 if config.full_finetuning else DTYPES[config.mixed_precision],
         "revision": config.revision,
@@ -102,16 +104,13 @@ def load_base(
             "label2id": {label: i for i, label in enumerate(labels)},
             "problem_type": f"{'multi' if multi_label else 'single'}_label_classification",
         }
-    loaded = transformers.AutoConfig.from_pretrained(
-        path, revision=config.revision, trust_remote_code=config.trust_remote_code
-    )
-    if getattr(loaded, "quantization_config", None):
+    if getattr(read_config(path, config), "quantization_config", None):
         if labels:
             raise InputError(
-                f"--model {config.model} is stored quantised, and its settings would quantise the new head as well. "
-                "Use the unquantised model: --load_in_4bit true quantises it while loading."
+                f"--model {config.model} is stored quantized, and its settings would quantise the new head as well. "
+                "Use the unquantized model: --load_in_4bit true quantizes it while loading."
             )
-    elif quantised:
+    elif quantized:
         options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=config.load_in_4bit,
             load_in_8bit=config.load_in_8bit,
@@ -119,8 +118,9 @@ def load_base(
             bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
             bnb_4bit_compute_dtype=config.bnb_4bit_compute_dtype,
         )
-        options["device_map"] = {"": device or "cpu"}  # one whole model a process: quantised weights cannot be moved
-    kind = transformers.AutoModelForSequenceClassification if labels else transformers.AutoModelForCausalLM
+        # One complete model per process: quantized weights cannot be moved.
+        options["device_map"] = {"": device or "cpu"}
+    kind: Any = transformers.AutoModelForSequenceClassification if labels else transformers.AutoModelForCausalLM
     try:
         model, info = kind.from_pretrained(path, **options)
     except (ImportError, OSError, ValueError) as error:  # a missing package or weight file, an unknown architecture
@@ -131,16 +131,22 @@ def load_base(
         # no gradient: training would go on after an evaluation with broken gradients, and only a warning.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    if not quantised:
+    if not quantized:
         model.to(device or "cpu")
     if not config.attn_implementation:
         attention.use(model)
-    lean.use(model)
     return model, sorted({name.rpartition(".")[0] for name in info["missing_keys"]})
 
 
+def precision(device: torch.device, mixed_precision: str) -> contextlib.AbstractContextManager:
+    """The context that a model trained or loaded with --mixed_precision computes in."""
+    if mixed_precision == "no":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, DTYPES[mixed_precision])
+
+
 def unpacked_size(parameter: nn.Parameter) -> int:
-    """The number of weights in a parameter; a 4-bit one stores two in a byte."""
+    """The number of weights in a parameter; a 4-bit one stores two per byte."""
     packed = getattr(parameter, "quant_state", None)
     return packed.shape.numel() if packed is not None else parameter.numel()
 

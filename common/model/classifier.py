@@ -1,7 +1,6 @@
 """A classifier: a model, the renderer of its prompts, and how its answers are read; the forward pass of a head."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import peft
@@ -26,18 +25,14 @@ class HeadClassifier(nn.Module):
 
     def forward(
         self,
-        input_ids: torch.Tensor,  # [rows, length], or a shared-prefix pack (common/collate.py)
-        attention_mask: torch.Tensor,
-        position_ids: torch.Tensor,
-        pool: torch.Tensor,  # [rows], the positions in the flattened batch whose hidden states are classified
-    ) -> torch.Tensor:  # [rows, labels], fp32
-        base = self.model.get_base_model() if isinstance(self.model, peft.PeftModel) else self.model
+        positions: torch.Tensor,  # [rows], where in the flattened batch the hidden states to classify are
+        **inputs: Any,  # input_ids, attention_mask, position_ids, layout: see common.text.batches.Batch
+    ) -> torch.Tensor:  # logits [rows, labels], fp32
+        base: Any = self.model.get_base_model() if isinstance(self.model, peft.PeftModel) else self.model
         if self.encoder:
-            return base(input_ids=input_ids, attention_mask=attention_mask).logits.float()
-        hidden = getattr(base, base.base_model_prefix)(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-        ).last_hidden_state
-        return base.score(hidden.flatten(0, 1)[pool]).float()
+            return base(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits.float()
+        hidden = getattr(base, base.base_model_prefix)(**inputs, use_cache=False).last_hidden_state
+        return base.score(hidden.flatten(0, 1)[positions]).float()
 
 
 def classification_prompt(tokenizer: Any, encoder: bool, **fields: Any) -> ClassificationPrompt:
@@ -53,10 +48,10 @@ def classification_prompt(tokenizer: Any, encoder: bool, **fields: Any) -> Class
             raise InputError("The tokenizer has no end token (eos), so an answer could not end.")
         start, end = start_ids(tokenizer), [tokenizer.eos_token_id]
 
-    def encode(text: str, plain: bool = False) -> list[int]:
+    def encode(text: str, plain: bool) -> list[int]:
         return tokenizer(text, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
 
-    return ClassificationPrompt(encode, start=start, end=end, encode_text=partial(encode, plain=True), **fields)
+    return ClassificationPrompt(encode, start=start, end=end, **fields)
 
 
 @dataclass

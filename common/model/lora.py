@@ -6,20 +6,37 @@ from typing import Any
 import peft
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from common.errors import InputError
 
-LORA_INITS = {"true": True, "false": False, **{name: name for name in ("gaussian", "orthogonal", "pissa", "olora")}}
+LORA_INITS: dict[str, Any] = {
+    "true": True,
+    "false": False,
+    **{name: name for name in ("gaussian", "orthogonal", "pissa", "olora")},
+}
 BASE_CHANGING_INITS = ("pissa", "olora")  # these move a part of the base weights into the adapter
 
 
-def add_lora(model: nn.Module, config: Any, missing: list[str], head: bool) -> nn.Module:
-    """The model with an adapter of fp32 weights; `missing` modules are trained whole and saved with it."""
+def make_trainable(model: PreTrainedModel, config: Any, missing: list[str], head: bool = False) -> PreTrainedModel:
+    """The model with an adapter, or with --full_finetuning all its own weights, trained; gradient checkpointing set.
+
+    missing: modules that the checkpoint lacks (a new head), trained in full. head: whether it is a classifier.
+    """
+    if not config.full_finetuning:
+        model = add_lora(model, config, missing, head)  # PEFT's wrapper passes the model's attributes on
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def add_lora(model: Any, config: Any, missing: list[str], head: bool) -> Any:
+    """The model with an adapter of fp32 weights; `missing` modules are trained in full and saved with it."""
     if config.init_lora_weights not in LORA_INITS:
         raise InputError(
             f"--init_lora_weights {config.init_lora_weights}: expected {', '.join(LORA_INITS)}. PEFT's other ones need "
-            "a pass over data, or are drawn anew when the adapter is loaded."
+            "a pass over data, or are drawn again when the adapter is loaded."
         )
     targets = config.target_modules if config.target_modules != ["all-linear"] else None
     kinds = nn.Linear | Conv1D  # GPT-2's linear layers
@@ -50,7 +67,7 @@ def add_lora(model: nn.Module, config: Any, missing: list[str], head: bool) -> n
     return leave_casts_to_autocast(model)
 
 
-def _towers(model: nn.Module, linear: set[str]) -> list[str]:
+def _towers(model: PreTrainedModel, linear: set[str]) -> list[str]:
     """The linear layers that see pictures or sound: no text reaches them, and DDP would wait for their gradients."""
     if not any(hasattr(model.config, f"{kind}_config") for kind in ("vision", "audio")):
         return []
@@ -59,10 +76,10 @@ def _towers(model: nn.Module, linear: set[str]) -> list[str]:
     return sorted(name for name in linear if not f"{name}.".startswith(tuple(inside)))
 
 
-def leave_casts_to_autocast(model: nn.Module) -> nn.Module:
-    """PEFT casts a layer's input to the adapter's fp32, and autocast casts it back: two copies for nothing.
+def leave_casts_to_autocast(model: nn.Module) -> Any:
+    """Stops PEFT from casting a layer's input to the adapter's fp32, which autocast would cast back.
 
-    So a model in bf16 or fp16 works under `accelerator.autocast()` only.
+    So a model in bf16 or fp16 works under autocast only.
     """
     for module in model.modules():
         if isinstance(module, LoraLayer):

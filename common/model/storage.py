@@ -1,4 +1,4 @@
-"""Trained runs on disk: weights, tokenizer, task.json and model card, saved and loaded again."""
+"""Trained weights on disk: with tokenizer, task.json and model card, saved and loaded again."""
 
 import copy
 import json
@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import torch
 import transformers
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.disk import TASK_FILE, load_task
 from common.errors import InputError
@@ -19,12 +21,12 @@ from common.model.classifier import Classifier, HeadClassifier, classification_p
 from common.model.generation import end_ids
 from common.model.lora import leave_casts_to_autocast
 from common.model.token_losses import TokenLosses
-from common.options import ModelConfig
+from common.options import CAUSAL_LM, CHAT, CLASSIFICATION, ModelConfig, names
 from common.text.chat import ChatTemplate, choose_template
 
 
-def stored_model(model: nn.Module) -> nn.Module:
-    """The library's model, which is what is saved, inside a forward module of ours."""
+def stored_model(model: Any) -> Any:
+    """The library's model, which is what is saved, without our forward module around it."""
     return model.model if isinstance(model, HeadClassifier | TokenLosses) else model
 
 
@@ -36,17 +38,17 @@ class TrainedOptions(ModelConfig):
     full_finetuning: bool = False
 
 
-def save_weights(model: nn.Module, folder: Path) -> None:
-    """The adapter (with the modules trained whole), or the full model, as safetensors in the library's own format."""
+def save_weights(model: Any, folder: Path) -> None:
+    """The adapter (with the modules trained in full), or the full model, as safetensors in the library's own format."""
     model = stored_model(model)
     if isinstance(model, peft.PeftModel):
-        model.save_pretrained(folder, save_embedding_layers=False)
+        model.save_pretrained(str(folder), save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     else:
         model.save_pretrained(folder, save_original_format=False)  # the names that `load_weights` finds in the model
 
 
-def load_weights(model: nn.Module, folder: Path) -> None:
+def load_weights(model: Any, folder: Path) -> None:
     """Puts weights that `save_weights` wrote back into the same model."""
     model = stored_model(model)
     if isinstance(model, peft.PeftModel):
@@ -77,16 +79,21 @@ def _check_complete(model: peft.PeftModel, folder: Path) -> None:
         )
 
 
-def save_trained(folder: Path, model: nn.Module, tokenizer: Any, task: dict[str, Any], use: str, config: Any) -> None:
+def save_trained(
+    folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: dict[str, Any], use: str, config: Any
+) -> None:
     """Weights, tokenizer, task.json and model card: with the base model, all that is needed to use what was trained.
 
-    task: what must be known to use it, `task` (its name) first. use: the model card's text on what it does.
+    task: what must be known to use it, `task` (its name) first; options that are kept there are added from `config`, a
+    script's Config. use: the model card's text on what it does.
     """
     folder.mkdir(parents=True)
     save_weights(model, folder)
     tokenizer.save_pretrained(folder)
+    kept = {name: getattr(config, name) for name in names(type(config), "kept")}
     task = {
         **task,
+        **kept,
         "full_finetuning": config.full_finetuning,
         "mixed_precision": config.mixed_precision,
         "model_options": {item.name: getattr(config, item.name) for item in fields(ModelConfig)},
@@ -96,7 +103,7 @@ def save_trained(folder: Path, model: nn.Module, tokenizer: Any, task: dict[str,
 
 
 def _model_card(task: str, use: str, config: Any) -> str:
-    """What the weights are and how to use them; figures stand in the run's eval folder, where they were measured."""
+    """What the weights are and how to use them; figures are in the run's eval folder, where they were measured."""
     quantised = "8-bit " if config.load_in_8bit else f"4-bit {config.bnb_4bit_quant_type} " * config.load_in_4bit
     trained = (
         "All its weights were trained."
@@ -104,7 +111,7 @@ def _model_card(task: str, use: str, config: Any) -> str:
         else f"Trained with LoRA (r {config.lora_r}, alpha {config.lora_alpha:g}) on its {quantised}weights; this "
         "folder holds the adapter alone."
     )
-    tag = {"classification": "text-classification"}.get(task, "text-generation")
+    tag = {CLASSIFICATION: "text-classification"}.get(task, "text-generation")
     return (
         f"---\nbase_model: {json.dumps(config.model)}\ntags: [{tag}, plainlora]\n---\n"
         f"# {config.model}, fine-tuned\n\n{trained} Learning rate {config.learning_rate:g}, seed {config.seed}; all "
@@ -121,8 +128,10 @@ def trained_options(task: dict[str, Any], mixed_precision: str | None = None) ->
     )
 
 
-def load_model(folder: Path, options: TrainedOptions, device: Any = None, **kind: Any) -> nn.Module:
-    """Base and trained weights. kind: `labels` and `multi_label` of a classification head (modeling.load_base)."""
+def load_model(
+    folder: Path, options: TrainedOptions, device: torch.device | None = None, **kind: Any
+) -> PreTrainedModel:
+    """Base and trained weights. kind: `labels` and `multi_label` of a classification head (base_model.load_base)."""
     path = str(folder) if options.full_finetuning else resolve_model(options.model, options.revision)
     model, missing = load_base(path, options, device=device, **kind)
     if options.full_finetuning:
@@ -131,19 +140,16 @@ def load_model(folder: Path, options: TrainedOptions, device: Any = None, **kind
         return model
     lora = peft.PeftConfig.from_pretrained(str(folder))
     lora.base_model_name_or_path = None  # where the base was when it was trained
-    model = peft.get_peft_model(model, lora)
-    load_weights(model, folder)
-    return leave_casts_to_autocast(model)
+    adapted = peft.get_peft_model(model, lora)
+    load_weights(adapted, folder)
+    return leave_casts_to_autocast(adapted)
 
 
-def save_language_model(folder: Path, model: nn.Module, tokenizer: Any, start: list[int], config: Any) -> None:
-    """A model trained on running text. start: the ids in front of every block."""
-    task = {
-        "task": "causal_lm",
-        "block_size": config.block_size,
-        "document_masking": config.document_masking,
-        "start": start,
-    }
+def save_language_model(
+    folder: Path, model: nn.Module, tokenizer: PreTrainedTokenizerBase, start: list[int], config: Any
+) -> None:
+    """A model trained on running text. start: the ids before every block."""
+    task = {"task": CAUSAL_LM, "start": start}
     use = (
         f"Continues running text; trained on blocks of {config.block_size} tokens.\n\nMeasure its perplexity on a "
         "text:\n\n    python evaluate.py --run THIS_FOLDER --test_file FILE.txt"
@@ -151,40 +157,44 @@ def save_language_model(folder: Path, model: nn.Module, tokenizer: Any, start: l
     save_trained(folder, model, tokenizer, task, use, config)
 
 
-def load_language_model(folder: Path, device: Any = None, mixed_precision: str | None = None) -> tuple[nn.Module, Any]:
+def load_language_model(
+    folder: Path, device: torch.device | None = None, mixed_precision: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A trained causal language model and its tokenizer; mixed_precision: unset, as trained."""
     options = trained_options(load_task(folder), mixed_precision)
     return load_model(folder, options, device).eval(), load_tokenizer(str(folder), options)
 
 
-def save_chat_model(folder: Path, model: nn.Module, tokenizer: Any, template: ChatTemplate, config: Any) -> None:
+def save_chat_model(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, config: Any
+) -> None:
     """A model trained on conversations: its template is the tokenizer's, and generation ends where an answer does."""
     tokenizer.chat_template = template.text
     task = {
-        "task": "chat",
+        "task": CHAT,
         "chat_template": template.text,
         "chat_template_hash": template.hash,
-        "system_prompt": config.system_prompt,
-        "max_length": config.max_length,
-        "loss_on": config.loss_on,
     }
     asked = "\n".join(f"    {line}" for line in template.text_of([{"role": "user", "content": "..."}]).splitlines())
-    use = f"Answers as in a conversation:\n\n{asked}\n\nTalk to it:\n\n    python inference.py --run THIS_FOLDER"
+    use = f"Answers as in a conversation:\n\n{asked}\n\nChat with it:\n\n    python inference.py --run THIS_FOLDER"
     save_trained(folder, model, tokenizer, task, use, config)
     generation = copy.deepcopy(model.generation_config)
     generation.eos_token_id = end_ids(model, template)
-    if not generation.do_sample:  # transformers saves no settings of a draw beside greedy search; some models ship them
+    if not generation.do_sample:  # transformers refuses to save sampling settings beside it; some models ship them
         for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"):
             setattr(generation, name, None)
     generation.save_pretrained(folder)
 
 
 def load_chat_model(
-    folder: Path, device: Any = None, mixed_precision: str | None = None, chat_template: str | None = None
-) -> tuple[nn.Module, Any, ChatTemplate]:
+    folder: Path,
+    device: torch.device | None = None,
+    mixed_precision: str | None = None,
+    chat_template: str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ChatTemplate]:
     """A model trained on conversations, its tokenizer, and the template it was trained with.
 
-    chat_template: another one, as `--chat_template` names it; that is said on stderr, as answers may suffer.
+    chat_template: another one, as `--chat_template` names it; a warning on stderr says so, as answers may suffer.
     """
     task = load_task(folder)
     options = trained_options(task, mixed_precision)
@@ -205,12 +215,14 @@ def load_chat_model(
     return model, tokenizer, template
 
 
-def add_adapter(model: peft.PeftModel, folder: Path, name: str) -> None:
+def add_adapter(model: Any, folder: Path, name: str) -> None:
     """Puts the adapter of another run beside that of a loaded model, for `model.set_adapter(name)`."""
     lora = peft.PeftConfig.from_pretrained(str(folder))
     lora.base_model_name_or_path = None
     model.add_adapter(name, lora)
-    found = peft.set_peft_model_state_dict(model, peft.load_peft_weights(str(folder), device="cpu"), adapter_name=name)
+    found: Any = peft.set_peft_model_state_dict(
+        model, peft.load_peft_weights(str(folder), device="cpu"), adapter_name=name
+    )
     lacking = [key for key in found.missing_keys if f".{name}." in key]
     if lacking or found.unexpected_keys:
         raise InputError(
@@ -223,7 +235,7 @@ def save_classifier(folder: Path, classifier: Classifier, config: Any) -> None:
     """A trained classifier, as `load_classifier` reads it."""
     prompt = classifier.prompt
     task = {
-        "task": "classification",
+        "task": CLASSIFICATION,
         "approach": "head" if classifier.head else "generative",
         "encoder": classifier.encoder,
         "labels": prompt.labels,
@@ -231,7 +243,6 @@ def save_classifier(folder: Path, classifier: Classifier, config: Any) -> None:
         "thresholds": classifier.thresholds,
         "template": prompt.template,
         "few_shot": prompt.few_shot,
-        "max_length": prompt.max_length,
         "answer_tokens": prompt.answer_tokens,
         "prompt_hash": prompt.hash,
     }
@@ -246,7 +257,7 @@ def save_classifier(folder: Path, classifier: Classifier, config: Any) -> None:
     save_trained(folder, classifier.model, classifier.tokenizer, task, use, config)
 
 
-def load_classifier(folder: Path, device: Any = None, mixed_precision: str | None = None) -> Classifier:
+def load_classifier(folder: Path, device: torch.device | None = None, mixed_precision: str | None = None) -> Classifier:
     """A trained classifier for inference; mixed_precision: unset, as trained.
 
     Raises InputError where trained weights are missing, or labels or prompt were changed after training.
@@ -255,14 +266,13 @@ def load_classifier(folder: Path, device: Any = None, mixed_precision: str | Non
     options = trained_options(task, mixed_precision)
     head, encoder = task["approach"] == "head", task["encoder"]
     tokenizer = load_tokenizer(str(folder), options)
-    names = ("labels", "multi_label", "template", "few_shot", "max_length", "answer_tokens")
-    prompt = classification_prompt(tokenizer, encoder, **{name: task[name] for name in names})
+    fields_of_prompt = ("labels", "multi_label", "template", "few_shot", "max_length", "answer_tokens")
+    prompt = classification_prompt(tokenizer, encoder, **{name: task[name] for name in fields_of_prompt})
     if prompt.hash != task["prompt_hash"]:
         raise InputError(
             f"{folder / TASK_FILE} was changed after training: labels or prompt no longer fit the weights."
         )
     labels = task["labels"] if head else None
-    model = load_model(folder, options, device, labels=labels, multi_label=task["multi_label"])
-    if head:
-        model = HeadClassifier(model, encoder)
+    base: nn.Module = load_model(folder, options, device, labels=labels, multi_label=task["multi_label"])
+    model = HeadClassifier(base, encoder) if head else base
     return Classifier(model.eval(), prompt, tokenizer, head, encoder, task["thresholds"])

@@ -1,14 +1,16 @@
-"""Rows -> tensors. Every batch has `inputs` for the model, and for the loss the `weights` of its targets.
+"""Token ids -> batches of tensors, in three layouts with the same losses and gradients.
 
-Rows stand in a padded batch, or in a shared-prefix pack: one sequence `[prefix][row 1][row 2]...`, where the prefix is
-what all prompts begin with, positions go on after it in every row, and a row sees the prefix and itself. The numbers
-are the same, and the prefix is computed once instead of once a row. Conversations can also stand in a padding-free
-batch, one behind the other in one sequence, and none sees another.
+Padded: one row per sequence. Rows are padded on the left, so that they end together.
+Shared-prefix pack: one sequence `[prefix][row 1][row 2]...`. The prefix, which all prompts begin with, is computed once
+instead of once per row; each row continues its positions, and sees the prefix and itself.
+Padding-free: one sequence `[row 1][row 2]...` without padding; each row has its own positions and sees itself only.
+
+common/model/attention.py has a worked example.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,12 +19,72 @@ from common.data.corpus import Block, document_starts
 from common.text.chat import ChatRow
 from common.text.prompts import ClassificationPrompt
 
-Batch = dict[str, Any]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the rows of a batch share one sequence, for attention (common/model/attention.py).
+
+    rows: number of rows. prefix: tokens at the front that all rows see, 0 if there are none. lengths: of a padding-free
+    batch, the tokens of each row; empty for a pack, whose rows are equally long.
+    """
+
+    rows: int
+    prefix: int = 0
+    lengths: tuple[int, ...] = ()
+
+
+@dataclass
+class Batch:
+    """One micro-batch: what the model reads, and the targets that it predicts at `positions`.
+
+    A target is a token (generative), or what a classification head should answer for a row.
+
+    input_ids, position_ids: [rows, length]; of a pack [1, prefix + rows x row]; padding-free [1, tokens].
+    attention_mask: [rows, length], 1 for a token and 0 for padding; or True where a query sees a key, [rows, 1, length,
+        length], of a pack [rows, 1, row, prefix + row]; padding-free [rows, 1, 1, longest row], True for a token.
+    positions: [targets], where in the flattened input_ids each target is predicted; of a head [rows], the last tokens.
+    targets: [targets] token ids; of a head [rows], the index of the label (a number, for a regression), or
+        [rows, labels], 0.0 or 1.0 each, if a row may have several labels.
+    weights: the weight of each target in the loss, float, in the shape of targets; 0 where it does not count.
+    rows: [targets], the row of each target; None for a head.
+    pos_weight: [labels], the factor of each label's positive targets in binary cross-entropy, or None.
+    layout: None for a padded batch.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    position_ids: torch.Tensor
+    positions: torch.Tensor
+    targets: torch.Tensor
+    weights: torch.Tensor
+    rows: torch.Tensor | None = None
+    pos_weight: torch.Tensor | None = None
+    layout: Layout | None = None
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Keyword arguments of the model's forward pass, which sees no targets."""
+        names = ("input_ids", "attention_mask", "position_ids", "positions", "layout")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    @property
+    def for_head(self) -> bool:
+        """Whether a classification head answers once per row; else tokens are predicted."""
+        return self.rows is None
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch with all tensors on `device`."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {k: v.to(device) for k, v in values.items() if isinstance(v, torch.Tensor)}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
 class AnswerRow:
-    """A generative row: the prompt's ids, the answer's ids (its end included), and the row's weight in the loss."""
+    """A generative row: ids of the prompt, ids of the answer with its end token, and the row's weight in the loss."""
 
     prompt: list[int]
     answer: list[int]
@@ -35,15 +97,21 @@ class AnswerRow:
 
 @dataclass(frozen=True)
 class HeadRow:
-    """A row for a classification head: ids, the target (a label's index, or one 0/1 a label), and its weight."""
+    """A row for a classification head: ids, target, and weight.
+
+    target: the label's index; one 0.0 or 1.0 per label if there may be several; any float for a regression.
+    """
 
     prompt: list[int]
-    target: int | list[float]
+    target: int | float | list[float]
     weight: float = 1.0
 
     @property
     def length(self) -> int:
         return len(self.prompt)
+
+
+# --- layouts
 
 
 def pad_left(sequences: Sequence[Sequence[int]], pad_id: int) -> dict[str, torch.Tensor]:
@@ -58,8 +126,37 @@ def pad_left(sequences: Sequence[Sequence[int]], pad_id: int) -> dict[str, torch
     return {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
 
 
-def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    """Tokens that all prompts begin with, at least one left in each."""
+def pack(sequences: Sequence[Sequence[int]], prefix: int, pad_id: int) -> dict[str, Any]:
+    """Inputs of a shared-prefix pack of sequences whose first `prefix` tokens are the same.
+
+    The rest of each is padded on the left. Shapes as in Batch.
+    """
+    rows = pad_left([ids[prefix:] for ids in sequences], pad_id)
+    count, length = rows["input_ids"].shape
+    own = torch.ones(length, length, dtype=torch.bool).tril() & rows["attention_mask"][:, None].bool()
+    mask = torch.cat([torch.ones(count, length, prefix, dtype=torch.bool), own], 2)
+    shared = torch.tensor(sequences[0][:prefix])
+    return {
+        "input_ids": torch.cat([shared, rows["input_ids"].flatten()])[None],
+        "attention_mask": mask[:, None],
+        "position_ids": torch.cat([torch.arange(prefix), rows["position_ids"].flatten() + prefix])[None],
+        "layout": Layout(count, prefix),
+    }
+
+
+def flatten(sequences: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Inputs of a padding-free batch. Shapes as in Batch."""
+    lengths = torch.tensor([len(ids) for ids in sequences])
+    return {
+        "input_ids": torch.tensor([[token for ids in sequences for token in ids]]),
+        "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None])[:, None, None],
+        "position_ids": torch.cat([torch.arange(len(ids)) for ids in sequences])[None],
+        "layout": Layout(len(sequences), lengths=tuple(lengths.tolist())),
+    }
+
+
+def common_prefix(prompts: Sequence[list[int]]) -> int:
+    """Number of tokens that all prompts begin with; at least one token of each prompt is left out of it."""
     first, last = min(prompts), max(prompts)  # in lexicographic order: what these two share, all share
     shortest = min(len(ids) for ids in prompts) - 1
     return next((i for i in range(shortest) if first[i] != last[i]), shortest)
@@ -74,45 +171,13 @@ def pays(prefix: int, lengths: Sequence[int]) -> bool:
     return prefix + len(lengths) * (longest - prefix) < 0.95 * len(lengths) * longest
 
 
-def pack(sequences: Sequence[Sequence[int]], prefix: int, pad_id: int) -> dict[str, torch.Tensor]:
-    """A shared-prefix pack of sequences that begin with the same `prefix` tokens; the rows are padded on the left.
-
-    input_ids and position_ids [1, prefix + rows x row]; attention_mask [rows, 1, row, prefix + row], True where a
-    row's token sees one of the prefix or of its row (common/attention.py).
-    """
-    rows = pad_left([ids[prefix:] for ids in sequences], pad_id)
-    count, length = rows["input_ids"].shape
-    own = torch.ones(length, length, dtype=torch.bool).tril() & rows["attention_mask"][:, None].bool()
-    mask = torch.cat([torch.ones(count, length, prefix, dtype=torch.bool), own], 2)
-    shared = torch.tensor(sequences[0][:prefix])
-    return {
-        "input_ids": torch.cat([shared, rows["input_ids"].flatten()])[None],
-        "attention_mask": mask[:, None],
-        "position_ids": torch.cat([torch.arange(prefix), rows["position_ids"].flatten() + prefix])[None],
-    }
-
-
-def flatten(sequences: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
-    """A padding-free batch: the sequences behind each other as one, with positions that start anew in each.
-
-    input_ids and position_ids [1, tokens]; attention_mask int32 [sequences, 1, 1, longest], 1 where a sequence has a
-    token (common/attention.py).
-    """
-    lengths = torch.tensor([len(ids) for ids in sequences])
-    return {
-        "input_ids": torch.tensor([[token for ids in sequences for token in ids]]),
-        "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).int()[:, None, None],
-        "position_ids": torch.cat([torch.arange(len(ids)) for ids in sequences])[None],
-    }
-
-
 def join(
-    prompts: Sequence[Sequence[int]], sequences: Sequence[Sequence[int]], pad_id: int, shared_prefix: str
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Inputs of the sequences, which begin with the prompts, and the position of each row's last token.
+    prompts: Sequence[list[int]], sequences: Sequence[list[int]], pad_id: int, shared_prefix: str
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """Inputs of the sequences, which begin with the prompts, and [rows], where each row's last token is.
 
-    Positions are those in the flattened batch; padding is on the left, so what stands in front of a row's last token
-    is found by counting back. shared_prefix: `on`, `off`, or `auto`, a pack where that pays.
+    Places are those in the flattened batch. As padding is on the left, the other tokens of a row are found by counting
+    back. shared_prefix: `on`, `off`, or `auto`, a pack where it pays.
     """
     prefix = common_prefix(prompts) if shared_prefix != "off" and len(prompts) > 1 else 0
     if prefix and (shared_prefix == "on" or pays(prefix, [len(ids) for ids in sequences])):
@@ -123,26 +188,26 @@ def join(
     return inputs, prefix - 1 + row * torch.arange(1, len(sequences) + 1)
 
 
-def describe_prefix(
-    prompts: Sequence[Sequence[int]], lengths: Sequence[int], batch_size: int, shared_prefix: str
-) -> str:
-    """What `shared_prefix` means for micro-batches of rows with these prompts and lengths, for people."""
+def describe_prefix(prompts: Sequence[list[int]], lengths: Sequence[int], batch_size: int, shared_prefix: str) -> str:
+    """For people: what `shared_prefix` means for micro-batches of rows with these prompts and lengths."""
     prefix, mean = common_prefix(prompts), sum(lengths) // len(lengths)
     packed = shared_prefix == "on" or shared_prefix == "auto" and pays(prefix, [mean] * batch_size)
-    how = "once a micro-batch" if packed and batch_size > 1 and prefix else "in every row"
+    how = "once per micro-batch" if packed and batch_size > 1 and prefix else "in every row"
     return f"rows begin with the same {prefix} tokens of about {mean}, computed {how}"
 
 
+# --- collators: (row, counts) pairs -> batch. A row that does not count has weight 0.
+
+
 def collate_answers(rows: Sequence[tuple[AnswerRow, bool]], pad_id: int, shared_prefix: str = "off") -> Batch:
-    """Prompts with their answers for common/token_losses.py, as `collate_blocks`: the answers' tokens are targets."""
-    inputs, ends = join(
-        [row.prompt for row, _ in rows], [row.prompt + row.answer for row, _ in rows], pad_id, shared_prefix
-    )
+    """Prompts with their answers; the answers' tokens are the targets."""
+    sequences = [row.prompt + row.answer for row, _ in rows]
+    inputs, ends = join([row.prompt for row, _ in rows], sequences, pad_id, shared_prefix)
     found = []
     for i, (row, counts) in enumerate(rows):
-        first = int(ends[i]) - len(row.answer)  # of the flattened batch, the position of the prompt's last token
+        first = int(ends[i]) - len(row.answer)  # of the prompt's last token, which predicts the answer's first
         found += [(i, first + t, token, row.weight * counts) for t, token in enumerate(row.answer)]
-    return _with_targets(inputs, found)
+    return _token_batch(inputs, found)
 
 
 def collate_head(
@@ -152,77 +217,63 @@ def collate_head(
     encoder: bool = False,
     pos_weight: Sequence[float] | None = None,
 ) -> Batch:
-    """Texts with their targets; `pool` is the position whose hidden state is classified: each row's last.
+    """Texts, each with its target for a classification head, which reads the hidden state of the last token.
 
-    Encoders have absolute positions that start at the left, so they are padded on the right and pool by themselves.
+    Encoders have absolute positions that start at the left, so they are padded on the right; they pool by themselves.
     """
     prompts = [row.prompt for row, _ in rows]
     inputs, ends = join(prompts, prompts, pad_id, shared_prefix)
     if encoder:
         inputs = {name: _flip_padding(tensor, inputs["attention_mask"]) for name, tensor in inputs.items()}
-    inputs["pool"] = ends
-    multi_label = isinstance(rows[0][0].target, list)
-    targets = torch.tensor([row.target for row, _ in rows], dtype=torch.float if multi_label else torch.long)
+    targets = torch.tensor([row.target for row, _ in rows])
     weights = torch.tensor([row.weight * counts for row, counts in rows])
-    if multi_label:
+    if targets.ndim == 2:
         weights = weights[:, None].expand_as(targets).contiguous()
-    batch = {"inputs": inputs, "targets": targets, "weights": weights}
-    return batch if pos_weight is None else {**batch, "pos_weight": torch.tensor(pos_weight)}
+    factors = None if pos_weight is None else torch.tensor(pos_weight)
+    return Batch(**inputs, positions=ends, targets=targets, weights=weights, pos_weight=factors)
 
 
 def collate_rows(
-    rows: Sequence[AnswerRow] | Sequence[HeadRow],
-    numbers: Sequence[tuple[int, bool]],
-    *,
+    rows: Sequence[tuple[AnswerRow | HeadRow, bool]],
     pad_id: int,
     shared_prefix: str = "off",
     encoder: bool = False,
     pos_weight: Sequence[float] | None = None,
 ) -> Batch:
-    """The micro-batch of the rows with these (number, counts) pairs."""
-    chosen = [(rows[i], counts) for i, counts in numbers]
-    if isinstance(chosen[0][0], AnswerRow):
-        return collate_answers(chosen, pad_id, shared_prefix)
-    return collate_head(chosen, pad_id, shared_prefix, encoder, pos_weight)
+    """Rows of a classification: all generative, or all for a head."""
+    if isinstance(rows[0][0], AnswerRow):
+        return collate_answers(rows, pad_id, shared_prefix)  # type: ignore[arg-type]
+    return collate_head(rows, pad_id, shared_prefix, encoder, pos_weight)  # type: ignore[arg-type]
 
 
 def collate_blocks(
     rows: Sequence[tuple[Block, bool]], start: Sequence[int], end_id: int, pad_id: int, document_masking: bool = False
 ) -> Batch:
-    """Blocks of text for common/token_losses.py: `keep` and `targets` [predicted tokens]; beside them, their `weights`
-    and which of the `rows` they belong to.
+    """Blocks of text; their tokens are the targets, but for those that the block before has predicted.
 
     start: ids in front of every block (a BOS), never predicted. A block's first token is, if something is in front.
-    document_masking: positions start anew behind every end token, and no token sees another document or is predicted
-    by one. Without it a block is a window of text in which documents follow each other (wrapped packing).
+    document_masking: each document has its own positions, and no token sees another document or is predicted by one.
+    Without it a block is a window of text in which documents follow each other (wrapped packing).
     """
     inputs = pad_left([[*start, *block.tokens] for block, _ in rows], pad_id)
-    count, length = inputs["input_ids"].shape
+    length = inputs["input_ids"].shape[1]
     starts = [document_starts(block.tokens, end_id) if document_masking else [] for block, _ in rows]
     found = []
     for i, (block, counts) in enumerate(rows):
-        offset = (i + 1) * length - len(block.tokens)
+        offset = (i + 1) * length - len(block.tokens)  # of the block's first token
         for t in range(max(block.seen, 0 if start else 1), len(block.tokens)):
             if t not in starts[i]:
                 found.append((i, offset + t - 1, block.tokens[t], counts))
     if document_masking:
-        document = torch.zeros(count, length, dtype=torch.long)
-        for i, (block, _) in enumerate(rows):
-            for begin in starts[i]:
-                column = length - len(block.tokens) + begin
-                document[i, column:] += 1
-                inputs["position_ids"][i, column:] = torch.arange(length - column)
-        same = document[:, :, None] == document[:, None]
-        real = inputs["attention_mask"][:, None].bool()
-        seen = same & real & torch.ones(length, length, dtype=torch.bool).tril()
-        inputs["attention_mask"] = (seen | torch.eye(length, dtype=torch.bool))[:, None]  # padding sees itself: no NaN
-    return _with_targets(inputs, found)
+        columns = [[length - len(block.tokens) + s for s in own] for (block, _), own in zip(rows, starts, strict=True)]
+        _separate_documents(inputs, columns)
+    return _token_batch(inputs, found)
 
 
 def collate_chat(
     rows: Sequence[tuple[ChatRow, bool]], pad_id: int, shared_prefix: str = "off", packing: bool = False
 ) -> Batch:
-    """Conversations for common/token_losses.py, as `collate_blocks`: a token is a target where the row's mask says so.
+    """Conversations; a token is a target where the row's mask says so.
 
     A pack's prefix is what all rows begin with and none is trained on, a long system turn for instance. packing: a
     padding-free batch instead.
@@ -231,33 +282,50 @@ def collate_chat(
     if packing:
         inputs, ends = flatten(sequences), torch.tensor([row.length for row, _ in rows]).cumsum(0) - 1
     else:
-        inputs, ends = join([row.front for row, _ in rows], sequences, pad_id, shared_prefix)
+        inputs, ends = join([row.prompt for row, _ in rows], sequences, pad_id, shared_prefix)
     found = []
     for i, (row, counts) in enumerate(rows):
-        first = int(ends[i]) - row.length  # of the flattened batch, the position in front of the row's first token
+        first = int(ends[i]) - row.length  # of what is in front of the row's first token
         found += [(i, first + t, row.ids[t], counts) for t, trained in enumerate(row.mask) if trained]
-    return _with_targets(inputs, found)
+    return _token_batch(inputs, found)
 
 
-def _with_targets(inputs: dict[str, torch.Tensor], found: Sequence[tuple[int, int, int, float]]) -> Batch:
-    """found: of every target its row, the position that predicts it, its id, and its weight."""
+def _token_batch(inputs: dict[str, Any], found: Sequence[tuple[int, int, int, float]]) -> Batch:
+    """found: for every target its row, the position that predicts it, its token id, and its weight."""
     *numbers, weights = torch.tensor(found, dtype=torch.double).reshape(-1, 4).unbind(1)
-    rows, keep, targets = (column.long() for column in numbers)
-    return {"inputs": {**inputs, "keep": keep, "targets": targets}, "weights": weights.float(), "rows": rows}
+    rows, positions, targets = (column.long() for column in numbers)
+    return Batch(**inputs, positions=positions, targets=targets, weights=weights.float(), rows=rows)
 
 
-def collate_numbered(
-    collate: Callable[..., Batch], rows: Sequence[Any], numbers: Sequence[tuple[int, bool]], **options: Any
-) -> Batch:
-    """`collate` (of blocks or chats) of the rows with these (number, counts) pairs."""
-    return collate([(rows[i], counts) for i, counts in numbers], **options)
+def _separate_documents(inputs: dict[str, torch.Tensor], starts: Sequence[Sequence[int]]) -> None:
+    """Gives every document its own positions, and an attention mask under which it sees itself only.
+
+    starts: for every row, the columns in which further documents begin.
+    """
+    count, length = inputs["input_ids"].shape
+    document = torch.zeros(count, length, dtype=torch.long)
+    for i, columns in enumerate(starts):
+        for column in columns:
+            document[i, column:] += 1
+            inputs["position_ids"][i, column:] = torch.arange(length - column)
+    same = document[:, :, None] == document[:, None]
+    real = inputs["attention_mask"][:, None].bool()
+    seen = same & real & torch.ones(length, length, dtype=torch.bool).tril()
+    inputs["attention_mask"] = (seen | torch.eye(length, dtype=torch.bool))[:, None]  # padding sees itself: no NaN
+
+
+def _flip_padding(tensor: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return torch.stack([row.roll(int(real.sum())) for row, real in zip(tensor, mask, strict=True)])
+
+
+# --- rows for classification
 
 
 def classification_rows(
     examples: Sequence[Example], prompt: ClassificationPrompt, weights: Sequence[float] | None
 ) -> list[AnswerRow] | list[HeadRow]:
-    """Training rows; with one label a row, each weighs as much as its label (`weights`)."""
-    rows = []
+    """Training rows. With one label per row, a row has the weight of its label (`weights`)."""
+    rows: list[Any] = []
     for example in examples:
         ids = prompt.prompt(example.text).ids
         weight = weights[example.labels[0]] if weights and not prompt.multi_label else 1.0
@@ -268,18 +336,8 @@ def classification_rows(
     return rows
 
 
-def show_row(row: AnswerRow | HeadRow, tokenizer: Any) -> str:
+def show_row(row: AnswerRow | HeadRow, tokenizer: "PreTrainedTokenizerBase") -> str:
     """The row as the model sees it, what is trained on in [[ ]]."""
     if isinstance(row, AnswerRow):
         return f"{tokenizer.decode(row.prompt)}[[{tokenizer.decode(row.answer)}]]"
     return f"{tokenizer.decode(row.prompt)} [[target {row.target}]]"
-
-
-def _flip_padding(tensor: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    return torch.stack([row.roll(int(real.sum())) for row, real in zip(tensor, mask, strict=True)])
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with all its tensors on `device`."""
-    inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch["inputs"].items()}
-    return {**{k: v.to(device) for k, v in batch.items() if k != "inputs"}, "inputs": inputs}

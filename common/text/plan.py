@@ -18,7 +18,7 @@ class Plan:
     epoch may have fewer.
     """
 
-    def __init__(self, lengths: Sequence[int], rows_per_update: int, seed: int) -> None:
+    def __init__(self, lengths: Sequence[int] | np.ndarray, rows_per_update: int, seed: int) -> None:
         self.lengths, self.rows_per_update, self.seed = np.asarray(lengths), rows_per_update, seed
         self.updates_per_epoch = -(-len(lengths) // rows_per_update)
 

@@ -1,27 +1,25 @@
-"""One render function per task: text -> token ids, the same for training, evaluation and chat.
+"""The one renderer of classification rows: text -> token ids, the same for training, evaluation and inference.
 
-Imports neither torch nor transformers; a tokenizer comes in as the function that encodes one piece of text.
+Imports neither torch nor transformers; a tokenizer comes in as the function that encodes a piece of text.
 """
 
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 
 from common.data.classification import SEPARATOR, ClassificationData, Example, draw_few_shot
-from common.errors import InputError, why_unreadable
+from common.disk import read_text
+from common.errors import InputError
 from common.hub import tokenizer_file
+from common.options import ClassificationDataConfig
 
 GENERATIVE_TEMPLATE = """\
 Classify the text into {labels} and return the answer as the exact text label.
 text: {text}
 label: {label}"""
-
-
 HEAD_TEMPLATE = "{text}"
 
 
@@ -34,35 +32,39 @@ class Rendered:
 
 
 class ClassificationPrompt:
-    """Renders `[instruction][text][cue]`, and the answers that follow.
+    r"""Renders `[instruction][text][cue]`, and the answers that follow. The pieces, by the default template:
 
-    The pieces are encoded one by one and then joined, so that no token straddles two of them: the ids in front of an
-    answer are the same in training and in inference, whatever answer follows, and all rows share the instruction's.
-    A space in front of a piece belongs to that piece, as tokenizers of the GPT-2 family expect.
+        instruction  Classify the text into music, sport and return the answer as the exact text label.\ntext:
+        text          The match ended in a draw.
+        cue          \nlabel:
+        answer        sport</s>
 
-    encode: text -> token ids, without special tokens around them. encode_text: the same for the rows' own texts, in
-    which a special token's name is text like any other (unset: encode).
-    start / end: ids in front of the prompt and after an answer.
-    few_shot: (text, label indices) pairs, rendered in front of every row.
+    The pieces are encoded one by one and then joined, so that no token straddles two of them: the ids before an answer
+    are the same in training and in inference, whatever answer follows, and all rows share the instruction's. A space
+    between two pieces belongs to the second one, as tokenizers of the GPT-2 family expect.
+
+    encode: (text, plain) -> token ids, without special tokens around them; plain: a special token's name in the text
+    is text like any other, as in rows and labels.
+    start, end: ids before the prompt and after an answer.
+    few_shot: (text, label indices) pairs, rendered before every row.
     max_length: tokens of a row, `answer_tokens` for the answer and its end included; the TEXT is cut to fit.
     Raises InputError where the instruction leaves no room for text, or the template is malformed.
     """
 
     def __init__(
         self,
-        encode: Callable[[str], list[int]],
+        encode: Callable[[str, bool], list[int]],
+        *,
         labels: Sequence[str],
         multi_label: bool,
-        *,
         template: str,
         start: Sequence[int],
         end: Sequence[int],
         max_length: int,
         answer_tokens: int | None = None,
-        few_shot: Sequence[tuple[str, tuple[int, ...]]] = (),
-        encode_text: Callable[[str], list[int]] | None = None,
+        few_shot: Sequence[tuple[str, Sequence[int]]] = (),
     ) -> None:
-        self.encode_text, self.labels, self.multi_label = encode_text or encode, list(labels), multi_label
+        self.encode, self.labels, self.multi_label = encode, list(labels), multi_label
         self.template, self.max_length = template, max_length
         self.few_shot = [(text, tuple(gold)) for text, gold in few_shot]
         instruction, cue, answered = split_template(template)
@@ -70,17 +72,17 @@ class ClassificationPrompt:
         repeated = "\n" + opening[opening.rfind("\n") + 1 :]  # the start of the line that holds the text
         shots = [f"{text}{cue}{SEPARATOR.join(labels[k] for k in gold)}{repeated}" for text, gold in few_shot]
         self._opening, self._cue = opening + "".join(shots), cue
-        self.cue_ids = encode(cue.rstrip(" ")) + ([] if answered else list(end))
+        self.cue_ids = encode(cue.rstrip(" "), False) + ([] if answered else list(end))
         self.end_ids = list(end)
-        # " label" opens an answer, ", label" goes on in one; each is encoded alone, so that an answer's ids are those
+        # " label" begins an answer, ", label" continues one; each is encoded alone, so that an answer's ids are those
         # of its parts.
         space = " " if cue.endswith(" ") else ""
-        self.first_ids = [self.encode_text(space + label) for label in labels] if answered else []
-        self.next_ids = [self.encode_text(SEPARATOR + label) for label in labels] if answered and multi_label else []
-        self.instruction_ids = list(start) + encode(opening.rstrip(" "))
+        self.first_ids = [encode(space + label, True) for label in labels] if answered else []
+        self.next_ids = [encode(SEPARATOR + label, True) for label in labels] if answered and multi_label else []
+        self.instruction_ids = list(start) + encode(opening.rstrip(" "), False)
         for text, gold in self.few_shot:  # the same pieces as those of the row itself
             self.instruction_ids += self._text_ids(text) + self.cue_ids + self.label_ids(gold)
-            self.instruction_ids += encode(repeated.rstrip(" "))
+            self.instruction_ids += encode(repeated.rstrip(" "), False)
         longest = max((len(ids) + len(end) for ids in self.first_ids), default=0)
         self.answer_tokens = answer_tokens or longest
         self._check_room()
@@ -98,9 +100,10 @@ class ClassificationPrompt:
 
     def reserve(self, examples: Sequence[Example]) -> None:
         """Makes room for the longest answer among `examples` (multi-label; a single label's is known)."""
-        longest = max((len(self.answer(example.labels)) for example in examples), default=0) if self.first_ids else 0
-        self.answer_tokens = max(self.answer_tokens, longest)
-        self._check_room()
+        if self.first_ids:
+            longest = max((len(self.answer(example.labels)) for example in examples), default=0)
+            self.answer_tokens = max(self.answer_tokens, longest)
+            self._check_room()
 
     def count_shortened(self, data: ClassificationData) -> None:
         """Notes in the data report how many texts of each split had to be cut."""
@@ -110,22 +113,10 @@ class ClassificationPrompt:
                 data.report["rows"][split]["shortened"] = cut
 
     def prompt(self, text: str) -> Rendered:
-        """The ids of everything in front of the answer."""
+        """The ids of everything before the answer."""
         ids = self._text_ids(text)
         kept = ids[: self.text_budget]
         return Rendered(self.instruction_ids + kept + self.cue_ids, len(kept) < len(ids))
-
-    def _check_room(self) -> None:
-        if self.text_budget < 1:
-            raise InputError(
-                f"--max_length {self.max_length} is too short: the instruction takes {len(self.instruction_ids)} "
-                f"tokens, the cue {len(self.cue_ids)} and the longest answer {self.answer_tokens}, which leaves no "
-                f"room for text. Set it to at least {self.max_length - self.text_budget + 32}"
-                + (", or use fewer --few_shot examples." if self.few_shot else ".")
-            )
-
-    def _text_ids(self, text: str) -> list[int]:
-        return self.encode_text((" " if self._opening.endswith(" ") else "") + text)
 
     def answer(self, labels: Sequence[int]) -> list[int]:
         """The ids of the answer and its end; no label at all is the end alone."""
@@ -145,7 +136,7 @@ class ClassificationPrompt:
         return self._opening + text + self._cue.rstrip(" ")
 
     def parse(self, answer: str) -> tuple[int, ...] | None:
-        """The labels of a generated answer, or None where it is none that could have been asked for."""
+        """The labels of a generated answer, or None if no such answer exists."""
         names = [name.strip() for name in answer.split(SEPARATOR.strip())] if self.multi_label else [answer.strip()]
         if self.multi_label and names == [""]:
             return ()
@@ -153,30 +144,38 @@ class ClassificationPrompt:
             return None
         return tuple(sorted(self.labels.index(name) for name in names))
 
+    def _text_ids(self, text: str) -> list[int]:
+        return self.encode((" " if self._opening.endswith(" ") else "") + text, True)
+
+    def _check_room(self) -> None:
+        if self.text_budget < 1:
+            raise InputError(
+                f"--max_length {self.max_length} is too short: the instruction takes {len(self.instruction_ids)} "
+                f"tokens, the cue {len(self.cue_ids)} and the longest answer {self.answer_tokens}, which leaves no "
+                f"room for text. Set it to at least {self.max_length - self.text_budget + 32}"
+                + (", or use fewer --few_shot examples." if self.few_shot else ".")
+            )
+
 
 def read_template(path: str | None, approach: str) -> str:
     """The template of `--prompt_template`, or the approach's default. Raises InputError where it does not fit."""
     if path is None:
         return GENERATIVE_TEMPLATE if approach == "generative" else HEAD_TEMPLATE
-    try:
-        template = Path(path).read_text(encoding="utf-8").rstrip("\n")
-    except OSError as error:
-        raise InputError(f"--prompt_template {path}: {why_unreadable(error)}.") from None
-    except UnicodeDecodeError:
-        raise InputError(f"--prompt_template {path}: the file is not UTF-8.") from None
+    name = f"--prompt_template {path}"
+    template = read_text(Path(path), name).rstrip("\n")
     try:
         answered = split_template(template)[2]
     except InputError as error:
-        raise InputError(f"--prompt_template {path}: {error}") from None
+        raise InputError(f"{name}: {error}") from None
     if answered and approach == "head":
-        raise InputError(f"--prompt_template {path}: a head gives no answer in text, so take {{label}} out.")
+        raise InputError(f"{name}: a head gives no answer in text, so take {{label}} out.")
     if not answered and approach == "generative":
-        raise InputError(f"--prompt_template {path}: end it with {{label}}, the place of the answer.")
+        raise InputError(f"{name}: end it with {{label}}, the place of the answer.")
     return template
 
 
 def split_template(template: str) -> tuple[str, str, bool]:
-    """What stands in front of the text, what between text and answer, and whether there is an answer."""
+    """What comes before the text, what comes between text and answer, and whether there is an answer."""
     instruction, separator, cue = template.partition("{text}")
     cue, answered, rest = cue.partition("{label}")
     if not separator or rest.strip() or "{label}" in instruction or "{text}" in cue:
@@ -184,36 +183,31 @@ def split_template(template: str) -> tuple[str, str, bool]:
     return instruction, cue, bool(answered)
 
 
-def check_prompt(config: Any, data: ClassificationData, path: str) -> None:
-    """Reports a --max_length below the instruction's, or a malformed template, before a model is loaded.
+def check_prompt(
+    config: ClassificationDataConfig, data: ClassificationData, path: str, revision: str | None = None
+) -> None:
+    """Refuses a --max_length below the instruction's, or a malformed template, before the model in `path` is loaded.
 
     Uses the bare tokenizer file; a model without one is checked when its tokenizer is loaded.
     """
     template = read_template(config.prompt_template, config.approach)
     shots, examples = draw_few_shot(data, config)
-    file = tokenizer_file(path, config.revision)
+    file = tokenizer_file(path, revision)
     if file is None:
         return
     try:
         tokenizer = Tokenizer.from_file(file)
     except Exception as error:  # the library raises nothing more specific
-        raise InputError(f"--model {config.model}: {file} is damaged ({error}).") from None
+        raise InputError(f"--model {path}: {file} is damaged ({error}).") from None
     tokenizer.no_truncation()  # as transformers does, whatever the file says
     tokenizer.no_padding()
 
-    def encode(text: str, plain: bool = False) -> list[int]:
+    def encode(text: str, plain: bool) -> list[int]:
         tokenizer.encode_special_tokens = plain
         return tokenizer.encode(text, add_special_tokens=False).ids
 
-    prompt = ClassificationPrompt(
-        encode,
-        data.labels,
-        data.multi_label,
-        template=template,
-        start=tokenizer.encode("").ids[:1],  # BOS or [CLS]; the file does not tell which, but the number is right
-        end=[0],
-        max_length=config.max_length,
-        few_shot=shots,
-        encode_text=partial(encode, plain=True),
-    )
-    prompt.reserve(examples)
+    start = tokenizer.encode("").ids[:1]  # BOS or [CLS]; the file does not tell which, but the number is right
+    ClassificationPrompt(
+        encode, labels=data.labels, multi_label=data.multi_label, template=template, start=start, end=[0],
+        max_length=config.max_length, few_shot=shots,
+    ).reserve(examples)  # fmt: skip

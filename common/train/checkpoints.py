@@ -14,8 +14,9 @@ from accelerate import Accelerator
 
 from common.disk import replace_folder
 from common.errors import InputError
+from common.measure.metrics import metric
 from common.model.storage import load_weights, save_weights
-from common.train.run_folder import list_checkpoints
+from common.train.run_folder import RunFolder, list_checkpoints
 
 FULL_DISK = 2**20  # bytes: with less left, a failed save is put down to the disk
 
@@ -54,8 +55,8 @@ class State:
         return mean
 
     def improves(self, name: str, metrics: dict[str, Any]) -> bool:
-        """Whether metric `name` is the best so far, which is noted; a loss and a perplexity are better when lower."""
-        score = -metrics[name] if name in ("eval_loss", "perplexity") else metrics[name]
+        """Whether metric `name` is the best so far, which is noted (negated where lower is better)."""
+        score = metrics[name] if metric(name).higher_is_better else -metrics[name]
         if not math.isnan(score) and (self.best_score is None or score > self.best_score):
             self.best_score, self.best_update, self.stale_evaluations = score, self.update, 0
             return True
@@ -93,46 +94,48 @@ def register_hooks(accelerator: Accelerator) -> None:
     accelerator.register_load_state_pre_hook(load)
 
 
-def save_checkpoint(
-    accelerator: Accelerator, run_dir: Path, state: State, mark: dict[str, Any], limit: int | None
-) -> None:
+def save_checkpoint(accelerator: Accelerator, run: RunFolder, state: State, limit: int | None) -> None:
     """Writes checkpoints/step_<n>: complete under a temporary name first, then renamed; then prunes old ones.
 
-    mark: what must be the same for the checkpoint to be resumed. limit: --save_total_limit.
+    limit: --save_total_limit.
     """
-    target = run_dir / "checkpoints" / f"step_{state.update}"
+    target = run.path / "checkpoints" / f"step_{state.update}"
     scratch = target.with_name(f".{target.name}.tmp")
     if accelerator.is_main_process:
         shutil.rmtree(scratch, ignore_errors=True)
     accelerator.wait_for_everyone()
-    with _full_disk_named(run_dir):
+    with _full_disk_named(run.path):
         accelerator.save_state(str(scratch))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            (scratch / "state.json").write_text(json.dumps({"state": asdict(state), "mark": mark}, indent=2))
+            content = {"state": asdict(state), "resume_fingerprint": run.resume_fingerprint}
+            (scratch / "state.json").write_text(json.dumps(content, indent=2))
     if accelerator.is_main_process:
         replace_folder(scratch, target)
-        _prune(run_dir, state, limit)
+        _prune(run.path, state, limit)
     accelerator.wait_for_everyone()
 
 
-def load_checkpoint(accelerator: Accelerator, folder: Path, mark: dict[str, Any]) -> State:
-    """Restores weights, optimizer, scheduler and random numbers; returns the saved state.
+def load_state(accelerator: Accelerator, run: RunFolder) -> State:
+    """Restores weights, optimizer, scheduler and random numbers of the checkpoint to resume; a new run's state if none.
 
     Raises InputError where options or data differ from the checkpoint's, naming each.
     """
-    saved = json.loads((folder / "state.json").read_text())
-    before, now = saved["mark"], json.loads(json.dumps(mark))
+    if run.checkpoint is None:
+        return State()
+    saved = json.loads((run.checkpoint / "state.json").read_text())
+    before, now = saved["resume_fingerprint"], json.loads(json.dumps(run.resume_fingerprint))
     changed = [f"{name} was {before.get(name)}, is {value}" for name, value in now.items() if before.get(name) != value]
     if changed:
-        raise InputError(f"{folder} cannot be resumed with other options or data: {'; '.join(changed)}.")
-    accelerator.load_state(str(folder))
+        raise InputError(f"{run.checkpoint} cannot be resumed with other options or data: {'; '.join(changed)}.")
+    accelerator.load_state(str(run.checkpoint))
     return State(**saved["state"])
 
 
-def save_best(accelerator: Accelerator, target: Path, write: Callable[[Path], None]) -> None:
-    """Replaces the run's trained weights by what `write(folder)` puts into a folder, whole or not at all."""
+def save_best(accelerator: Accelerator, run: RunFolder, write: Callable[[Path], None]) -> None:
+    """Replaces the run's trained weights by what `write(folder)` puts into a folder, complete or not at all."""
     if accelerator.is_main_process:
+        target = run.best
         scratch = target.with_name(f".{target.name}.tmp")
         shutil.rmtree(scratch, ignore_errors=True)
         with _full_disk_named(target.parent):

@@ -1,26 +1,27 @@
-"""The verbs of a training loop. Each returns a value; none owns the loop, which stands in the scripts."""
+"""The steps of a training loop, as functions that return values; the loop itself is in the scripts."""
 
 import contextlib
 import math
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
+from torch.optim.lr_scheduler import LRScheduler
 
 from common.errors import InputError
 from common.model.base_model import unpacked_size
-from common.text.batches import Batch, to_device
+from common.options import LoopConfig
+from common.text.batches import Batch
 from common.text.plan import rank_share
+from common.train.checkpoints import register_hooks
 
 
-def start_accelerator(config: Any, trackers: list[str]) -> Accelerator:
-    """The Accelerator of one run; sets threads and TF32.
+def start_accelerator(config: Any, trackers: Sequence[str] = ()) -> Accelerator:
+    """The Accelerator of one run or evaluation; sets threads and TF32.
 
     `accelerate launch` gives every CPU process one thread, so threads are set here: the cores this process may use,
     divided by the processes on this machine.
@@ -31,7 +32,7 @@ def start_accelerator(config: Any, trackers: list[str]) -> Accelerator:
         cpu=not torch.accelerator.is_available(),  # without it, several CPU processes would each train alone
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=1,  # accumulation is the loop's own
-        log_with=trackers or None,
+        log_with=list(trackers) or None,
         project_config=ProjectConfiguration(logging_dir="logs"),  # RunLog sets the real folder
     )
     if accelerator.device.type == "cpu":
@@ -43,32 +44,23 @@ def start_accelerator(config: Any, trackers: list[str]) -> Accelerator:
     return accelerator
 
 
-def label_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Sum of weight x loss over rows (one label: cross-entropy) or rows x labels (several: binary cross-entropy).
-
-    batch["pos_weight"], if present: [labels], the factor of the positive targets of each label.
-    """
-    targets = batch["targets"]
-    if targets.is_floating_point():
-        losses = F.binary_cross_entropy_with_logits(
-            logits, targets, pos_weight=batch.get("pos_weight"), reduction="none"
-        )
-    else:
-        losses = F.cross_entropy(logits, targets, reduction="none")
-    return (losses * batch["weights"]).sum()
-
-
 def micro_batches(
-    rows: Sequence[int], batch_size: int, accelerator: Accelerator, collate: Callable[[list[tuple[int, bool]]], Batch]
+    rows: Sequence[Any],
+    batch_size: int,
+    accelerator: Accelerator,
+    collate: Callable[[Sequence[tuple[Any, bool]]], Batch],
 ) -> list[Batch]:
-    """This rank's share of one update, collated, on its device."""
+    """This rank's share of the rows of one update, collated, on its device.
+
+    collate: (row, counts) pairs -> batch; a row that does not count fills up the share of a rank that lacks one.
+    """
     shares = rank_share(rows, batch_size, accelerator.process_index, accelerator.num_processes)
-    return [to_device(collate(share), accelerator.device) for share in shares]
+    return [collate(share).to(accelerator.device) for share in shares]
 
 
-def count_targets(micro: Sequence[Batch]) -> torch.Tensor:
+def count_targets(batches: Sequence[Batch]) -> torch.Tensor:
     """The sum of the weights: what the update's loss is divided by, once summed over the ranks."""
-    return torch.stack([batch["weights"].sum() for batch in micro]).sum()
+    return torch.stack([batch.weights.sum() for batch in batches]).sum()
 
 
 @contextlib.contextmanager
@@ -83,22 +75,22 @@ def sync_context(accelerator: Accelerator, model: torch.nn.Module, last: bool) -
 
 
 def finite_mean(
-    summed: torch.Tensor,
-    targets: torch.Tensor,
+    loss_sum: torch.Tensor,
+    target_count: torch.Tensor,
     norm: torch.Tensor,
     accelerator: Accelerator,
     update: int,
     rows: Sequence[str],
 ) -> float:
-    """The loss of one update per target; stops the run before a broken gradient reaches the weights.
+    """The mean loss per target of one update; stops the run before a broken gradient reaches the weights.
 
     norm: of the gradient; under fp16 the scaler itself skips an update whose gradient overflows. rows: the ids of the
     update's rows. Raises InputError for an update without a target, FloatingPointError for a loss or gradient that is
     not finite.
     """
-    if targets.item() <= 0:
+    if target_count.item() <= 0:
         raise InputError(f"Update {update + 1} has no target to learn from (rows {', '.join(rows)}).")
-    loss = summed.item() / targets.item()
+    loss = loss_sum.item() / target_count.item()
     if not math.isfinite(loss) or accelerator.scaler is None and not math.isfinite(norm):
         raise FloatingPointError(
             f"Update {update + 1} has loss {loss} and gradient norm {float(norm)}, so it was not made. Its rows: "
@@ -108,7 +100,7 @@ def finite_mean(
     return loss
 
 
-def make_optimizer(model: torch.nn.Module, config: Any) -> torch.optim.Optimizer:
+def make_optimizer(model: torch.nn.Module, config: LoopConfig) -> torch.optim.Optimizer:
     """AdamW over the trainable weights; no decay of one-dimensional ones (norms, biases)."""
     groups = [
         {
@@ -126,14 +118,20 @@ def make_optimizer(model: torch.nn.Module, config: Any) -> torch.optim.Optimizer
     return kind[config.optim](groups, lr=config.learning_rate)
 
 
-def make_scheduler(optimizer: torch.optim.Optimizer, config: Any, updates: int) -> Any:
-    """Stepped once an update, so it is not prepared: a prepared one steps `num_processes` times."""
+def make_scheduler(optimizer: torch.optim.Optimizer, config: LoopConfig, updates: int) -> LRScheduler:
+    """Stepped once per update, so it is not prepared: a prepared one steps `num_processes` times."""
     return transformers.get_scheduler(
         config.lr_scheduler_type, optimizer, math.ceil(config.warmup_ratio * updates), updates
     )
 
 
-def total_updates(config: Any, updates_per_epoch: int) -> int:
+def learning_rates(scheduler: LRScheduler) -> dict[str, float]:
+    """The rates of the next update by name: of the first parameter group, and of those that have another one."""
+    first, *others = map(float, scheduler.get_last_lr())
+    return {"learning_rate": first} | {f"learning_rate_{i}": r for i, r in enumerate(others, 1) if r != first}
+
+
+def total_updates(config: LoopConfig, updates_per_epoch: int) -> int:
     """--max_steps, else --num_train_epochs in updates."""
     return config.max_steps or max(1, round(config.num_train_epochs * updates_per_epoch))
 
@@ -146,7 +144,7 @@ def is_due(strategy: str, steps: int | None, update: int, updates_per_epoch: int
 
 
 def flops_per_token(model: torch.nn.Module) -> float:
-    """Forward and backward: 4 a frozen weight (no gradient of its own), 6 a trained one; attention is left out."""
+    """Forward and backward: 4 per frozen weight (no gradient of its own), 6 per trained one, without attention."""
     flops = 0.0
     for name, parameter in model.named_parameters():
         if "embed" not in name:
@@ -154,36 +152,40 @@ def flops_per_token(model: torch.nn.Module) -> float:
     return flops
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes: what the device's allocator held at most, or this process's peak resident set on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def prepare(
+    accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scheduler: LRScheduler,
+    config: Any,
+) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """Model and optimizer wrapped for the ranks; checkpoints will hold the trained weights, not the base's.
+
+    config: a script's Config.
+    """
+    if config.torch_compile:
+        model.compile(dynamic=True)
+    quantized = config.load_in_4bit or config.load_in_8bit  # such weights cannot be moved
+    model, optimizer = accelerator.prepare(model, optimizer, device_placement=[not quantized, True])
+    accelerator.register_for_checkpointing(scheduler)
+    register_hooks(accelerator)
+    return model, optimizer
 
 
-def evaluation_cost(rows: int, started: float, device: torch.device) -> dict[str, float]:
-    """eval_runtime in seconds since `started` (a perf_counter), examples_per_second, peak_memory_bytes."""
-    seconds = time.perf_counter() - started
-    return {
-        "eval_runtime": seconds,
-        "examples_per_second": rows / seconds,
-        "peak_memory_bytes": peak_memory(device),
-    }
+def describe_plan(accelerator: Accelerator, updates: int, rows_per_update: int, what: str = "rows") -> str:
+    """How much will be trained, and on what, for people."""
+    return (
+        f"{updates} updates of {rows_per_update} {what}; {accelerator.num_processes} process(es) on "
+        f"{accelerator.device.type}, {torch.get_num_threads()} thread(s) each"
+    )
 
 
-def finish(accelerator: Accelerator, *objects: Any, another: bool = False) -> None:
+def finish(accelerator: Accelerator, *objects: Any, last: bool = True) -> None:
     """Ends a run; two processes can hang at exit unless memory is freed and all have arrived first.
 
-    another: one more run follows in these processes, so they stay connected.
+    last: no further run follows in these processes, so they may disconnect.
     """
     accelerator.free_memory(*objects)
     accelerator.wait_for_everyone()
-    if another:
+    if last:
+        accelerator.end_training()
+    else:
         for tracker in accelerator.trackers:
             tracker.finish()
-    else:
-        accelerator.end_training()

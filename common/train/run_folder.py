@@ -1,35 +1,93 @@
-"""Run folders: where a run goes, which one is resumed or evaluated, and folders that appear whole or not at all."""
+"""Run folders: where a run goes, which one is resumed, what a resumed run must have in common with its checkpoint."""
 
-import hashlib
 import json
 import os
 import re
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from common.disk import OUTPUTS, write_json
+from common.disk import OUTPUTS, recover, write_json
 from common.errors import InputError
-from common.log import describe_environment
-from common.options import dump_config
+from common.log import describe_environment, say
+from common.options import binding_options, dump_config, options_hash
 
-# Options that change nothing about a run's numbers, or only together with the rows per update.
-FREE_OPTIONS = {
-    "resume_from_checkpoint", "output_dir", "run_name", "report_to", "num_threads", "logging_steps", "save_strategy",
-    "save_steps", "save_total_limit", "dry_run", "baselines", "seeds", "per_device_eval_batch_size",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "sample_prompt",
-}  # fmt: skip
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
-def binding_options(config: Any) -> dict[str, Any]:
-    """The options that must be the same for a run to be resumed."""
-    return {name: value for name, value in asdict(config).items() if name not in FREE_OPTIONS}
+class Data(Protocol):
+    """What a run notes of its data, whatever the task: where each split is from, and the counts of the data report."""
+
+    sources: dict[str, dict[str, str]]
+    report: dict[str, Any]
 
 
-def options_hash(config: Any) -> str:
-    """SHA-256 of `binding_options`."""
-    return hashlib.sha256(json.dumps(binding_options(config), sort_keys=True).encode()).hexdigest()
+class RunFolder:
+    """The folder of one run.
+
+    To be made before the options are resolved: they identify the run for `--resume_from_checkpoint latest`.
+    path: the folder. checkpoint: the one to resume from, or None. best: the folder of the best weights.
+    resume_fingerprint: what must be the same for a checkpoint to be resumed: options, data, and what the script adds.
+    Raises InputError where there is nothing to resume.
+    """
+
+    path: Path
+    best: Path
+    resume_fingerprint: dict[str, Any]
+
+    def __init__(self, config: Any) -> None:
+        self.config, self.given = config, options_hash(config)
+        self.resumed, self.checkpoint = find_resume(config) if config.resume_from_checkpoint else (None, None)
+
+    def start(
+        self,
+        accelerator: "Accelerator",
+        data: Data,
+        *,
+        splits: dict[str, Any],
+        data_report: str,
+        census: dict[str, Any],
+        fingerprint: dict[str, Any],
+    ) -> None:
+        """Makes the folder, on all ranks the same, and writes what a run leaves before its first update.
+
+        splits: what tells which rows are in which split. census: of the model's weights. fingerprint: what must be the
+        same to resume, besides options and data.
+        """
+        main = accelerator.is_main_process
+        self.path = Path(_of_main_process(self.resumed or (new_run_folder(self.config) if main else None)))
+        self.best = self.path / ("model" if self.config.full_finetuning else "adapter")
+        contents = {f"content of {source['name']}": source["sha256"][:12] for source in data.sources.values()}
+        self.resume_fingerprint = {**binding_options(self.config), **contents, **fingerprint}
+        if self.resumed:
+            where = self.checkpoint.name if self.checkpoint else "its start: no checkpoint yet"
+            say(accelerator, f"Resuming {self.path} from {where}")
+        if main:
+            recover(self.best)
+            if not self.checkpoint:
+                self._write_start(data, splits, data_report, census, accelerator.num_processes)
+        accelerator.wait_for_everyone()
+
+    def _write_start(self, data: Data, splits: dict, data_report: str, census: dict, processes: int) -> None:
+        header = f"# the options as resolved; `--config` reads them back\n# given: {self.given}\n"
+        environment = {**describe_environment(processes), "data": data.sources, "census": census}
+        (self.path / "eval" / "test" / "baselines.json").unlink(missing_ok=True)  # of a run killed before a checkpoint
+        files = {
+            "environment.json": json.dumps(environment, indent=2),
+            "splits.json": json.dumps({"sources": data.sources, **splits}, ensure_ascii=False),
+            "data_report.md": data_report,
+            "data_report.json": json.dumps(data.report, indent=2, ensure_ascii=False),
+            "config.yaml": header + dump_config(self.config),
+        }
+        for name, content in files.items():
+            (self.path / name).write_text(content, encoding="utf-8")
+
+    def finish(self) -> None:
+        """Notes in environment.json that the run got to its end."""
+        path = self.path / "environment.json"
+        content = json.loads(path.read_text(encoding="utf-8"))
+        write_json(path, {**content, "finished": datetime.now(UTC).isoformat(timespec="seconds")})
 
 
 def runs_folder(config: Any) -> Path:
@@ -44,7 +102,7 @@ def check_output_dir(config: Any) -> None:
     """Refuses to write a new run over an old one, or where nothing can be written."""
     if config.output_dir and (Path(config.output_dir) / "config.yaml").exists():
         raise InputError(
-            f"--output_dir {config.output_dir} already holds a run. Choose another folder, or go on with it by "
+            f"--output_dir {config.output_dir} already holds a run. Choose another folder, or resume it with "
             f"`--resume_from_checkpoint {config.output_dir}`."
         )
     folder = Path(config.output_dir or OUTPUTS)
@@ -71,7 +129,7 @@ def new_run_folder(config: Any) -> Path:
 
 
 def find_resume(config: Any) -> tuple[Path, Path | None]:
-    """The run folder to go on in, and the checkpoint to go on from (None: it has none yet, so it starts anew).
+    """The run folder to resume, and the checkpoint to resume from (None: it has none yet, so it starts again).
 
     `latest` looks in --output_dir, else for the newest unfinished run with the same options; a path names a run or a
     checkpoint folder. Raises InputError where there is nothing to resume.
@@ -89,7 +147,7 @@ def find_resume(config: Any) -> tuple[Path, Path | None]:
         run_dir = run_dir.resolve().parent.parent if checkpoint else run_dir
         if config.output_dir and run_dir.resolve() != Path(config.output_dir).resolve():
             raise InputError(
-                f"--resume_from_checkpoint {wanted} goes on in {run_dir}, not in --output_dir {config.output_dir}: "
+                f"--resume_from_checkpoint {wanted} continues in {run_dir}, not in --output_dir {config.output_dir}: "
                 "drop --output_dir."
             )
         if checkpoint:
@@ -107,33 +165,11 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.name.removeprefix("step_")))
 
 
-def write_start(
-    run_dir: Path, config: Any, given: str, data: Any, splits: dict, data_report: str, processes: int, census: dict
-) -> None:
-    """What a run leaves before its first update: options, environment, splits and the data report.
+def _of_main_process(value: Any) -> Any:
+    """The main process's value, on every process."""
+    from accelerate.utils import broadcast_object_list
 
-    given: `options_hash` of the options before they were resolved; it identifies the run for `latest`. splits: what
-    tells which rows are in which split.
-    """
-    header = f"# the options as resolved; `--config` reads them back\n# given: {given}\n"
-    environment = {**describe_environment(processes), "data": data.sources, "census": census}
-    (run_dir / "eval" / "test" / "baselines.json").unlink(missing_ok=True)  # of a run killed before any checkpoint
-    files = {
-        "environment.json": json.dumps(environment, indent=2),
-        "splits.json": json.dumps({"sources": data.sources, **splits}, ensure_ascii=False),
-        "data_report.md": data_report,
-        "data_report.json": json.dumps(data.report, indent=2, ensure_ascii=False),
-        "config.yaml": header + dump_config(config),
-    }
-    for name, content in files.items():
-        (run_dir / name).write_text(content, encoding="utf-8")
-
-
-def mark_finished(run_dir: Path) -> None:
-    """Notes in environment.json that the run got to its end."""
-    path = run_dir / "environment.json"
-    content = {**json.loads(path.read_text()), "finished": datetime.now(UTC).isoformat(timespec="seconds")}
-    write_json(path, content)
+    return broadcast_object_list([value])[0]
 
 
 def _unfinished(run_dir: Path) -> bool:

@@ -1,33 +1,38 @@
-"""A JSONL file of answers, one line a row of an input file, that can be gone on with after a kill.
+"""A JSONL file of answers, one line per row of an input file, that can be continued after a kill.
 
-Beside `y.jsonl` stands `y.jsonl.source.json`: the input's hash, and everything that decides what is answered. Lines are
-kept only where all of it is the same. Imports neither torch nor transformers.
+Beside `y.jsonl` is `y.jsonl.source.json`: the hash of the input, and everything else that decides the answers. Lines
+are kept only if all of it is the same. Imports neither torch nor transformers.
 """
 
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from common.disk import read_json, write_json
 from common.errors import InputError
+from common.log import Progress, say
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Row = TypeVar("Row")
+Line = dict[str, Any]
 CHUNK = 4  # batches that are answered, and written, together
 
 
 class AnswerFile:
     """The answers to rows with these ids, in their order.
 
-    source: what the answers are made from. done: how many rows have a whole line.
-    Raises InputError where the file cannot be written or belongs to something else. Writes nothing before `start`.
+    source: what the answers are made from. done: the number of rows that have a complete line.
+    Raises InputError if the file cannot be written or belongs to something else. Writes nothing before `start`.
     """
 
     def __init__(self, path: str | Path, ids: Sequence[str], source: dict[str, Any]) -> None:
         self.path, self.ids, self.source = Path(path), list(ids), json.loads(json.dumps(source))
-        self.note = self.path.with_name(f"{self.path.name}.source.json")
+        self.source_path = self.path.with_name(f"{self.path.name}.source.json")
         if self.path.suffix != ".jsonl":
             raise InputError(f"--output_file {path}: answers are written as JSONL, so name it .jsonl.")
         folder = self.path.absolute().parent
@@ -35,40 +40,40 @@ class AnswerFile:
             raise InputError(f"--output_file {path}: there is no folder {self.path.parent}. Make it, or name another.")
         if self.path.is_dir() or not os.access(self.path if self.path.exists() else folder, os.W_OK):
             raise InputError(f"--output_file {path}: it cannot be written. Choose a place that you may write to.")
-        self.done, self._whole = self._kept() if self.path.exists() else (0, 0)
+        self.done, self._bytes = self._complete_lines() if self.path.exists() else (0, 0)
 
-    def _kept(self) -> tuple[int, int]:
-        """How many rows have a line, and the bytes of those lines; what a kill left of a further one is no line."""
-        another = "Delete it, or name another --output_file."
-        before = read_json(self.note)
+    def _complete_lines(self) -> tuple[int, int]:
+        """The number of complete lines, and their bytes; a kill may have left a part of another one after them."""
+        advice = "Delete it, or name another --output_file."
+        before = read_json(self.source_path)
         if not before and self.path.stat().st_size:
-            raise InputError(f"--output_file {self.path}: the file was not written by inference.py. {another}")
+            raise InputError(f"--output_file {self.path}: the file was not written by inference.py. {advice}")
         changed = [name for name in self.source if before and before.get(name) != self.source[name]]
         if changed:
             raise InputError(
                 f"--output_file {self.path} holds answers made otherwise (other {', '.join(changed)}; see "
-                f"{self.note.name}). {another}"
+                f"{self.source_path.name}). {advice}"
             )
-        done = whole = 0
+        done = size = 0
         with open(self.path, "rb") as file:
             for line in file:
                 if not line.endswith(b"\n"):
                     break
                 if done >= len(self.ids) or _id(line) != self.ids[done]:
                     raise InputError(
-                        f"--output_file {self.path}, line {done + 1}: not the answer to this row. {another}"
+                        f"--output_file {self.path}, line {done + 1}: not the answer to this row. {advice}"
                     )
-                done, whole = done + 1, whole + len(line)
-        return done, whole
+                done, size = done + 1, size + len(line)
+        return done, size
 
     def start(self) -> None:
-        """Opens the file behind its whole lines; notes what the answers are made from."""
-        write_json(self.note, self.source)
+        """Opens the file after its complete lines; notes what the answers are made from."""
+        write_json(self.source_path, self.source)
         self._file = open(self.path, "ab")  # noqa: SIM115
-        self._file.truncate(self._whole)
+        self._file.truncate(self._bytes)
 
-    def write(self, answers: Sequence[dict[str, Any]]) -> None:
-        """Lines for the next rows, each with its row's id in front."""
+    def write(self, answers: Sequence[Line]) -> None:
+        """Writes lines for the next rows, each with its row's id first."""
         for answer in answers:
             line = json.dumps({"id": self.ids[self.done], **answer}, ensure_ascii=False)
             self._file.write(line.encode() + b"\n")
@@ -81,34 +86,30 @@ class AnswerFile:
 
 def write_answers(
     out: AnswerFile,
-    rows: Sequence[Any],
-    answer: Callable[[Sequence[Any], int, Any], list[dict[str, Any]]],
+    rows: Sequence[Row],
+    answer: Callable[[Sequence[Row], int, Progress], list[Line]],
     batch_size: int,
-    accelerator: Any,
+    accelerator: "Accelerator",
 ) -> None:
     """Answers the rows that the file lacks, chunk by chunk, and writes them in order.
 
     A chunk is answered by one process and always has the same rows, so neither the number of processes nor a kill
-    changes a batch, and with it no answer. answer: (rows, number of the chunk, progress) -> lines.
+    changes a batch, and so no answer. answer: (rows, number of the chunk, progress) -> lines.
     """
-    from accelerate.utils import gather_object
+    from accelerate.utils import gather_object  # imports torch
 
-    from common.log import Progress, say
-
-    size = CHUNK * batch_size
-    first, chunks = out.done // size, math.ceil(len(rows) / size)
-    kept = out.done
-    skip = kept - first * size
-    mine = range(first + accelerator.process_index, chunks, accelerator.num_processes)
-    progress = Progress(accelerator, "answers", sum(len(rows[i * size : (i + 1) * size]) for i in mine))
+    size, kept = CHUNK * batch_size, out.done
+    chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
+    first = kept // size
+    own = chunks[first + accelerator.process_index :: accelerator.num_processes]
+    progress = Progress(accelerator, "answers", sum(map(len, own)))
     accelerator.wait_for_everyone()  # all have read what is there, before anything is written
     if accelerator.is_main_process:
         out.start()
-    started, tokens = time.perf_counter(), 0
-    for turn in range(first, chunks, accelerator.num_processes):
-        number = turn + accelerator.process_index
-        some = rows[number * size : (number + 1) * size]
-        lines = gather_object(answer(some, number, progress) if some else [])
+    started, tokens, skip = time.perf_counter(), 0, kept % size  # skip: lines of the first chunk that are there
+    for start in range(first, len(chunks), accelerator.num_processes):
+        number = start + accelerator.process_index
+        lines = gather_object(answer(chunks[number], number, progress) if number < len(chunks) else [])
         tokens += sum(line.get("tokens", 0) for line in lines)
         if accelerator.is_main_process:
             out.write(lines[skip:])

@@ -1,82 +1,129 @@
-"""Models that write text, for inference.py: one run, its base, or several runs of one base."""
+"""Models that write text: one run, its base, or several runs of one base."""
 
 import contextlib
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
-from common import disk
+import torch
+
 from common.data.conversations import Message
+from common.data.corpus import Block
 from common.errors import InputError
-from common.model import base_model, generation, lora, storage
+from common.model import generation, lora
+from common.model.base_model import precision
+from common.model.losses import token_losses
+from common.model.token_losses import TokenLosses
 from common.options import Sampling
-from common.text.chat import ChatTemplate, choose_template
+from common.text.batches import collate_blocks
+from common.text.chat import ChatTemplate
 
-Asked = list[Message] | str  # the turns of a chat, or the text to go on with
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Question = list[Message] | str  # the turns of a conversation, or the text to continue
+WINDOW = 512  # tokens of a block whose perplexity is measured at once
 
 
 @dataclass
-class Writer:
-    """A model that writes text: answers in a chat, or more of a text (template None, behind the ids of `start`).
+class TextModel:
+    """A model that writes text: answers in a conversation, or the continuation of a text (template None).
 
-    adapter: the one that is switched on; None: the untrained base.
+    start: ids before a text to be continued. system: the system turn of conversations that have none. precision: no,
+    bf16 or fp16. adapter: the one that is switched on; None: the untrained base.
     """
 
-    model: Any
-    tokenizer: Any
-    template: Any
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    template: ChatTemplate | None
     start: list[int]
     system: str | None
-    device: Any
+    device: torch.device
+    precision: str
     adapter: str | None = "default"
 
-    def ids(self, asked: Asked, sampling: Sampling) -> tuple[list[int], bool]:
-        """The prompt's ids, and whether early turns or text had to be left out for the answer to fit."""
-        room = generation.prompt_room(self.model, sampling)
-        if self.template is None:
-            ids = self.tokenizer(asked, add_special_tokens=False)["input_ids"]
-            kept = ids if room is None else ids[-(room - len(self.start)) :]
-            if not self.start + kept:
-                raise InputError("There is no text to go on with.")
-            return self.start + kept, len(kept) < len(ids)
-        row = self.template.prompt(asked, room)
-        return row.ids, bool(row.dropped_turns or row.shortened)
+    def answer(self, question: Question, **settings: Any) -> str:
+        """One answer to the turns of a conversation or a single question; or the continuation of a text.
 
-    def ask(self, text: str) -> Asked:
-        """What a single text asks, behind the system turn."""
+        settings: of `common.options.Sampling`: temperature, top_p, top_k, max_new_tokens, do_sample, seed, ...
+        Raises InputError where a prompt leaves no room for an answer.
+        """
+        return "".join(self.stream(question, **settings))
+
+    def stream(self, question: Question, **settings: Any) -> Iterator[str]:
+        """The pieces of `answer`, as they are written."""
+        sampling = Sampling(**settings)
+        torch.manual_seed(sampling.seed)
+        yield from self.pieces(self.turns(question) if isinstance(question, str) else question, sampling)
+
+    def perplexity(self, text: str) -> float:
+        """e to the mean loss of the text's tokens, each with at most WINDOW tokens of context before it.
+
+        Raises InputError for a text without two tokens.
+        """
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        size = min(WINDOW, (generation.positions(self.model) or WINDOW) - len(self.start))
+        blocks = [Block(str(i), ids[i : i + size]) for i in range(0, len(ids), size)]
+        model, end_id, pad_id = TokenLosses(self.model), self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        loss_sum, count = 0.0, 0
+        for block in blocks:
+            batch = collate_blocks([(block, True)], self.start, end_id, pad_id).to(self.device)
+            with torch.inference_mode(), self.switched_on(), precision(self.device, self.precision):
+                losses = token_losses(model, batch)
+            loss_sum, count = loss_sum + losses.double().sum().item(), count + len(losses)
+        if not count:
+            raise InputError("A text needs at least two tokens to have a perplexity.")
+        return math.exp(min(loss_sum / count, 700))  # a float ends at e^709
+
+    def turns(self, text: str) -> Question:
+        """What a single text means to this model: a question after the system turn, or a text to continue."""
         if self.template is None:
             return text
         system = [{"role": "system", "content": self.system}] if self.system else []
         return [*system, {"role": "user", "content": text}]
 
-    def stream(self, asked: Asked, sampling: Sampling) -> Iterator[str]:
-        """The pieces of one answer."""
-        ids, shortened = self.ids(asked, sampling)
-        if shortened:
-            print("(not all of what was said is shown to the model, for the answer to fit)", file=sys.stderr)
-        with self.switched():
-            yield from generation.stream(self.model, self.tokenizer, self.template, ids, sampling, self.device)
+    def prompt_ids(self, question: Question, sampling: Sampling) -> tuple[list[int], bool]:
+        """The prompt's ids, and whether early turns or text had to be left out for the answer to fit."""
+        room = generation.prompt_room(self.model, sampling)
+        if self.template is None:
+            ids = self.tokenizer(question, add_special_tokens=False)["input_ids"]
+            kept = ids if room is None else ids[-(room - len(self.start)) :]
+            if not self.start + kept:
+                raise InputError("There is no text to continue.")
+            return self.start + kept, len(kept) < len(ids)
+        row = self.template.prompt(cast(list[Message], question), room)
+        return row.ids, bool(row.dropped_turns or row.shortened)
 
-    def answers(
-        self, asked: Sequence[Asked], sampling: Sampling, batch_size: int, progress: Callable[[int], None]
+    def pieces(self, question: Question, sampling: Sampling) -> Iterator[str]:
+        """The pieces of one answer, as they are written; sets no seed."""
+        ids, shortened = self.prompt_ids(question, sampling)
+        if shortened:
+            print("(parts of the conversation are not shown to the model, so that the answer fits)", file=sys.stderr)
+        with precision(self.device, self.precision):  # the stream keeps it; held across a yield, it would leak out
+            stream = generation.stream(self.model, self.tokenizer, self.template, ids, sampling, self.device)
+        with self.switched_on():
+            yield from stream
+
+    def answer_rows(
+        self, questions: Sequence[Question], sampling: Sampling, batch_size: int, progress: Callable[[int], None]
     ) -> list[dict[str, Any]]:
         """The lines of an answer file."""
-        prompts = [self.ids(one, sampling) for one in asked]
-        ids = [ids for ids, _ in prompts]
-        with self.switched():
-            found = generation.answer_prompts(
-                self.model, self.tokenizer, self.template, ids, sampling, batch_size, self.device, progress
-            )
+        prompts = [self.prompt_ids(question, sampling) for question in questions]
+        with self.switched_on(), precision(self.device, self.precision):
+            answers = generation.answer_prompts(
+                self.model, self.tokenizer, self.template, [ids for ids, _ in prompts], sampling, batch_size,
+                self.device, progress,
+            )  # fmt: skip
         return [
             {"answer": answer.text, "stopped": answer.stopped, "tokens": len(answer.ids), "shortened": shortened}
-            for answer, (_, shortened) in zip(found, prompts, strict=True)
+            for answer, (_, shortened) in zip(answers, prompts, strict=True)
         ]
 
     @contextlib.contextmanager
-    def switched(self) -> Iterator[None]:
-        """This writer's adapter is on inside the block."""
+    def switched_on(self) -> Iterator[None]:
+        """This model's adapter is on inside the block, or off if it is the base."""
         if not lora.is_adapted(self.model):
             yield
         elif self.adapter is None:
@@ -85,48 +132,3 @@ class Writer:
         else:
             self.model.set_adapter(self.adapter)
             yield
-
-
-def load_writer(config: Any, folder: Path | None, task: dict[str, Any], path: str, accelerator: Any) -> Writer:
-    """The writer of a run, or of a base model in `path`."""
-    device, chat = accelerator.device, task["task"] == "chat"
-    if folder is None:
-        tokenizer = base_model.load_tokenizer(path, config)
-        template = choose_template(tokenizer, config.chat_template) if chat else None
-        model = base_model.load_base(path, config, device=device)[0].eval()
-    elif chat:
-        model, tokenizer, template = storage.load_chat_model(
-            folder, device, config.mixed_precision, config.chat_template
-        )
-    else:
-        (model, tokenizer), template = storage.load_language_model(folder, device, config.mixed_precision), None
-    start = task.get("start", base_model.start_ids(tokenizer)) if template is None else []
-    system = config.system_prompt or task.get("system_prompt")
-    return Writer(model, tokenizer, template, start, system, device)
-
-
-def load_compared(
-    first: Writer, folder: Path, others: Sequence[tuple[str, Path | None]], config: Any
-) -> list[tuple[str, Writer]]:
-    """(name, writer) of each of the (name, weights folder; None for the base) of runs that share a base.
-
-    first: the writer of the run in `folder`; the adapters of the others are loaded beside its own.
-    """
-    writers: list[tuple[str, Writer]] = []
-    for number, (run, other) in enumerate(others):
-        if other is None:
-            writers.append((run, replace(first, adapter=None)))
-        elif other == folder:
-            writers.append((run, first))
-        else:
-            found = disk.load_task(other)
-            tokenizer = base_model.load_tokenizer(str(other), storage.trained_options(found))
-            template = first.template
-            if template and not config.chat_template:
-                template = ChatTemplate(tokenizer, found["chat_template"], f"the chat template of {other}")
-            system = config.system_prompt or found.get("system_prompt")
-            storage.add_adapter(first.model, other, f"run{number}")
-            start = found.get("start", [])
-            writers.append((run, replace(first, tokenizer=tokenizer, template=template, start=start, system=system,
-                                         adapter=f"run{number}")))  # fmt: skip
-    return writers

@@ -1,4 +1,4 @@
-"""Builders of common/prepare.py on small stand-ins of each source, without a network."""
+"""Builders of common/data/builders.py on small stand-ins of each source, without a network."""
 
 import csv
 import json
@@ -7,22 +7,23 @@ import shlex
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
 import pytest
+from helpers import ROOT
 
 import train_clm
 from common import prepare
-from common.config import ClassificationConfig, DataConfig, InputError, InstructionConfig, from_texts, parse_config
-from common.conversations import load_conversations
-from common.corpus import open_sources
-from common.data import load_classification
-from common.files import SPLITS
+from common.data import builders
+from common.data.classification import load_classification
+from common.data.conversations import load_conversations
+from common.data.corpus import open_sources
+from common.data.splits import SPLITS
+from common.errors import InputError
+from common.options import ChatDataConfig, ClassificationDataConfig, parse_config
 
-ROOT = Path(__file__).parent.parent
 ARXIV_SIZES = {"cs.LG": 60, "cs.CV": 50, "cs.CL": 40, "math.CO": 30, "hep-th": 20, "cs.RO": 6, "q-bio.NC": 1}
 AMAZON_NAMES = ["new", "books", "Clothing, Shoes & Jewelry", "music", "title"]
 AMAZON_README = """---
@@ -108,17 +109,7 @@ def load_with(command: str):
     """What train_cls.py reads, given the options that were printed."""
     words = shlex.split(command)
     assert words[:3] == ["accelerate", "launch", "train_cls.py"]
-    options: dict[str, list[str]] = {}
-    for word in words[3:]:
-        if word.startswith("--"):
-            options[word[2:]] = []
-        else:
-            options[list(options)[-1]].append(word)
-    lists = ("text_fields", "label_columns")
-    values = {name: given if name in lists else given[0] for name, given in options.items()}
-    data, classification = from_texts(DataConfig, values), from_texts(ClassificationConfig, values)
-    assert set(values) <= set(vars(data)) | set(vars(classification))
-    return load_classification(SimpleNamespace(**vars(data), **vars(classification)))
+    return load_classification(parse_config(ClassificationDataConfig, words[3:]))
 
 
 def last_line(capsys) -> str:
@@ -245,11 +236,7 @@ def instruction_command(printed: str, folder: Path) -> None:
 
 
 def load_chat(folder: Path):
-    @dataclass
-    class Config(DataConfig, InstructionConfig):
-        pass
-
-    return load_conversations(Config(**{f"{split}_file": str(folder / f"{split}.jsonl") for split in SPLITS}))
+    return load_conversations(ChatDataConfig(**{f"{split}_file": str(folder / f"{split}.jsonl") for split in SPLITS}))
 
 
 def test_wikitext_is_its_text_again(tmp_path, capsys):
@@ -264,7 +251,7 @@ def test_wikitext_is_its_text_again(tmp_path, capsys):
     command = shlex.split(capsys.readouterr().out.splitlines()[-1])
     assert command[2] == "train_clm.py" and command[-1] == str(out / "test.txt")
     sources = open_sources(parse_config(train_clm.Config, command[3:]))
-    assert {split: list(source.texts()) for split, source in sources.items()} == dict.fromkeys(
+    assert {split: list(source.parts()) for split, source in sources.items()} == dict.fromkeys(
         SPLITS, [(text, False), ("", True)]
     )
 
@@ -278,8 +265,8 @@ def test_finetome_keeps_good_rows_and_holds_out_a_fifth(tmp_path, capsys):
     instruction_command(printed, out)
     data = load_chat(out)
     assert {split: len(rows) for split, rows in data.splits.items()} == {"train": 62, "validation": 8, "test": 8}
-    asked = [row.messages[0]["content"] for rows in data.splits.values() for row in rows]
-    assert sorted(asked) == sorted(f"Frage {i}\u2028é" for i in range(20, 100) if i not in (50, 60))
+    questions = [row.messages[0]["content"] for rows in data.splits.values() for row in rows]
+    assert sorted(questions) == sorted(f"Frage {i}\u2028é" for i in range(20, 100) if i not in (50, 60))
     assert data.report["shapes"]["test"] == {"ShareGPT": 8}
     facts = json.loads((out / "SOURCE.json").read_text())
     assert facts["options"]["min_score"] == 1.0 and facts["rows"] == {"train": 62, "validation": 8, "test": 8}
@@ -330,7 +317,9 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_another_split(tmp_p
 
 def test_errors_name_the_remedy_and_leave_nothing_behind(tmp_path, amazon):
     out = tmp_path / "out"
-    with pytest.raises(InputError, match=r"no_such/data: could not be loaded \(.*\)\. Check the name.*--source"):
+    with pytest.raises(
+        InputError, match=r"--source no_such/data: could not be loaded \(.*\)\. Check the name.*the folder"
+    ):
         build("ag_news", Path("no_such/data"), out)
     with pytest.raises(InputError, match="no column label; the data set has uid_original, title.* Is --source the"):
         build("ag_news", amazon, out)
@@ -374,9 +363,9 @@ def test_a_failed_write_leaves_no_folder(tmp_path, monkeypatch):
 
 def test_the_commit_of_a_hub_source_is_noted():
     part = SimpleNamespace(cache_files=[{"filename": f"/cache/a___b/default/0.0.0/{'a1' * 20}/b-train.arrow"}])
-    assert prepare.revision_of(part) == "a1" * 20
+    assert builders.revision_of(part) == "a1" * 20
     part.cache_files[0]["filename"] = "/cache/folder/default/0.0.0/2263f2d6c50225fc/folder-train.arrow"
-    assert prepare.revision_of(part) is None
+    assert builders.revision_of(part) is None
 
 
 def test_the_command_line_fails_in_one_paragraph_and_lists_each_builders_options():
@@ -393,4 +382,8 @@ def test_the_command_line_fails_in_one_paragraph_and_lists_each_builders_options
     assert refused.returncode == 2 and "unrecognized arguments: --category_column c" in refused.stderr
     missing = run("ag_news", "--source", "/no/such/folder", "--output_dir", "/no/such/output")
     errors = [line for line in missing.stderr.splitlines() if not line.startswith("import time:")]
-    assert missing.returncode == 2 and len(errors) == 1 and errors[0].startswith("error: /no/such/folder: could not")
+    assert (
+        missing.returncode == 2
+        and len(errors) == 1
+        and errors[0].startswith("error: --source /no/such/folder: could not")
+    )

@@ -1,4 +1,4 @@
-"""Files to rows, rows to labelled examples, splits, weights and the counts of the data report."""
+"""Files to rows, rows to labeled examples, splits, weights and the counts of the data report."""
 
 import hashlib
 import json
@@ -11,11 +11,11 @@ from types import SimpleNamespace
 import datasets
 import numpy as np
 import pytest
-from conftest import ROOT, WORDS, toy_rows, write_csv
+from helpers import ROOT
+from helpers.rows import WORDS, toy_rows, write_csv
 from sklearn.utils.class_weight import compute_class_weight
 
-from common.config import ClassificationConfig, DataConfig, InputError
-from common.data import (
+from common.data.classification import (
     ClassificationData,
     Example,
     class_weights,
@@ -24,11 +24,13 @@ from common.data import (
     load_classification,
     stratified_sample,
 )
-from common.files import file_hash, read_rows
+from common.data.files import file_hash, read_rows
+from common.errors import InputError
+from common.options import ClassificationDataConfig
 
 
 @dataclass
-class Config(DataConfig, ClassificationConfig):
+class Config(ClassificationDataConfig):
     seed: int = 42
 
 
@@ -143,11 +145,15 @@ def test_json_jsonl_and_parquet_hold_the_same_rows(tmp_path):
         ("t.json", "[]", "t.json: the file has no rows"),
         ("t.jsonl", "\n\n", "t.jsonl: the file has no rows"),
         ("t.jsonl", '{"text": "a"}\n{"text": \n', "t.jsonl, line 2: not valid JSON"),
-        ("t.json", '{"text": "a"}\n{"text": "b"}\n', "t.json, line 2: not valid JSON: Extra data. A file with one"),
+        (
+            "t.json",
+            '{"text": "a"}\n{"text": "b"}\n',
+            "t.json, line 2: not valid JSON: Extra data. Name a file with one",
+        ),
         ("t.json", '{"text": "a"}', "t.json: expected a list of objects"),
         ("t.jsonl", "[1]\n", "t.jsonl: expected a list of objects"),
-        ("t.parquet", "text", "t.parquet: not a whole Parquet file"),
-        ("t.parquet", "", "t.parquet: not a whole Parquet file"),
+        ("t.parquet", "text", "t.parquet: not a complete Parquet file"),
+        ("t.parquet", "", "t.parquet: not a complete Parquet file"),
         ("t.csv", b"text,label\na,b\ncaf\xe9,b\n", "t.csv, line 3: byte 0xe9 is not UTF-8"),
         ("t.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', "t.jsonl, line 2: byte 0xff is not UTF-8"),
         ("t.txt", "a", "t.txt: unknown file type '.txt'; use one of .csv, .tsv, .json, .jsonl, .parquet"),
@@ -194,20 +200,20 @@ def test_hash_is_that_of_the_bytes(tmp_path):
     ],
 )
 def test_label_order_is_sorted_numbers_by_value(tmp_path, values, labels):
-    """CORRECTNESS 18"""
+    """Whole numbers in the order of their value, whatever zeros they begin with; all else as text."""
     path = write_csv(tmp_path / "t.csv", [{"text": f"t{i}", "label": v} for i, v in enumerate(values)])
     data = load(train_file=str(path))
     assert data.labels == labels
     assert named(data) == [(value.strip(),) for value in values]
 
 
-def test_label_order_does_not_hang_on_the_hash_seed(tmp_path):
-    """CORRECTNESS 18: `1`, `01` and `001` are equal as numbers; a set's order must not decide among them."""
+def test_label_order_does_not_depend_on_the_hash_seed(tmp_path):
+    """`1`, `01` and `001` are equal as numbers; a set's order must not decide among them."""
     path = save_jsonl(tmp_path / "t.jsonl", [{"text": "t", "label": "0" * i + "1"} for i in range(12)])
     code = (
-        "import sys; from common.data import *; from common.config import *\n"
-        "class C(DataConfig, ClassificationConfig): pass\n"
-        "print(load_classification(C(train_file=sys.argv[1], validation_fraction=0, test_fraction=0)).labels)"
+        "import sys; from common.data.classification import *; from common.options import *\n"
+        "config = ClassificationDataConfig(train_file=sys.argv[1], validation_fraction=0, test_fraction=0)\n"
+        "print(load_classification(config).labels)"
     )
     orders = set()
     for seed in "123":
@@ -218,7 +224,7 @@ def test_label_order_does_not_hang_on_the_hash_seed(tmp_path):
 
 
 def test_ints_whole_floats_and_texts_are_the_same_labels(tmp_path):
-    """CORRECTNESS 18: integer labels become floats on the way through many tools."""
+    """Integer labels become floats on the way through many tools."""
     values = {"int": [0, 1, 10], "float": [0.0, 1.0, 10.0], "text": ["0", "1", "10"]}
     found = []
     for kind, column in values.items():
@@ -236,7 +242,7 @@ def test_given_labels_set_the_order(tmp_path):
 
 
 def test_unseen_label_of_another_split_is_named(tmp_path):
-    """CORRECTNESS 18"""
+    """By file, row and label, beside the labels there are; it does not become one of them."""
     train = str(write_csv(tmp_path / "train.csv", [{"text": "t", "label": value} for value in "ab"]))
     test = str(write_csv(tmp_path / "test.csv", [{"text": "t", "label": value} for value in "abz"]))
     assert "test.csv, data row 3: the label 'z' is not among the labels (a, b)" in problem(
@@ -254,7 +260,7 @@ MULTI = [("x", "y"), ("y",), (), ("x",)]
     "kind", ["delimited", "lists", "parquet lists", "ints", "columns", "float columns", "booleans"]
 )
 def test_multi_label_forms_give_the_same_rows(tmp_path, kind):
-    """CORRECTNESS 19: whatever the form, float one-hot targets; a row without labels is legal."""
+    """Whatever the form, float one-hot targets; a row without labels is legal."""
     rows, options = [{"text": f"t{i}"} for i in range(len(MULTI))], {}
     for row, names in zip(rows, MULTI, strict=True):
         if kind == "delimited":
@@ -280,7 +286,7 @@ def test_multi_label_forms_give_the_same_rows(tmp_path, kind):
 
 
 def test_one_label_is_single_label_even_with_two_classes(tmp_path):
-    """CORRECTNESS 19: a binary task has two labels, never one regression output."""
+    """A binary task has two labels, never one regression output."""
     data = load(train_file=str(write_csv(tmp_path / "t.csv", [{"text": "t", "label": v} for v in "01"])))
     assert (data.multi_label, data.labels) == (False, ["0", "1"])
 
@@ -317,22 +323,25 @@ def test_labels_that_cannot_be_told_apart_are_refused(tmp_path):
     assert "t.csv: all 3 rows have the label 'a'" in problem(train_file=path)
     path = str(write_csv(tmp_path / "u.csv", [{"text": "t", "label": v} for v in "ab"]))
     assert "--labels names 'a' twice" in problem(train_file=path, labels=["a", "b", "a"])
-    assert "'a ' is blank or has a space" in problem(train_file=path, labels=["a ", "b"])
+    assert "'a ' is blank, or begins or ends with a space" in problem(train_file=path, labels=["a ", "b"])
     assert "'' is blank" in problem(train_file=path, labels=["", "a"])
 
 
 def test_missing_columns_are_named_with_those_there_are(tmp_path):
     path = str(write_csv(tmp_path / "t.csv", [{"body": "t", "topic": v} for v in "ab"]))
     message = problem(train_file=path)
-    assert "t.csv: there is no label column 'label'; it has body, topic. Set --label_column." in message
+    assert "t.csv: there is no column 'label'; it has body, topic. Name the right one with --label_column." in message
     message = problem(train_file=path, label_column="topic")
-    assert "neither a column 'text' nor 'title' and 'abstract'; it has body, topic" in message
-    assert "--text_fields" in message
-    assert "no text column 'x'" in problem(train_file=path, label_column="topic", text_fields=["body", "x"])
-    assert "no label column 'z'" in problem(train_file=path, label_columns=["topic", "z"], text_fields=["body"])
+    assert "t.csv: there is no column 'text'; it has body, topic. Name the right one with --text_fields." in message
+    assert "no column 'x'; it has body" in problem(train_file=path, label_column="topic", text_fields=["body", "x"])
+    message = problem(train_file=path, label_columns=["topic", "z"], text_fields=["body"])
+    assert "no column 'z'; it has body, topic. Name the right one with --label_columns." in message
     options = {"train_file": path, "label_column": "topic", "text_fields": ["body"]}
-    assert "no column 'n' (--id_column)" in problem(**options, id_column="n")
-    assert "row 2, column 'body': an id is missing or occurs twice" in problem(**options, id_column="body")
+    assert "no column 'n'; it has body, topic. Name the right one with --id_column." in problem(
+        **options, id_column="n"
+    )
+    message = problem(**options, id_column="body")
+    assert "t.csv, data row 2, column 'body': the id is missing or occurs in an earlier row. Give every" in message
 
 
 def test_problem_type_must_fit_the_data(tmp_path):
@@ -382,7 +391,7 @@ def test_report_counts_drops_duplicates_and_overlap(tmp_path):
 
 def test_rows_without_any_text_are_refused(tmp_path):
     path = str(write_csv(tmp_path / "t.csv", [{"text": " ", "label": v} for v in "ab"]))
-    assert "no row has any text in text" in problem(train_file=path)
+    assert "t.csv: no row has any text. Is --text_fields right?" in problem(train_file=path)
 
 
 # --- splits
@@ -412,7 +421,7 @@ def test_missing_splits_are_cut_stratified_and_disjoint(hundred):
     assert data.report["cut_from_train"] == {"test": 20, "validation": 10}
 
 
-def test_split_hangs_on_split_seed_alone(hundred):
+def test_split_depends_on_split_seed_alone(hundred):
     """Several --seeds compare on the same test rows."""
     options = {"train_file": hundred, "validation_fraction": 0.1, "test_fraction": 0.2}
     first = ids(load(**options))
@@ -486,7 +495,7 @@ def test_few_shot_examples_are_stratified_and_leave_the_training_rows():
 
 
 def test_balanced_weights_are_those_of_scikit_learn():
-    """CORRECTNESS 31"""
+    """scikit-learn's `balanced`; and none where none are wanted."""
     gold = [0] * 90 + [1] * 9 + [2]
     rows = [Example(str(i), "t", (k,)) for i, k in enumerate(gold)]
     expected = compute_class_weight("balanced", classes=np.arange(3), y=np.array(gold))
@@ -525,11 +534,11 @@ def test_bad_weight_files_are_refused_while_the_data_is_read(tmp_path, hundred, 
     assert message in found and "w.json" in found
 
 
-def test_weights_that_nothing_would_honour_are_refused(tmp_path):
+def test_weights_that_nothing_would_honor_are_refused(tmp_path):
     """Also where only the data shows that rows have several labels."""
     path = save_jsonl(tmp_path / "t.jsonl", [{"text": "t", "label": ["a", "b"]}])
     assert "needs --approach head" in problem(train_file=path, class_weights="balanced")
-    assert "one label a row only" in problem(train_file=path, class_weights="w.json", approach="head")
+    assert "one label per row only" in problem(train_file=path, class_weights="w.json", approach="head")
     assert load(train_file=path, class_weights="balanced", approach="head").multi_label
 
 

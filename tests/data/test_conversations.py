@@ -3,21 +3,19 @@
 import json
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import datasets
 import pytest
 import yaml
-from conftest import ROOT, SHARED
+from helpers import ROOT, SHARED
 
-from common.config import DataConfig, InputError, InstructionConfig, check_instructions
-from common.conversations import ROLES, SHAPES, load_conversations, read_columns
-from common.files import SPLITS, file_hash
-
-
-@dataclass
-class Config(DataConfig, InstructionConfig):
-    pass
+from common.data.conversations import ROLES, SHAPES, load_conversations, read_columns
+from common.data.files import file_hash
+from common.data.splits import SPLITS
+from common.errors import InputError
+from common.options import ChatDataConfig as Config
+from common.options import check
 
 
 def save(path, rows: list[dict]) -> str:
@@ -49,7 +47,7 @@ def shared(*pairs: tuple[str, str]) -> list[dict]:
     return [{"from": role, "value": content} for role, content in pairs]
 
 
-ASKED = [("user", "Hi"), ("assistant", "Hello")]
+TURNS = [("user", "Hi"), ("assistant", "Hello")]
 PAIR = {"instruction": "Hi", "response": "Hello"}
 
 
@@ -59,29 +57,29 @@ PAIR = {"instruction": "Hi", "response": "Hello"}
 @pytest.mark.parametrize(
     ("shape", "row", "expected"),
     [
-        ("instruction + response", PAIR, ASKED),
-        ("instruction + response", {**PAIR, "input": "1 2"}, [("user", "Hi\n\n1 2"), ASKED[1]]),
-        ("Bitext", {**PAIR, "category": "ORDER", "intent": "cancel"}, ASKED),
-        ("Alpaca", {"instruction": "Hi", "output": "Hello"}, ASKED),
-        ("Alpaca", {"instruction": "Hi", "input": "", "output": "Hello"}, ASKED),
+        ("instruction + response", PAIR, TURNS),
+        ("instruction + response", {**PAIR, "input": "1 2"}, [("user", "Hi\n\n1 2"), TURNS[1]]),
+        ("Bitext", {**PAIR, "category": "ORDER", "intent": "cancel"}, TURNS),
+        ("Alpaca", {"instruction": "Hi", "output": "Hello"}, TURNS),
+        ("Alpaca", {"instruction": "Hi", "input": "", "output": "Hello"}, TURNS),
         ("Alpaca", {"instruction": "Add", "input": "1 2", "output": "3"}, [("user", "Add\n\n1 2"), ("assistant", "3")]),
-        ("prompt + completion", {"prompt": "Hi", "completion": "Hello"}, ASKED),
-        ("prompt + completion", {"prompt": said(ASKED[0]), "completion": said(ASKED[1])}, ASKED),
-        ("messages", {"messages": said(*ASKED)}, ASKED),
-        ("messages", {"messages": json.dumps(said(*ASKED))}, ASKED),  # as a cell of a CSV file
-        ("messages", {"messages": shared(("human", "Hi"), ("gpt", "Hello"))}, ASKED),
-        ("messages", {"messages": said(("system", "Be brief"), *ASKED)}, [("system", "Be brief"), *ASKED]),
-        ("messages", {"messages": said(("system", " "), *ASKED)}, ASKED),
-        ("messages", {"system": "Be brief", "messages": said(*ASKED)}, [("system", "Be brief"), *ASKED]),
-        ("messages", {"messages": [{"role": "user", "content": [{"text": "Hi"}]}, *said(ASKED[1])]}, ASKED),
-        ("ShareGPT", {"conversations": shared(("human", "Hi"), ("gpt", "Hello")), "source": "s", "score": 4.9}, ASKED),
+        ("prompt + completion", {"prompt": "Hi", "completion": "Hello"}, TURNS),
+        ("prompt + completion", {"prompt": said(TURNS[0]), "completion": said(TURNS[1])}, TURNS),
+        ("messages", {"messages": said(*TURNS)}, TURNS),
+        ("messages", {"messages": json.dumps(said(*TURNS))}, TURNS),  # as a cell of a CSV file
+        ("messages", {"messages": shared(("human", "Hi"), ("gpt", "Hello"))}, TURNS),
+        ("messages", {"messages": said(("system", "Be brief"), *TURNS)}, [("system", "Be brief"), *TURNS]),
+        ("messages", {"messages": said(("system", " "), *TURNS)}, TURNS),
+        ("messages", {"system": "Be brief", "messages": said(*TURNS)}, [("system", "Be brief"), *TURNS]),
+        ("messages", {"messages": [{"role": "user", "content": [{"text": "Hi"}]}, *said(TURNS[1])]}, TURNS),
+        ("ShareGPT", {"conversations": shared(("human", "Hi"), ("gpt", "Hello")), "source": "s", "score": 4.9}, TURNS),
         (
             "ShareGPT",
             {"conversations": shared(("human", "Hi"), ("function_call", "f()"), ("observation", "1"), ("gpt", "One"))},
             [("user", "Hi"), ("assistant", "f()"), ("tool", "1"), ("assistant", "One")],
         ),
         (
-            "ShareGPT",  # said and called in one turn
+            "ShareGPT",  # one turn speaks and calls
             {"conversations": shared(("human", "Hi"), ("gpt", "Wait."), ("function_call", "f()"))},
             [("user", "Hi"), ("assistant", "Wait.\nf()")],
         ),
@@ -110,12 +108,12 @@ def test_openai_tool_calls_are_answers(tmp_path):
 def test_half_a_surrogate_pair_is_no_text(tmp_path):
     (tmp_path / "t.jsonl").write_text('{"instruction": "Hi \\ud83d", "response": "Hello"}\n')
     config = Config(train_file=str(tmp_path / "t.jsonl"), validation_fraction=0.0, test_fraction=0.0)
-    assert turns(load_conversations(config)) == [("user", "Hi ?"), ASKED[1]]
+    assert turns(load_conversations(config)) == [("user", "Hi ?"), TURNS[1]]
 
 
 @pytest.mark.parametrize("field", [{"reasoning_content": "..."}, {"thinking": "..."}, {"weight": 0}, {"train": False}])
 def test_what_a_turn_asks_for_and_does_not_get_is_said(tmp_path, field):
-    messages = said(*ASKED)
+    messages = said(*TURNS)
     messages[1] |= field
     found = problem(tmp_path, [{"messages": messages}])
     assert "data row 1, column 'messages', turn 2: " in found and repr(next(iter(field))) in found
@@ -123,9 +121,9 @@ def test_what_a_turn_asks_for_and_does_not_get_is_said(tmp_path, field):
 
 def test_every_row_has_its_own_shape(tmp_path):
     """JSON rows may mix shapes; Parquet fills what a row lacks with None."""
-    rows = [PAIR, {"messages": said(*ASKED)}]
+    rows = [PAIR, {"messages": said(*TURNS)}]
     data = load(tmp_path, rows)
-    assert turns(data, 0) == turns(data, 1) == ASKED
+    assert turns(data, 0) == turns(data, 1) == TURNS
     assert data.report["shapes"] == {"train": {"instruction + response": 1, "messages": 1}}
     filled = [{**dict.fromkeys(("instruction", "response", "messages")), **row} for row in rows]
     datasets.Dataset.from_list(filled).to_parquet(tmp_path / "t.parquet")
@@ -141,29 +139,33 @@ def test_csv_tsv_and_json_files(tmp_path):
     for name in ("t.csv", "t.tsv", "t.json"):
         config = Config(train_file=str(tmp_path / name), validation_fraction=0.0, test_fraction=0.0)
         found.append(turns(load_conversations(config)))
-    assert found == [[("user", "a, b"), ("assistant", "c\nd")], [("user", "nan"), ("assistant", "c")], ASKED]
+    assert found == [[("user", "a, b"), ("assistant", "c\nd")], [("user", "nan"), ("assistant", "c")], TURNS]
 
 
 def test_columns_maps_odd_names(tmp_path):
     rows = [{"question": "Hi", "answer": "Hello", "instruction": "an id"}]
-    assert turns(load(tmp_path, rows, columns=["instruction=question", "response=answer"])) == ASKED
-    assert turns(load(tmp_path, [{"chat": said(*ASKED)}], columns=["messages=chat"])) == ASKED
-    assert "no column 'q' (--columns); it has question" in problem(tmp_path, rows, columns=["instruction=q"])
+    assert turns(load(tmp_path, rows, columns=["instruction=question", "response=answer"])) == TURNS
+    assert turns(load(tmp_path, [{"chat": said(*TURNS)}], columns=["messages=chat"])) == TURNS
+    assert "no column 'q'; it has question, answer, instruction. Name the right one with --columns." in problem(
+        tmp_path, rows, columns=["instruction=q"]
+    )
     assert "--columns question" in problem(tmp_path, rows, columns=["question"])
-    assert "--columns text=question: expected name=column" in problem(tmp_path, rows, columns=["text=question"])
+    assert "--columns text=question: expected name=column, with one of the names" in problem(
+        tmp_path, rows, columns=["text=question"]
+    )
     assert "'response' twice" in problem(tmp_path, rows, columns=["response=answer", "response=question"])
     assert read_columns(["input=a=b"]) == {"input": "a=b"}
 
 
-def test_system_prompt_stands_in_front_where_there_is_none(tmp_path):
-    rows = [PAIR, {"messages": said(("system", "Own"), *ASKED)}]
+def test_system_prompt_comes_first_where_there_is_none(tmp_path):
+    rows = [PAIR, {"messages": said(("system", "Own"), *TURNS)}]
     data = load(tmp_path, rows, system_prompt="Be brief")
-    assert turns(data, 0) == [("system", "Be brief"), *ASKED]
-    assert turns(data, 1) == [("system", "Own"), *ASKED]
+    assert turns(data, 0) == [("system", "Be brief"), *TURNS]
+    assert turns(data, 1) == [("system", "Own"), *TURNS]
 
 
 def test_tools_are_listed_in_the_system_turn(tmp_path):
-    """A call of a function that was never described would be learnt as making one up."""
+    """A call of a function that was never described would teach to make one up."""
     listed = 'You can call these functions:\n[{"name": "f"}]'
     row = {"conversations": shared(("human", "Hi"), ("gpt", "Hello")), "tools": '[{"name": "f"}]'}
     rows = [row, {**row, "tools": [{"name": "f"}]}, {**row, "tools": "[]"}, {**row, "tools": None}]
@@ -174,9 +176,9 @@ def test_tools_are_listed_in_the_system_turn(tmp_path):
     assert "data row 1, column 'tools': not valid JSON" in problem(tmp_path, [{**row, "tools": "["}])
 
 
-def test_turns_behind_the_last_answer_are_dropped_and_counted(tmp_path):
-    data = load(tmp_path, [{"messages": said(*ASKED, ("user", "And?"))}, PAIR])
-    assert turns(data) == ASKED and data.report["rows"]["train"]["dropped_unanswered"] == 1
+def test_turns_after_the_last_answer_are_dropped_and_counted(tmp_path):
+    data = load(tmp_path, [{"messages": said(*TURNS, ("user", "And?"))}, PAIR])
+    assert turns(data) == TURNS and data.report["rows"]["train"]["dropped_unanswered"] == 1
 
 
 # --- rows that cannot be used
@@ -191,7 +193,7 @@ def test_turns_behind_the_last_answer_are_dropped_and_counted(tmp_path):
         ),
         ({"instruction": "Hi", "response": " "}, "column 'response': the answer is empty"),
         ({"instruction": "Hi", "output": None}, "column 'output': the answer is empty"),
-        ({"instruction": "", "input": None, "output": "a"}, "column 'instruction': there is no instruction"),
+        ({"instruction": "", "input": None, "output": "a"}, "column 'instruction': the question is empty"),
         ({"prompt": "Hi", "completion": float("nan")}, "column 'completion': the answer is empty"),
         ({"messages": said(("user", "Hi"))}, "there is no assistant turn"),
         ({"messages": []}, "there is no assistant turn"),
@@ -199,15 +201,18 @@ def test_turns_behind_the_last_answer_are_dropped_and_counted(tmp_path):
         ({"messages": said(("user", ""), ("assistant", "a"))}, "turn 1 (user): the turn is empty"),
         ({"messages": said(("user", "Hi"), ("narrator", "a"))}, "turn 2: the role 'narrator' is unknown; use one of"),
         ({"messages": [{"content": "Hi"}]}, "turn 1: the role None is unknown"),
-        ({"messages": said(*ASKED, ASKED[1])}, "turn 3: the role assistant behind assistant, where user or tool"),
-        ({"messages": said(ASKED[0], *ASKED)}, "turn 2: the role user behind user, where assistant is expected"),
-        ({"messages": said(ASKED[1], *ASKED)}, "turn 1: the role assistant at the start"),
-        ({"messages": said(*ASKED, ("system", "s"), *ASKED)}, "turn 3: the role system behind assistant"),
-        ({"messages": said(("tool", "1"), *ASKED)}, "turn 1: the role tool at the start"),
+        ({"messages": said(*TURNS, TURNS[1])}, "turn 3: the role assistant after assistant, where user or tool"),
+        ({"messages": said(TURNS[0], *TURNS)}, "turn 2: the role user after user, where assistant is expected"),
+        ({"messages": said(TURNS[1], *TURNS)}, "turn 1: the role assistant at the start"),
+        ({"messages": said(*TURNS, ("system", "s"), *TURNS)}, "turn 3: the role system after assistant"),
+        ({"messages": said(("tool", "1"), *TURNS)}, "turn 1: the role tool at the start"),
         ({"messages": "Hi"}, "column 'messages': not a list of turns, and not valid JSON"),
         ({"messages": {"role": "user"}}, "column 'messages': expected a list of turns"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "turn 1: expected a text, not"),
-        ({"system": "s", "messages": said(("system", "s"), *ASKED)}, "column 'system': the conversation has a system"),
+        (
+            {"system": "s", "messages": said(("system", "s"), *TURNS)},
+            "column 'system': the conversation has a system",
+        ),
     ],
 )
 def test_rows_that_cannot_be_used_are_named(tmp_path, row, message):
@@ -215,10 +220,10 @@ def test_rows_that_cannot_be_used_are_named(tmp_path, row, message):
 
 
 def test_every_role_and_shape_is_listed(tmp_path):
-    """The lists that errors print are those that are honoured."""
+    """The lists that errors print are those that are honored."""
     assert set(ROLES.values()) == {"system", "user", "assistant", "tool"}
     for shape, columns in SHAPES.items():
-        cell = said(*ASKED) if len(columns) == 1 else "text"
+        cell = said(*TURNS) if len(columns) == 1 else "text"
         assert load(tmp_path, [dict.fromkeys(columns, cell)]).report["shapes"]["train"] == {shape: 1}
 
 
@@ -232,9 +237,9 @@ def test_every_role_and_shape_is_listed(tmp_path):
     ],
 )
 def test_options_that_contradict_each_other(options, message):
-    check_instructions(Config())
+    check(Config())
     with pytest.raises(InputError) as caught:
-        check_instructions(replace(Config(), **options))
+        check(replace(Config(), **options))
     assert message in str(caught.value)
 
 
@@ -269,10 +274,9 @@ def test_limits_and_ids(tmp_path):
     assert [len(data.splits[split]) for split in SPLITS] == [7, 2, 4]
     assert data.report["rows"]["train"]["used"] == 7 and data.report["rows"]["train"]["read"] == 40
     assert all(row.messages[1]["content"] == f"Answer {row.id[1:]}" for row in data.splits["train"])
-    assert "an id is missing or occurs twice" in problem(
-        tmp_path, [{**row, "key": "k"} for row in rows], id_column="key"
-    )
-    assert "no column 'name' (--id_column)" in problem(tmp_path, rows, id_column="name")
+    message = problem(tmp_path, [{**row, "key": "k"} for row in rows], id_column="key")
+    assert "t.jsonl, data row 2, column 'key': the id is missing or occurs in an earlier row" in message
+    assert "no column 'name'; it has " in problem(tmp_path, rows, id_column="name")
 
 
 def test_duplicates_and_overlap_are_counted(tmp_path):
@@ -296,11 +300,11 @@ def test_a_hub_data_set_is_read(tmp_path, monkeypatch):
     save(tmp_path / "set" / "train.jsonl", [{"conversations": shared(("human", "Hi"), ("gpt", "Hello")), "score": 5.0}])
     config = Config(dataset_name=str(tmp_path / "set"), validation_fraction=0.0, test_fraction=0.0)
     data = load_conversations(config)
-    assert turns(data) == ASKED and data.report["shapes"] == {"train": {"ShareGPT": 1}}
+    assert turns(data) == TURNS and data.report["shapes"] == {"train": {"ShareGPT": 1}}
 
 
 def test_reads_data_without_torch_or_transformers():
-    code = "import sys, common.conversations; print({'torch', 'transformers'} & set(sys.modules))"
+    code = "import sys, common.data.conversations; print({'torch', 'transformers'} & set(sys.modules))"
     shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert shown.stdout.strip() == "set()"
 
@@ -366,7 +370,7 @@ def test_real_data_load(files, shape, used):
     data = load_conversations(Config(**paths))
     assert {split: len(rows) for split, rows in data.splits.items()} == used
     assert {name for shapes in data.report["shapes"].values() for name in shapes} == {shape}
-    if files.startswith("rasbt"):  # its SOURCE.md
+    if files.startswith("rasbt"):  # seven questions of its other splits are in its training rows as well
         assert [data.report["rows"][split]["also_in_train"] for split in ("validation", "test")] == [1, 6]
     if files.startswith("sharegpt"):
         assert data.report["rows"]["train"]["with_tools"] == 191

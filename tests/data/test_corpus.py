@@ -4,35 +4,17 @@ import json
 import random
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import transformers
-from conftest import ROOT, SHARED
+from helpers import ROOT, SHARED
+from helpers.texts import WORDS, Config, load, prose
 
-from common import corpus
-from common.config import CausalConfig, DataConfig, InputError
-from common.corpus import Blocks, load_corpus, open_sources, tokenise
-
-
-@dataclass
-class Config(DataConfig, CausalConfig):
-    pass
-
-
-WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "wizards", "bake"]
-
-
-def prose(lines: int, seed: int = 0) -> str:
-    """Paragraphs with headings, blank lines and indented ones."""
-    rng = random.Random(seed)
-    text = []
-    for _i in range(lines):
-        line = " ".join(rng.choices(WORDS, k=rng.randint(3, 15))) + rng.choice([".", " .", ""])
-        text.append(rng.choice(["", " ", " = "]) + line + rng.choice(["\n", "\n\n", " \n \n"]))
-    return "".join(text)
+from common.data import corpus
+from common.data.corpus import PIECE, Blocks, open_sources, tokenize
+from common.errors import InputError
 
 
 @pytest.fixture(autouse=True)
@@ -50,11 +32,6 @@ def write(path: Path, content: str) -> str:
     return str(path)
 
 
-def load(tokenizer, **options) -> corpus.CorpusData:
-    config = Config(**options)
-    return load_corpus(open_sources(config), config, tokenizer)
-
-
 def plain(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
@@ -66,7 +43,7 @@ def joined(blocks: Blocks) -> list[int]:
 def test_pieces_give_the_tokens_of_the_whole_text(tokenizer, tmp_path):
     text = prose(3000)
     data = load(tokenizer, train_file=write(tmp_path / "t.txt", text), validation_fraction=0, test_fraction=0)
-    _, pieces = tokenise(open_sources(Config(train_file=str(tmp_path / "t.txt")))["train"], tokenizer, print)
+    _, pieces = tokenize(open_sources(Config(train_file=str(tmp_path / "t.txt")))["train"], tokenizer, print)
     assert len(pieces) > 20
     assert joined(data.splits["train"]) == [*plain(tokenizer, text), tokenizer.eos_token_id]
     entry = data.report["splits"]["train"]
@@ -92,7 +69,7 @@ def metaspace(folder: Path) -> transformers.PreTrainedTokenizerFast:
 @pytest.mark.parametrize("kind", ["bytes", "metaspace"])
 @pytest.mark.parametrize("layout", ["lines", "paragraphs", "crlf", "one line"])
 def test_no_layout_is_cut_inside_a_word(tokenizer, tmp_path, kind, layout):
-    """Paragraphs with blank lines, Windows' line ends, a text without any: as if all were tokenised at once."""
+    """Paragraphs with blank lines, Windows' line ends, a text without any: as if all were tokenized at once."""
     tokenizer = tokenizer if kind == "bytes" else metaspace(tmp_path)
     rng = random.Random(3)
     sentences = [" ".join(rng.choices(WORDS, k=rng.randint(4, 30))) + "." for _ in range(900)]
@@ -125,7 +102,7 @@ def test_odd_rows(tokenizer, tmp_path):
     whole = {"validation_fraction": 0, "test_fraction": 0}
     data = load(tokenizer, train_file=file, text_fields=["title", "body"], **whole)
     assert tokenizer.decode(joined(data.splits["train"])) == "no title</s>half ? pair\ntext</s>"
-    with pytest.raises(InputError, match="no text column 'gone'"):
+    with pytest.raises(InputError, match="no column 'gone'; it has body, title.*--text_fields"):
         load(tokenizer, train_file=file, text_fields=["gone", "body"], **whole)
     with pytest.raises(InputError, match="the demo text has no columns"):
         load(tokenizer, text_fields=["body"])
@@ -136,7 +113,7 @@ def test_odd_rows(tokenizer, tmp_path):
 
 
 def test_rows_are_documents_and_lines_are_not(tokenizer, tmp_path):
-    """A row that ends with a line break goes on in the next, as in hub data sets made of a text's lines."""
+    """A row that ends with a line break continues in the next, as in hub data sets made of a text's lines."""
     rows = [" = A = \n", "", " first line \n", "second", "a document </s> of its own", None, "third"]
     file = write(tmp_path / "t.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in rows))
     data = load(tokenizer, train_file=file, validation_fraction=0, test_fraction=0)
@@ -170,8 +147,10 @@ def test_formats_give_the_same_tokens(tokenizer, tmp_path, kind):
 @pytest.mark.parametrize("stride", [None, 1, 3, 8])
 def test_every_token_counts_once(total, stride):
     tokens = np.arange(100, 100 + total, dtype=np.uint32)
-    spans = np.array([[0, 1], [1, min(4, total)], [min(4, total), total]])
-    blocks = Blocks(tokens, spans, 8, stride)
+    pieces = np.zeros(3, PIECE)
+    pieces["start"] = [0, 1, min(4, total)]
+    pieces["tokens"] = np.diff([*pieces["start"], total])
+    blocks = Blocks(tokens, pieces, 8, stride)
     counted = [t for block in blocks for t in block.tokens[block.seen :]]
     lost = stride in (None, 8) and total % 8 == 1  # a last block of one token has nothing to predict
     assert counted == tokens.tolist()[: total - lost]
@@ -214,7 +193,7 @@ def test_tokens_are_made_once(tokenizer, tmp_path, monkeypatch):
     first = load(tokenizer, train_file=file)
     monkeypatch.setattr(corpus, "_write_tokens", None)
     assert joined(load(tokenizer, train_file=file).splits["train"]) == joined(first.splits["train"])
-    assert not list((tmp_path / "cache" / "tokens").glob(".tmp*"))
+    assert not list((tmp_path / "cache" / "tokens").glob(".*"))  # nothing half-written
     other = transformers.AutoTokenizer.from_pretrained(tokenizer.name_or_path)
     other.add_tokens(["wizards"])
     with pytest.raises(TypeError):  # another tokenizer, other tokens
@@ -231,8 +210,8 @@ def test_tokens_are_made_once(tokenizer, tmp_path, monkeypatch):
         ("t.txt", b" \n \n", {}, "there is no text in it"),
         ("t.txt", b"good\nbad \xff line\n", {}, "line 2: byte 0xff is not UTF-8"),
         ("t.txt", b"word " * 20, {"text_fields": ["text"]}, "a text file has no columns"),
-        ("t.jsonl", b'{"body": "a"}\n', {}, "no text column 'text'; it has body"),
-        ("t.jsonl", b'{"text": "a"}\n', {"text_fields": ["body"]}, "no text column 'body'; it has text"),
+        ("t.jsonl", b'{"body": "a"}\n', {}, "no column 'text'; it has body"),
+        ("t.jsonl", b'{"text": "a"}\n', {"text_fields": ["body"]}, "no column 'body'; it has text"),
         ("t.jsonl", b'{"text": ""}\n', {}, "there is no text in it"),
         ("t.jsonl", b'{"text": "a"}\n{"text": \n', {}, "line 2: not valid JSON"),
         ("t.doc", b"word", {}, "unknown file type '.doc'"),
@@ -253,7 +232,8 @@ MEMORY = """
 import resource, sys
 sys.path.insert(0, sys.argv[1])
 import transformers
-from test_corpus import Config, corpus, load
+from helpers.texts import load
+from common.data import corpus
 corpus.AT_ONCE = 2**18
 tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[2])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -263,7 +243,7 @@ print(len(data.splits["train"]), (resource.getrusage(resource.RUSAGE_SELF).ru_ma
 
 
 def test_memory_does_not_grow_with_the_text(models, tmp_path):
-    """CORRECTNESS 20 for a corpus: 12 times the text in about the same memory."""
+    """12 times the text in about the same memory."""
     used = {}
     for size in (1, 12):
         write(tmp_path / f"{size}.txt", prose(3000) * (size * 4))

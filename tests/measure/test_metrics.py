@@ -1,18 +1,108 @@
-"""Figures against scikit-learn, answers outside the label set included, and intervals that cover."""
+"""The registry of metrics; metrics against scikit-learn, answers outside the label set included; their intervals."""
 
 import math
+import subprocess
+import sys
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
+import peft
 import pytest
+import torch
+from helpers import ROOT
 from sklearn import metrics as sk
 
-from common import baselines
-from common.data import Example
-from common.metrics import classification_metrics, confusion_matrix, indicator, summarise
-from common.scoring import Answer
+from common.data.classification import Example
+from common.errors import InputError
+from common.measure import baselines
+from common.measure.metrics import (
+    METRICS,
+    TASKS,
+    Task,
+    choosable,
+    classification_metrics,
+    confusion_matrix,
+    headlines,
+    indicator,
+    metric,
+    register_metric,
+    register_task,
+    summarize,
+)
+from common.measure.scoring import Answer
+from common.options import CAUSAL_LM, CHAT, CLASSIFICATION, LoraArguments
+from common.train.checkpoints import State
 
+ALONE = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)  # an accelerator of one process
 LABELS = ["a", "b", "c", "never"]  # the last one occurs nowhere, so that divisions by zero count
+
+
+@pytest.fixture
+def registry():
+    """What a test registers is forgotten after it."""
+    with mock.patch.dict(METRICS), mock.patch.dict(TASKS):
+        yield
+
+
+def test_tasks_name_registered_metrics():
+    """The default of --metric_for_best_model comes first; a loss and a perplexity are better when lower."""
+    for task in TASKS.values():
+        assert {*task.headlines, *task.choosable, task.curve, task.compared} <= METRICS.keys()
+    assert [choosable(task)[0] for task in (CLASSIFICATION, CAUSAL_LM, CHAT)] == ["f1_macro", "eval_loss", "eval_loss"]
+    assert [entry.title for entry in headlines(CLASSIFICATION)] == ["accuracy", "micro-F1", "macro-F1"]
+    lower = {name for name, entry in METRICS.items() if not entry.higher_is_better}
+    assert lower == {"eval_loss", "perplexity", "bits_per_byte", "word_perplexity"}
+
+
+def test_what_is_not_registered_is_named_with_what_is(registry):
+    with pytest.raises(InputError, match="mae: there is no such metric. Known are accuracy, f1_micro"):
+        metric("mae")
+    with pytest.raises(InputError, match="regression: there is no such task. Known are classification, causal_lm"):
+        choosable("regression")
+    with pytest.raises(InputError, match="regression"):
+        register_metric("mae", "MAE", higher_is_better=False, tasks=["regression"])
+    with pytest.raises(InputError, match="rmse"):
+        register_task(Task("regression", ("mae", "rmse"), ("mae",), "mae", "mae"))
+    assert headlines("regression") == [] and "regression" not in TASKS
+
+
+def test_a_registered_metric_is_shown_and_may_choose_the_best_weights(registry):
+    """Registered a second time, as when a script is loaded twice, it is still one column."""
+    for _ in range(2):
+        register_metric("brier_loss", "Brier score", higher_is_better=False, tasks=[CLASSIFICATION])
+    assert [entry.title for entry in headlines(CLASSIFICATION)].count("Brier score") == 1
+    assert choosable(CLASSIFICATION) == ("f1_macro", "f1_micro", "accuracy", "eval_loss", "brier_loss")
+    assert "brier_loss" not in choosable(CHAT)
+    register_task(Task("ranking", ("brier_loss", "accuracy"), ("brier_loss",), "brier_loss", "accuracy"))
+    assert choosable("ranking") == ("brier_loss",) and headlines("ranking")[1] == METRICS["accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("name", "higher", "scores"),
+    [("brier_loss", False, [0.2, 0.6]), ("gain_loss", True, [0.6, 0.2]), ("accuracy", None, [0.9, 0.5]),
+     ("eval_loss", None, [1.0, 2.0]), ("perplexity", None, [3.0, 9.0])],
+)  # fmt: skip
+def test_a_worse_validation_does_not_replace_the_best_weights(registry, name, higher, scores):
+    """Whatever the name ends in; the better of the two, met later, does replace the worse."""
+    if higher is not None:
+        register_metric(name, name, higher_is_better=higher)
+    better, worse = ({name: score} for score in scores)
+    state = State(update=1)
+    assert state.improves(name, better) and state.best_update == 1
+    state.update = 2
+    assert not state.improves(name, worse) and (state.best_update, state.stale_evaluations) == (1, 1)
+    state = State(update=1)
+    assert state.improves(name, worse)
+    state.update = 2
+    assert state.improves(name, better) and (state.best_update, state.stale_evaluations) == (2, 0)
+
+
+def test_the_registry_is_there_at_once():
+    """The scripts offer metrics as values of an option, so `--help` must not wait for torch or scikit-learn."""
+    code = "import sys, common.measure.metrics, common.report; print({'torch', 'sklearn'} & {*sys.modules})"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"
 
 
 def random_rows(kind: str, seed: int, rows: int = 60) -> tuple[list, list]:
@@ -37,7 +127,7 @@ def as_sklearn(rows: list, kind: str):
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("kind", ["single", "multi"])
 def test_equal_to_scikit_learn(kind, seed):
-    """CORRECTNESS 29: an answer outside the set is wrong, never dropped."""
+    """An answer outside the set is wrong, never dropped."""
     gold, predicted = random_rows(kind, seed)
     ours = classification_metrics(gold, predicted, LABELS)
     truth, answer = as_sklearn(gold, kind), as_sklearn(predicted, kind)
@@ -87,7 +177,7 @@ def test_intervals_are_the_same_each_time_and_narrow_with_rows(kind):
 
 
 def test_intervals_of_many_rows_are_drawn_in_slices():
-    """1,000 resamples of 20,000 rows do not stand in memory at once, and are the same draws."""
+    """1,000 resamples of 20,000 rows are not in memory at once, and are the same draws."""
     gold, predicted = random_rows("single", 0, rows=20_000)
     right = np.array([g == p for g, p in zip(gold, predicted, strict=True)], dtype=float)
     draws = np.random.default_rng(0).multinomial(len(right), np.full(len(right), 1 / len(right)), size=1000)
@@ -106,12 +196,12 @@ def test_intervals_cover_the_truth_about_95_times_in_100():
 
 
 def test_loss_is_a_sum_over_targets_not_a_mean_of_means():
-    """CORRECTNESS 14: rows of 1 and 9 targets; and no loss where nothing was scored."""
+    """Rows of 1 and 9 targets; and no loss where nothing was scored."""
     answers = [Answer((0,), [1.0], nll=2.0, correct=1, targets=1), Answer((0,), [1.0], nll=3.0, correct=6, targets=9)]
-    ours = summarise(answers, [(0,), (0,)], LABELS)
+    ours = summarize(answers, [(0,), (0,)], LABELS)
     assert (ours["eval_loss"], ours["mean_token_accuracy"]) == (0.5, 0.7)
     assert ours["perplexity"] == pytest.approx(math.exp(0.5))
-    assert "eval_loss" not in summarise([Answer((0,), [])], [(0,)], LABELS)
+    assert "eval_loss" not in summarize([Answer((0,), [])], [(0,)], LABELS)
 
 
 @pytest.mark.parametrize("kind", ["single", "multi"])
@@ -126,11 +216,29 @@ def test_baselines_learn_what_words_give_away(kind):
 
 
 def test_texts_without_words_leave_a_baseline_out(tmp_path):
-    """Emoji have no TF-IDF features: that baseline is n/a, the run goes on."""
+    """Emoji have no TF-IDF features: that baseline is n/a, the run continues."""
     rows = [Example(str(i), "\U0001f600", (i % 2,)) for i in range(4)]
     data = SimpleNamespace(splits={"train": rows, "test": rows}, labels=["a", "b"], multi_label=False)
-    alone = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
-    measure = (tmp_path / "baselines.json", SimpleNamespace(encoder=True), data, "", None, alone, None)
-    found = baselines.measure(*measure)
+    given = {"classifier": SimpleNamespace(encoder=True), "data": data, "path": "", "config": None,
+             "accelerator": ALONE, "evaluate": None}  # fmt: skip
+    found = baselines.measure(tmp_path / "baselines.json", **given)
     assert found[baselines.TFIDF] == "n/a" and found["majority class"]["accuracy"] == 0.5
-    assert baselines.measure(*measure) == found  # from the file, as a resumed run does
+    assert found[baselines.ZERO_SHOT] == "n/a"  # an encoder cannot be prompted
+    assert baselines.measure(tmp_path / "baselines.json", **given) == found  # from the file, as a resumed run does
+
+
+@pytest.mark.parametrize(("init", "active"), [("true", False), ("pissa", True)])
+def test_the_untrained_base_is_measured_once_and_without_its_adapter(tmp_path, init, active):
+    """Unless the adapter starts as a part of the base, which is not the base without it."""
+    base = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["0"], init_lora_weights=False))
+    calls = []
+
+    def measure() -> dict:
+        calls.append(not model.base_model.model[0].disable_adapters)
+        return {"eval_loss": 2.5}
+
+    given = (tmp_path / "eval" / "baselines.json", model, LoraArguments(init_lora_weights=init), ALONE, measure)
+    found = baselines.untrained(*given)
+    assert found == {baselines.UNTRAINED: {"eval_loss": 2.5}} == baselines.untrained(*given)
+    assert calls == [active] and not model.base_model.model[0].disable_adapters

@@ -10,49 +10,32 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, ROOT, run_script, toy_rows
-from conftest import SHARED as REAL_DATA
-from runs import fresh_accelerator  # noqa: F401
+from helpers import ROOT
+from helpers import SHARED as REAL_DATA
+from helpers.models import FAMILIES
+from helpers.scoring import LABELS, TEXTS, load, predicted, prompt_of
+from helpers.scripts import run_script
 
 import train_cls
-from common import attention, continuations, modeling, scoring, trie
-from common.collate import AnswerRow, HeadRow, collate_answers, common_prefix
-from common.config import ModelConfig
-from common.data import Example
-from common.files import read_rows
-from common.loop import count_targets
-from common.metrics import confusion_matrix, summarise
-from common.prompts import GENERATIVE_TEMPLATE, HEAD_TEMPLATE
-from common.token_losses import TokenLosses
+from common.data.classification import Example
+from common.data.files import read_rows
+from common.measure import label_trie, scoring
+from common.measure.metrics import confusion_matrix, summarize
+from common.model import attention, prompt_cache
+from common.model.classifier import Classifier, HeadClassifier
+from common.model.token_losses import TokenLosses
+from common.text.batches import AnswerRow, collate_answers, common_prefix
+from common.train.loop import count_targets
 
-# A label that begins another one, shared first tokens, one token and several.
-LABELS = ["match", "match goal", "match coach", "sport", "quark enzyme violin"]
-TEXTS = [row["text"] for row in toy_rows(3)]  # 9 texts of 4 to 12 words
-_loaded: dict[str, tuple] = {}
+PAD = SimpleNamespace(pad_token_id=2)  # a tokenizer, of which label scoring reads no more
 
 
-def load(models, family: str, packs: bool = True) -> tuple:
-    """fp32 model, with or without the attention that takes packs, and tokenizer."""
-    if (family, packs) not in _loaded:
-        model = transformers.AutoModelForCausalLM.from_pretrained(models[family]).eval()
-        if packs:
-            attention.use(model)
-        assert attention.takes_packs(model, 100) == packs
-        _loaded[family, packs] = model, transformers.AutoTokenizer.from_pretrained(models[family])
-    return _loaded[family, packs]
-
-
-def prompt_of(tokenizer, multi_label=False, **fields):
-    options = {"labels": LABELS, "template": GENERATIVE_TEMPLATE, "max_length": 256, **fields}
-    return modeling.classification_prompt(tokenizer, False, multi_label=multi_label, **options)
-
-
-def score(model, prompt, texts=TEXTS, batch_size=4, gold=None, thresholds=None, exhaustive=True, **options):
+def score(model, prompt, texts=TEXTS, batch_size=4, thresholds=None, tolerance=0.0, **options):
     prompts = [prompt.prompt(text).ids for text in texts]
-    thresholds = thresholds or [0.5] * len(prompt.labels)
-    options |= {"thresholds": thresholds, "batch_size": batch_size, "pad_id": 2, "device": "cpu"}
-    options["exhaustive"] = exhaustive
-    return scoring.score_labels(model, prompt, prompts, gold=gold, **options)
+    classifier = Classifier(model, prompt, PAD, False, False, thresholds or [0.5] * len(prompt.labels))
+    return scoring.score_labels(
+        classifier, prompts, batch_size=batch_size, device="cpu", tolerance=tolerance, **options
+    )
 
 
 @torch.no_grad()
@@ -65,7 +48,7 @@ def slow(model, prompt: list[int], answer: list[int]) -> float:
 def fake_accelerator(rank: int = 0, world: int = 1) -> SimpleNamespace:
     return SimpleNamespace(
         process_index=rank, num_processes=world, is_main_process=rank == 0, device=torch.device("cpu"),
-        unwrap_model=lambda model: model, autocast=torch.no_grad,
+        autocast=torch.no_grad,
     )  # fmt: skip
 
 
@@ -75,15 +58,15 @@ both_ways = pytest.mark.parametrize("packs", [True, False], ids=["packs", "plain
 @both_ways
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scores_equal_one_sequence_per_label(models, family, packs):
-    """1e-4 in log-probability, 1e-5 in normalised probability, which sum to 1; best first, to 1e-6 more."""
+    """1e-4 in log-probability, 1e-5 in normalized probability, which sum to 1; best first, to 1e-6 more."""
     model, tokenizer = load(models, family, packs)
     prompt = prompt_of(tokenizer)
     lengths = [len(ids) for ids in prompt.first_ids]
     assert min(lengths) == 1 < max(lengths) and prompt.first_ids[1][0] == prompt.first_ids[0][0]
-    texts = [" ".join(TEXTS), *TEXTS]  # behind the first, several have room in a row
+    texts = [" ".join(TEXTS), *TEXTS]  # in a row as long as the first, several have room
     prompts = [prompt.prompt(text).ids for text in texts]
     own = [len(ids) - common_prefix(prompts) for ids in prompts]
-    assert len(continuations.fill_rows(own)) < len(prompts)
+    assert len(prompt_cache.fill_rows(own)) < len(prompts)
     expected = torch.tensor([[slow(model, ids, prompt.answer([k])) for k in range(len(LABELS))] for ids in prompts])
     answers = score(model, prompt, texts, 16)
     logs = torch.tensor([a.probabilities for a in answers]).log()
@@ -91,13 +74,11 @@ def test_scores_equal_one_sequence_per_label(models, family, packs):
     assert (torch.tensor([a.probabilities for a in answers]) - expected.softmax(1)).abs().max() < 1e-5
     assert [a.labels for a in answers] == [(k,) for k in expected.argmax(1).tolist()]
     assert all(abs(sum(a.probabilities) - 1) < 1e-12 for a in answers)
-    for answer, quick in zip(answers, score(model, prompt, texts, 16, exhaustive=False), strict=True):
+    for answer, quick in zip(answers, score(model, prompt, texts, 16, tolerance=scoring.TOLERANCE), strict=True):
         assert quick.labels == answer.labels
         assert quick.probabilities == pytest.approx(answer.probabilities, abs=2e-6)
-    assert [a.labels for a in score(model, prompt, texts, 16, exhaustive=False, probabilities=False)] == [
-        a.labels for a in answers
-    ]
-    assert expected.exp().sum(1).max() <= 1  # CORRECTNESS 29: with its end, no label is a part of another
+    assert [a.labels for a in score(model, prompt, texts, 16, tolerance=math.inf)] == [a.labels for a in answers]
+    assert expected.exp().sum(1).max() <= 1  # with its end, no label is a part of another
 
 
 @pytest.mark.skipif(not REAL_DATA.exists(), reason="real data lie beside the project")
@@ -112,10 +93,10 @@ def test_scores_of_real_rows_equal_one_sequence_per_label(models):
     padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids in answers])
     counts = torch.tensor([[1.0] * len(ids) + [0.0] * (longest - len(ids)) for ids in answers])
     texts = [row["text"] for row in rows[::6][:500]]
-    exact, quick = score(model, prompt, texts, 32), score(model, prompt, texts, 32, exhaustive=False)
+    exact, quick = score(model, prompt, texts, 32), score(model, prompt, texts, 32, tolerance=scoring.TOLERANCE)
     for text, answer, other in zip(texts, exact, quick, strict=True):
         front = torch.tensor([prompt.prompt(text).ids] * len(labels))
-        with torch.no_grad():  # every label behind the whole prompt, padded on the right, which no token sees
+        with torch.no_grad():  # every label after its prompt, padded on the right, which no token sees
             logits = model(torch.cat([front, padded[:, :-1]], 1), use_cache=False, logits_to_keep=longest).logits
         logs = (logits.log_softmax(2).gather(2, padded[:, :, None])[:, :, 0] * counts).sum(1).log_softmax(0)
         assert (torch.tensor(answer.probabilities, dtype=torch.double).log() - logs).abs().max() < 1e-4
@@ -162,7 +143,7 @@ def test_a_model_that_returns_all_logits_is_read_at_their_ends(models, monkeypat
 
 
 def decide(model, prompt, ids: list[int], thresholds: list[float]) -> tuple[tuple[int, ...], list[float]]:
-    """The chain as issue 2 defines it, label by label, each q_m summed over the tokens that may follow label m."""
+    """The chain by its definition, label by label, each q_m summed over the tokens that may follow label m."""
     n, chosen, probabilities = len(prompt.labels), (), []
     while len(probabilities) < n:
         lead = prompt.label_ids(chosen)
@@ -197,7 +178,7 @@ def test_chain_equals_its_definition(models, family, packs):
             assert answer.probabilities == pytest.approx(probabilities, abs=1e-5)
             assert answer.probabilities == pytest.approx(probabilities, rel=1e-3)  # many are tiny
             seen.add(labels)
-        quick = score(model, prompt, TEXTS[:4], batch_size=3, thresholds=thresholds, exhaustive=False)
+        quick = score(model, prompt, TEXTS[:4], batch_size=3, thresholds=thresholds, tolerance=scoring.TOLERANCE)
         for answer, other in zip(answers, quick, strict=True):
             assert other.labels == answer.labels
             assert other.probabilities == pytest.approx(answer.probabilities, abs=2e-6)
@@ -208,14 +189,14 @@ def test_chain_equals_its_definition(models, family, packs):
 @pytest.mark.parametrize("multi_label", [False, True], ids=["single", "multi"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_batch_size_and_row_order_change_nothing(models, family, multi_label, packs, monkeypatch):
-    """Rows are batched by length, and few or many nodes are asked for at a time."""
+    """Rows are batched by length, and few or many nodes are wanted at a time."""
     model, tokenizer = load(models, family, packs)
     prompt = prompt_of(tokenizer, multi_label)
     thresholds = [0.05] * len(LABELS)  # low, so that a random model chooses some
     answers = score(model, prompt, batch_size=8, thresholds=thresholds)
     order = random.Random(0).sample(range(len(TEXTS)), len(TEXTS))
     shuffled = score(model, prompt, [TEXTS[i] for i in order], batch_size=2, thresholds=thresholds)
-    monkeypatch.setattr(trie, "BUDGET", 1)
+    monkeypatch.setattr(label_trie, "BUDGET", 1)
     single = score(model, prompt, batch_size=1, thresholds=thresholds)
     for i, answer in enumerate(answers):
         for other in (single[i], shuffled[order.index(i)]):
@@ -224,19 +205,19 @@ def test_batch_size_and_row_order_change_nothing(models, family, multi_label, pa
 
 
 @pytest.mark.parametrize("multi_label", [False, True], ids=["single", "multi"])
-def test_a_batch_that_outgrows_its_tokens_goes_on_in_halves(models, multi_label, monkeypatch):
-    """Reckoned without its labels' tokens, a batch of several rows becomes too large; the answers are the same."""
+def test_a_batch_that_outgrows_its_tokens_is_continued_in_halves(models, multi_label, monkeypatch):
+    """Estimated without its labels' tokens, a batch of several rows becomes too large; the answers are the same."""
     model, tokenizer = load(models, "llama")
     prompt = prompt_of(tokenizer, multi_label)
     wanted = score(model, prompt, batch_size=8)
     monkeypatch.setattr(scoring, "BUDGET", 0)
-    compute, sizes = continuations.Prompts.compute, []
+    compute, sizes = prompt_cache.PromptCache.compute, []
 
     def noted(self, nodes):
         compute(self, nodes)
-        sizes.append(tuple(self.seen.shape))
+        sizes.append(tuple(self.prompt_columns.shape))
 
-    monkeypatch.setattr(continuations.Prompts, "compute", noted)
+    monkeypatch.setattr(prompt_cache.PromptCache, "compute", noted)
     answers = score(model, prompt, batch_size=1)
     limit = max(len(prompt.prompt(text).ids) for text in TEXTS)
     assert all(rows == 1 or rows * width <= limit for rows, width in sizes)
@@ -247,7 +228,7 @@ def test_a_batch_that_outgrows_its_tokens_goes_on_in_halves(models, multi_label,
 
 
 def test_short_prompts_share_a_row():
-    assert continuations.fill_rows([2, 7, 3, 7, 1, 6]) == [[1], [3], [5, 4], [2, 0]]
+    assert prompt_cache.fill_rows([2, 7, 3, 7, 1, 6]) == [[1], [3], [5, 4], [2, 0]]
 
 
 @both_ways
@@ -258,7 +239,7 @@ def test_evaluation_loss_is_the_training_loss(models, family, multi_label, packs
     model, tokenizer = load(models, family, packs)
     prompt = prompt_of(tokenizer, multi_label)
     gold = [(), (0,), (1, 3), (0, 1, 2, 3, 4)] if multi_label else [(0,), (4,), (1,), (2,)]
-    answers = score(model, prompt, TEXTS[:4], batch_size=3, gold=gold, exhaustive=False)
+    answers = score(model, prompt, TEXTS[:4], batch_size=3, gold=gold, tolerance=scoring.TOLERANCE)
     rows = [AnswerRow(prompt.prompt(t).ids, prompt.answer(g)) for t, g in zip(TEXTS, gold, strict=False)]
     for row, answer in zip(rows, answers, strict=True):
         assert answer.nll == pytest.approx(-slow(model, row.prompt, row.answer), abs=1e-4)
@@ -269,19 +250,21 @@ def test_evaluation_loss_is_the_training_loss(models, family, multi_label, packs
     batch = collate_answers([(row, True) for row in rows], pad_id=2)
     with torch.no_grad():
         loss = train_cls.loss_of(TokenLosses(model), batch) / count_targets([batch])
-    assert summarise(answers, gold, LABELS)["eval_loss"] == pytest.approx(loss.item(), abs=1e-5)
+    assert summarize(answers, gold, LABELS)["eval_loss"] == pytest.approx(loss.item(), abs=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_text_in_a_batch_is_that_of_each_row_alone(models, family):
-    """CORRECTNESS 24; nor does it depend on the tokenizer's padding side or the checkpoint's sampling settings."""
+    """Answers do not depend on the batch; nor on the tokenizer's padding side or the checkpoint's sampling settings."""
     model, tokenizer = load(models, family)
     prompt = prompt_of(tokenizer, answer_tokens=12)
     prompts = [prompt.prompt(text).ids[: -1 - i] for i, text in enumerate(TEXTS[:8])]  # each ends in another token
     assert len({len(ids) for ids in prompts}) > 2
 
+    classifier = Classifier(model, prompt, tokenizer, False, False, [0.5] * 5)
+
     def texts(batch_size: int) -> list[str]:
-        answers = scoring.generate_answers(model, tokenizer, prompt, prompts, batch_size=batch_size, device="cpu")
+        answers = scoring.generate_answers(classifier, prompts, batch_size=batch_size, device="cpu")
         return [answer.text for answer in answers]
 
     alone = texts(1)
@@ -298,11 +281,11 @@ def test_greedy_text_in_a_batch_is_that_of_each_row_alone(models, family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generated_answer_outside_the_labels_is_kept(models, family, monkeypatch):
-    """CORRECTNESS 29: it has its text, and its own column of the confusion matrix."""
+    """It has its text, and its own column of the confusion matrix."""
     model, tokenizer = load(models, family)
     prompt = prompt_of(tokenizer)
     examples = [Example(str(i), text, (i % 5,)) for i, text in enumerate(TEXTS)]
-    classifier = scoring.Classifier(model, prompt, tokenizer, False, False, [0.5] * 5)
+    classifier = Classifier(model, prompt, tokenizer, False, False, [0.5] * 5)
     real = model.generate
     right = iter(sorted(range(9), key=lambda i: -len(prompt.prompt(TEXTS[i]).ids)))  # rows in the order of batches
 
@@ -320,15 +303,74 @@ def test_generated_answer_outside_the_labels_is_kept(models, family, monkeypatch
     assert [answer.labels for answer in answers] == [e.labels if i % 2 == 0 else None for i, e in enumerate(examples)]
     assert all(answer.text for answer in answers)
     gold = [example.labels for example in examples]
-    metrics = summarise(answers, gold, LABELS)
+    metrics = summarize(answers, gold, LABELS)
     assert metrics["outside_label_set"] == 4 and metrics["accuracy"] == pytest.approx(5 / 9)
     matrix = confusion_matrix(gold, [answer.labels for answer in answers], 5, False)
     assert matrix[:, -1].sum() == 4 and matrix.sum() == 9
 
 
+def head_of(models, family: str, outputs: int = 5) -> HeadClassifier:
+    torch.manual_seed(0)
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(models[family], num_labels=outputs)
+    return HeadClassifier(base, False)
+
+
+@pytest.mark.parametrize("outputs", [1, 5])  # 1: a regression
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outputs_of_a_head_are_those_of_each_row_alone(models, family, outputs):
+    """In the order of the rows, whatever their lengths; a text may end with the pad id."""
+    model, prompt = head_of(models, family, outputs), prompt_of(load(models, family)[1])
+    ids = [prompt.prompt(text).ids + [2] * (i % 3) for i, text in enumerate(TEXTS)]
+    found = scoring.head_outputs(model, ids, 2, batch_size=2, device="cpu")
+    assert found.shape == (9, outputs) and found.dtype == torch.float and not found.requires_grad
+    base = model.model
+    with torch.no_grad():
+        for row, values in zip(ids, found, strict=True):
+            hidden = getattr(base, base.base_model_prefix)(torch.tensor([row])).last_hidden_state[0, -1]
+            assert values.tolist() == pytest.approx(base.score(hidden).tolist(), abs=1e-5)
+    assert scoring.head_outputs(model, [], 2, batch_size=2, device="cpu").shape == (0, outputs)
+
+
+def test_outputs_of_a_head_read_as_labels():
+    """Probabilities, answers and losses by hand; without the right labels, no losses."""
+    outputs = torch.tensor([[0.0, math.log(3.0), 0.0], [math.log(2.0), -math.log(4.0), 0.0]])
+    one, two = scoring.head_answers(outputs, False, [], [(0,), (0,)])
+    assert (one.labels, two.labels, one.correct, two.correct, one.targets) == ((1,), (0,), 0, 1, 1)
+    assert one.probabilities == pytest.approx([0.2, 0.6, 0.2]) and one.nll == pytest.approx(math.log(5.0))
+    one, two = scoring.head_answers(outputs, True, [0.6, 0.7, 0.5], [(), (0, 1)])
+    assert one.probabilities == pytest.approx([0.5, 0.75, 0.5]) and two.probabilities[:2] == pytest.approx([2 / 3, 0.2])
+    assert one.labels == (1, 2) and two.labels == (0, 2)
+    assert one.nll == pytest.approx(math.log(16.0)) and two.nll == pytest.approx(math.log(1.5 * 5.0 * 2.0))
+    assert (one.correct, two.correct, one.targets) == (2, 2, 3)  # a logit above 0 says yes, whatever the threshold
+    for multi_label in (False, True):
+        for answer in scoring.head_answers(outputs, multi_label, [0.5] * 3):
+            assert (answer.nll, answer.correct, answer.targets) == (0.0, 0, 0) and len(answer.probabilities) == 3
+        assert scoring.head_answers(outputs[:0], multi_label, [0.5] * 3, []) == []
+
+
+@pytest.mark.parametrize("way", ["score", "multi", "generate", "head"])
+def test_unlabeled_rows_are_classified_as_labeled_ones(models, way):
+    """By this process alone, without an Accelerator; `predict` gives the same, and the losses."""
+    model, tokenizer = load(models, "llama")
+    net = head_of(models, "llama") if way == "head" else model
+    classifier = Classifier(net, prompt_of(tokenizer, way == "multi"), tokenizer, way == "head", False, [0.02] * 5)
+    rows = [Example(str(i), text, ()) for i, text in enumerate(TEXTS)]
+    gold = [Example(row.id, row.text, (i % 5,)) for i, row in enumerate(rows)]
+    decode, done = "generate" if way == "generate" else "score", []
+    answers = scoring.classify(
+        classifier, rows, device="cpu", batch_size=4, progress=done.append, decode=decode, labeled=False
+    )
+    expected = scoring.predict(classifier, gold, fake_accelerator(), 4, "test", decode)
+    assert sum(done) == 9 and len(done) > 1
+    for answer, other in zip(answers, expected, strict=True):
+        assert (answer.labels, answer.text) == (other.labels, other.text)
+        assert answer.probabilities == pytest.approx(other.probabilities, abs=1e-5)
+        assert answer.targets == 0 and (other.targets > 0) == (way != "generate")
+
+
 @pytest.mark.parametrize("way", ["score", "generate", "head"])
 def test_evaluation_holds_no_tensor_from_batch_to_batch(models, way):
-    """CORRECTNESS 20: after each batch as many numbers are alive as after the first, and answers hold none."""
+    """After each batch as many numbers are alive as after the first, and answers hold none."""
     for family in FAMILIES:
         model, tokenizer = load(models, family)
         prompt = prompt_of(tokenizer)
@@ -340,19 +382,15 @@ def test_evaluation_holds_no_tensor_from_batch_to_batch(models, way):
             alive.append(sum(x.numel() for x in gc.get_objects() if type(x) is torch.Tensor))
 
         options = {"batch_size": 2, "device": "cpu", "progress": after_batch}
+        classifier = Classifier(model, prompt, tokenizer, False, False, [])
         gc.freeze()  # only what is made from here on is looked at
         if way == "score":
-            gold = [(0,)] * 10
-            answers = scoring.score_labels(model, prompt, ids, gold=gold, thresholds=[], pad_id=2, **options)
+            answers = scoring.score_labels(classifier, ids, gold=[(0,)] * 10, **options)
         elif way == "generate":
-            answers = scoring.generate_answers(model, tokenizer, prompt, ids, **options)
+            answers = scoring.generate_answers(classifier, ids, **options)
         else:
-            config = ModelConfig(model=str(models[family]), load_in_4bit=False)
-            config.full_finetuning, config.mixed_precision = False, "no"
-            base, _ = modeling.load_base(config.model, config, labels=LABELS)
-            rows = [(HeadRow(row, 0), True) for row in ids]
-            head = modeling.HeadClassifier(base, False)
-            answers = scoring.score_head(head, rows, encoder=False, thresholds=[], pad_id=2, **options)
+            outputs = scoring.head_outputs(head_of(models, family), ids, 2, **options)
+            answers = scoring.head_answers(outputs, False, [], [(0,)] * 10)
         gc.unfreeze()
         assert len(alive) >= 5 and max(alive) == alive[0], alive
         assert not any(isinstance(value, torch.Tensor) for answer in answers for value in vars(answer).values())
@@ -361,38 +399,20 @@ def test_evaluation_holds_no_tensor_from_batch_to_batch(models, way):
 SHARED = """
 import json, os, sys
 sys.path[:0] = sys.argv[1:3]
-import test_scoring as t
 from pathlib import Path
+from helpers.models import FAMILIES
+from helpers.scoring import predicted
 from accelerate import Accelerator
-from common.metrics import summarise
+from common.measure.metrics import summarize
 
 accelerator = Accelerator(cpu=True)
-models = {family: Path(sys.argv[3]) / family for family in t.FAMILIES}
-found = {f"{family} {rows}": t.predicted(models, family, rows, accelerator) for family in t.FAMILIES for rows in (7, 1)}
+models = {family: Path(sys.argv[3]) / family for family in FAMILIES}
+found = {f"{family} {rows}": predicted(models, family, rows, accelerator) for family in FAMILIES for rows in (7, 1)}
 with open(f"{sys.argv[4]}.{accelerator.process_index}", "w") as file:
     json.dump(found, file)
 accelerator.wait_for_everyone()
 accelerator.end_training()
 """
-
-
-def predicted(models, family: str, rows: int, accelerator) -> dict:
-    """Answers and metrics of the first rows, by scoring with two labels a row, by a head, and by generating."""
-    model, tokenizer = load(models, family)
-    examples = [Example(str(i), text, (i % 5,)) for i, text in enumerate(TEXTS[:rows])]
-    torch.manual_seed(0)
-    base = transformers.AutoModelForSequenceClassification.from_pretrained(models[family], num_labels=5).eval()
-    result = {}
-    for way in ("score", "multi", "generate", "head"):
-        template = HEAD_TEMPLATE if way == "head" else GENERATIVE_TEMPLATE
-        prompt = prompt_of(tokenizer, way == "multi", template=template)
-        net = modeling.HeadClassifier(base, False) if way == "head" else model
-        classifier = scoring.Classifier(net, prompt, tokenizer, way == "head", False, [0.02] * 5)
-        decode = "generate" if way == "generate" else "score"
-        answers = scoring.predict(classifier, examples, accelerator, 2, way, decode)
-        result[way] = [vars(answer) for answer in answers]
-        result[f"{way} metrics"] = summarise(answers, [example.labels for example in examples], LABELS)
-    return json.loads(json.dumps(result))
 
 
 def near(one, other) -> bool:
@@ -405,7 +425,7 @@ def near(one, other) -> bool:
 
 
 def test_two_processes_predict_what_one_does(models, tmp_path):
-    """CORRECTNESS 13: 7 rows (1 row) over 2 processes: every row once, in order, and the same metrics, on both."""
+    """7 rows (1 row) over 2 processes: every row once, in order, and the same metrics, on both."""
     script = tmp_path / "shared.py"
     script.write_text(SHARED)
     folder = models["llama"].parent

@@ -6,12 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import FAMILIES, build_model
+from helpers.models import FAMILIES, build_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common import attention
-from common.collate import AnswerRow, collate_answers
-from common.token_losses import TokenLosses
+from common.model import attention
+from common.model.losses import token_losses
+from common.model.token_losses import TokenLosses
+from common.text.batches import AnswerRow, collate_answers
 
 ROWS, HEADS, SIZE = 3, 6, 8
 
@@ -82,8 +83,9 @@ def test_a_pack_in_bf16_is_its_padded_batch(models, family):
     likely = []
     for shared_prefix in ("off", "on"):
         batch = collate_answers(rows, pad_id=2, shared_prefix=shared_prefix)
-        keep, _ = batch["inputs"].pop("keep"), batch["inputs"].pop("targets")
-        logits = model(**batch["inputs"], use_cache=False).logits.flatten(0, 1)[keep].float()
+        inputs = batch.inputs
+        positions = inputs.pop("positions")
+        logits = model(**inputs, use_cache=False).logits.flatten(0, 1)[positions].float()
         likely.append(logits.softmax(-1))
     assert (likely[0] - likely[1]).abs().max() < 3e-2
 
@@ -161,11 +163,11 @@ def test_the_vocabulary_matrix_is_not_copied_once_a_row(tmp_path):
     build_model(tmp_path, "llama", vocab_size=5000)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).requires_grad_(False)
     model.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_())
-    inputs = collate_answers([(AnswerRow([5] * n, [7, 2]), True) for n in (9, 4, 6)], pad_id=2)["inputs"]
+    batch = collate_answers([(AnswerRow([5] * n, [7, 2]), True) for n in (9, 4, 6)], pad_id=2)
     losses = TokenLosses(model)
     with Copies() as copies:
-        losses(**inputs).sum().backward()
+        token_losses(losses, batch).sum().backward()
     assert copies.largest < 5000 * 32
     with Copies() as copies:
-        model(inputs["input_ids"], use_cache=False, logits_to_keep=3).logits.sum().backward()
+        model(batch.input_ids, use_cache=False, logits_to_keep=3).logits.sum().backward()
     assert copies.largest >= 5000 * 32  # what the test looks for does happen when a number is given

@@ -5,51 +5,26 @@ import shutil
 import subprocess
 import sys
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from accelerate import Accelerator
-from conftest import FAMILIES, ROOT, toy_rows
+from helpers import ROOT
+from helpers.classifiers import LABELS, TEXTS, make, probabilities
+from helpers.models import FAMILIES
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import train_cls
-from common import modeling, storage
-from common.collate import AnswerRow, HeadRow, collate_answers, collate_head
-from common.config import InputError
-from common.loop import make_optimizer
-from common.prompts import GENERATIVE_TEMPLATE, HEAD_TEMPLATE
-from common.scoring import Classifier, score_head, score_labels
-from common.token_losses import TokenLosses
+from common.errors import InputError
+from common.model import base_model, lora, storage
+from common.model.classifier import Classifier
+from common.model.token_losses import TokenLosses
+from common.text.batches import AnswerRow, HeadRow, collate_answers, collate_head
+from common.train.loop import make_optimizer
 
-LABELS = ["sport", "science", "music"]
-TEXTS = [row["text"] for row in toy_rows(2)]
 ENCODERS = ("bert", "distilbert")
-
-
-def make(path: Path, approach: str = "head", **options) -> tuple[Classifier, train_cls.Config]:
-    """A classifier as train_cls.py builds it; fp32 unless options say otherwise."""
-    options = {"mixed_precision": "no", "load_in_4bit": False, "lora_r": 4, **options}
-    config = train_cls.Config(model=str(path), approach=approach, **options)
-    encoder, head = modeling.is_encoder(str(path), config), approach == "head"
-    modeling.resolve_options(config, encoder, config.approach == "head")
-    tokenizer = modeling.load_tokenizer(str(path), config)
-    prompt = modeling.classification_prompt(
-        tokenizer,
-        encoder,
-        labels=LABELS,
-        multi_label=False,
-        template=HEAD_TEMPLATE if head else GENERATIVE_TEMPLATE,
-        max_length=200,
-    )
-    torch.manual_seed(0)
-    model, missing = modeling.load_base(str(path), config, labels=LABELS if head else None, device="cpu")
-    if not config.full_finetuning:
-        model = modeling.add_lora(model, config, missing, head)
-    model = modeling.HeadClassifier(model, encoder) if head else model
-    return Classifier(model, prompt, tokenizer, head, encoder, [0.5, 0.25, 0.75]), config
 
 
 def step(classifier: Classifier, config: train_cls.Config, updates: int = 2) -> None:
@@ -73,18 +48,6 @@ def step(classifier: Classifier, config: train_cls.Config, updates: int = 2) -> 
     assert loss.isfinite()
 
 
-def probabilities(classifier: Classifier) -> list[list[float]]:
-    prompt = classifier.prompt
-    options = {"thresholds": [0.5] * 3, "batch_size": 3, "pad_id": classifier.tokenizer.pad_token_id, "device": "cpu"}
-    ids = [prompt.prompt(text).ids for text in TEXTS]
-    if classifier.head:
-        rows = [(HeadRow(row, 0), True) for row in ids]
-        answers = score_head(classifier.model, rows, encoder=classifier.encoder, **options)
-    else:
-        answers = score_labels(classifier.model, prompt, ids, **options)
-    return [answer.probabilities for answer in answers]
-
-
 def named(model: nn.Module, part: str) -> dict[str, torch.Tensor]:
     return {name: p for name, p in model.named_parameters() if part in name}
 
@@ -93,19 +56,22 @@ FRESH = """
 import json, sys
 sys.path[:0] = sys.argv[1:3]
 import torch
-import test_modeling as t
 from pathlib import Path
-from common import modeling, storage
+from helpers.classifiers import probabilities
+from common.model import base_model
+from common.model import classifier
+from common.model import lora
+from common.model import storage
 
 torch.manual_seed(12345)
 torch.set_num_threads(int(sys.argv[4]))
-found = {p.name: t.probabilities(storage.load_classifier(p, "cpu")) for p in sorted(Path(sys.argv[3]).iterdir())}
+found = {p.name: probabilities(storage.load_classifier(p, "cpu")) for p in sorted(Path(sys.argv[3]).iterdir())}
 print("FOUND" + json.dumps(found))
 """
 
 
 def test_fresh_process_gives_the_same_answers(models, encoders, tmp_path):
-    """CORRECTNESS 15: heads, generative adapters, encoders and full fine-tuning, reloaded with another seed."""
+    """Heads, generative adapters, encoders and full fine-tuning, reloaded with another seed."""
     cases = {f"{family}-{approach}-nf4": (models[family], approach, {"load_in_4bit": True})
              for family in FAMILIES for approach in ("head", "generative")}  # fmt: skip
     cases |= {f"{family}-head": (encoders[family], "head", {}) for family in ENCODERS}
@@ -133,7 +99,7 @@ def test_fresh_process_gives_the_same_answers(models, encoders, tmp_path):
 
 @pytest.mark.parametrize("family", [*FAMILIES, *ENCODERS])
 def test_adapter_without_its_head_is_refused(models, encoders, family, tmp_path):
-    """CORRECTNESS 15: by reloading, and by resuming; the same where a single weight of it is missing."""
+    """By reloading, and by resuming; the same where a single weight of it is missing."""
     classifier, config = make({**models, **encoders}[family])
     storage.save_classifier(tmp_path / "whole", classifier, config)
     weights = load_file(tmp_path / "whole" / "adapter_model.safetensors")
@@ -150,7 +116,7 @@ def test_adapter_without_its_head_is_refused(models, encoders, family, tmp_path)
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_labels_prompt_and_thresholds_are_saved_beside_the_weights(models, family, tmp_path):
-    """CORRECTNESS 15, 18: and a task.json whose labels were reordered no longer loads."""
+    """And a task.json whose labels were reordered no longer loads."""
     classifier, config = make(models[family])
     storage.save_classifier(tmp_path / "adapter", classifier, config)
     task = json.loads((tmp_path / "adapter" / "task.json").read_text())
@@ -169,7 +135,7 @@ def test_labels_prompt_and_thresholds_are_saved_beside_the_weights(models, famil
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_head_stays_a_float_linear_under_nf4(models, family, precision):
-    """CORRECTNESS 16: trained, beside base layers that are 4-bit and frozen."""
+    """Trained, beside base layers that are 4-bit and frozen."""
     classifier, _ = make(models[family], load_in_4bit=True, mixed_precision=precision)
     base = classifier.model.model.get_base_model()
     score = base.score.modules_to_save["default"]
@@ -182,7 +148,7 @@ def test_head_stays_a_float_linear_under_nf4(models, family, precision):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_head_on_a_stored_quantised_model_stops_with_a_reason(models, family, tmp_path):
-    """CORRECTNESS 16: its own settings would quantise the head as well."""
+    """Its own settings would quantise the head as well."""
     shutil.copytree(models[family], tmp_path / "stored")
     file = tmp_path / "stored" / "config.json"
     settings = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
@@ -193,7 +159,7 @@ def test_head_on_a_stored_quantised_model_stops_with_a_reason(models, family, tm
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_head_reads_the_last_token_whatever_the_padding(models, family):
-    """CORRECTNESS 17: alone, in a batch, padded with the end token, texts that end with one or two of those."""
+    """Alone, in a batch, padded with the end token, texts that end with one or two of those."""
     classifier, config = make(models[family])
     step(classifier, config)
     base = classifier.model.model.get_base_model()
@@ -214,7 +180,7 @@ def test_head_reads_the_last_token_whatever_the_padding(models, family):
 
 @pytest.mark.parametrize("family", ENCODERS)
 def test_encoder_reads_the_same_text_whatever_the_padding(encoders, family):
-    """CORRECTNESS 17 for the control models: positions count from the left."""
+    """The control models, alone and in a padded batch: positions count from the left."""
     classifier, config = make(encoders[family])
     step(classifier, config)
     rows = [(HeadRow(classifier.prompt.prompt(text).ids, 0), True) for text in TEXTS]
@@ -284,11 +250,11 @@ def test_full_finetuning_trains_and_reloads_every_weight(models, family, approac
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_census_counts_what_is_packed_in_4_bit(models, family):
-    """CORRECTNESS 30: as many weights as unquantised, each under its dtype."""
+    """As many weights as unquantised, each under its dtype."""
     counts = {}
     for bits in (True, False):
         model = make(models[family], load_in_4bit=bits)[0].model
-        counts[bits] = census = modeling.census(model)
+        counts[bits] = census = base_model.census(model)
         assert census["trainable"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert counts[True]["total"] == counts[False]["total"] == sum(p.numel() for p in model.parameters())
     groups = {(entry["group"], entry["dtype"]): entry["parameters"] for entry in counts[True]["groups"]}
@@ -301,9 +267,9 @@ def test_census_counts_what_is_packed_in_4_bit(models, family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_quantised_weights_are_loaded_where_they_stay(models, family, monkeypatch):
-    """CORRECTNESS 21: onto the device of the process that asks, whole, and nothing moves them afterwards."""
+    """Onto the device of the process that asks, whole, and nothing moves them afterwards."""
     config = train_cls.Config(model=str(models[family]), mixed_precision="no")
-    modeling.resolve_options(config, encoder=False)
+    base_model.resolve_options(config, encoder=False)
     asked = []
 
     def record(path: str, **options) -> None:
@@ -312,11 +278,11 @@ def test_quantised_weights_are_loaded_where_they_stay(models, family, monkeypatc
 
     with monkeypatch.context() as patch, pytest.raises(InputError):
         patch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", record)
-        modeling.load_base(config.model, config, device=torch.device("cuda", 1))
+        base_model.load_base(config.model, config, device=torch.device("cuda", 1))
     assert asked == [{"": torch.device("cuda", 1)}]
-    model, missing = modeling.load_base(config.model, config, device="cpu")
+    model, missing = base_model.load_base(config.model, config, device="cpu")
     packed = {name: p.data_ptr() for name, p in model.named_parameters() if hasattr(p, "quant_state")}
-    model = modeling.add_lora(model, config, missing, head=False)
+    model = lora.add_lora(model, config, missing, head=False)
     placement = [not config.load_in_4bit, True]  # as the scripts have it
     model, _ = Accelerator(cpu=True).prepare(model, make_optimizer(model, config), device_placement=placement)
     after = {p.data_ptr() for p in model.parameters() if hasattr(p, "quant_state")}
@@ -328,7 +294,7 @@ def test_a_look_at_the_base_leaves_frozen_adapters_frozen(models):
     model = make(models["llama"], approach="generative")[0].model
     model.get_decoder().layers[0].requires_grad_(False)
     before = {name: p.requires_grad for name, p in model.named_parameters()}
-    with modeling.without_adapter(model):
+    with lora.without_adapter(model):
         pass
     assert {name: p.requires_grad for name, p in model.named_parameters()} == before and len(set(before.values())) == 2
 
@@ -392,7 +358,7 @@ def test_task_file_keeps_every_model_option(models, tmp_path):
         )
         storage.save_classifier(tmp_path / family, classifier, config)
         options = json.loads((tmp_path / family / "task.json").read_text())["model_options"]
-        assert options == {item.name: getattr(config, item.name) for item in fields(modeling.ModelConfig)}
+        assert options == {item.name: getattr(config, item.name) for item in fields(base_model.ModelConfig)}
         again = storage.load_classifier(tmp_path / family).model.model.get_base_model()
         assert again.model.layers[0].mlp.up_proj.base_layer.weight.quant_type == "fp4"
 

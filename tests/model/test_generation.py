@@ -7,16 +7,17 @@ import threading
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES
+from helpers.models import FAMILIES
+from helpers.templates import FAMILIES as TEMPLATES
+from helpers.templates import FOLDER, build
 from peft import LoraConfig, get_peft_model
-from test_chat import FAMILIES as TEMPLATES
-from test_chat import FOLDER, build
 
-from common import generation, modeling
-from common.chat import ChatTemplate, choose_template
-from common.config import InputError, Sampling, check_sampling
-from common.conversations import Conversation
-from common.generation import Ending, answer_prompts, generation_settings, prompt_room, stream
+from common.data.conversations import Conversation
+from common.errors import InputError
+from common.model import base_model, generation, lora
+from common.model.generation import StopRule, answer_prompts, generation_settings, prompt_room, stream
+from common.options import Sampling, check
+from common.text.chat import ChatTemplate, choose_template
 
 QUESTIONS = ["goal", "atom laser quark?", "violin " * 9, "team coach league striker " * 3, "a", "tempo 12", "x " * 30,
              "genome and stadium", "sonata number 7 is what"]  # fmt: skip
@@ -43,8 +44,8 @@ def prompts_of(template: ChatTemplate) -> list[list[int]]:
 
 
 @contextlib.contextmanager
-def saying(model, scripts: list[list[int]]):
-    """The model says these ids, a script a row of the batch, and then the first id of the vocabulary; counts steps."""
+def writing(model, scripts: list[list[int]]):
+    """The model writes these ids, a script per row of the batch, then the vocabulary's first id; counts steps."""
     head, steps = model.get_output_embeddings(), []
 
     def forced(module, inputs, output):
@@ -64,7 +65,7 @@ def saying(model, scripts: list[list[int]]):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("penalty", [None, 1.4])
 def test_greedy_answers_do_not_depend_on_the_batch(loaded, family, penalty):
-    """CORRECTNESS 24, in fp32: batches of 8 and 3 == one by one == streamed == transformers' generate, pad == eos."""
+    """In fp32: batches of 8 and 3 == one by one == streamed == transformers' generate, pad == eos."""
     model, tokenizer, template = loaded[family]
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     prompts, side = prompts_of(template), tokenizer.padding_side
@@ -86,7 +87,7 @@ def test_greedy_answers_do_not_depend_on_the_batch(loaded, family, penalty):
 
 
 def test_padding_does_not_count_as_repetition(loaded):
-    """Here the end token is the likeliest unless it is penalised, and stands in no prompt but as padding."""
+    """Here the end token is the likeliest unless it is penalized, and is in no prompt but as padding."""
     model, tokenizer, template = loaded["llama"]
     end = tokenizer.eos_token_id
 
@@ -103,12 +104,12 @@ def test_padding_does_not_count_as_repetition(loaded):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_answers_while_training_with_checkpointing_are_those_of_afterwards(loaded, models, family):
-    """CORRECTNESS 23: training mode and gradient checkpointing would change the text without a word."""
+    """Training mode and gradient checkpointing would change the text without a word."""
     _, tokenizer, template = loaded[family]
     model = transformers.AutoModelForCausalLM.from_pretrained(models[family], dtype=torch.float32)
     torch.manual_seed(0)
-    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
-    model = get_peft_model(model, lora)
+    adapter = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    model = get_peft_model(model, adapter)
     prompts = prompts_of(template)
     expected = answer_prompts(model.eval(), tokenizer, template, prompts, GREEDY, 4, "cpu")
     model.gradient_checkpointing_enable()
@@ -121,21 +122,21 @@ def test_answers_while_training_with_checkpointing_are_those_of_afterwards(loade
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("quantised", [False, True], ids=["bf16", "nf4"])
-def test_a_bf16_base_with_an_adapter_answers_without_an_autocast_around(models, loaded, family, quantised):
-    """Its adapter's fp32 weights need one (modeling.leave_casts_to_autocast); also in the thread that streams."""
+@pytest.mark.parametrize("quantized", [False, True], ids=["bf16", "nf4"])
+def test_a_bf16_base_with_an_adapter_answers_without_an_autocast_around(models, loaded, family, quantized):
+    """Its adapter's fp32 weights need one (lora.leave_casts_to_autocast); also in the thread that streams."""
     from dataclasses import dataclass
 
     @dataclass
-    class Options(modeling.ModelConfig):
+    class Options(base_model.ModelConfig):
         mixed_precision: str = "bf16"
         full_finetuning: bool = False
 
     _, tokenizer, template = loaded[family]
-    options = Options(load_in_4bit=quantised, bnb_4bit_compute_dtype="bfloat16")
-    model, _ = modeling.load_base(str(models[family]), options)
-    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
-    model = modeling.leave_casts_to_autocast(get_peft_model(model, lora))
+    options = Options(load_in_4bit=quantized, bnb_4bit_compute_dtype="bfloat16")
+    model, _ = base_model.load_base(str(models[family]), options)
+    adapter = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    model = lora.leave_casts_to_autocast(get_peft_model(model, adapter))
     prompts = prompts_of(template)[:3]
     free = answer_prompts(model, tokenizer, template, prompts, GREEDY, 1, "cpu")
     with torch.autocast("cpu", torch.bfloat16):
@@ -149,26 +150,26 @@ def test_a_turn_begins_with_a_special_token(name):
     """An answer ends at its end token or eos, and at the token that begins any turn; by no text."""
     tokenizer = build("bytes", name)
     template = ChatTemplate(tokenizer, (FOLDER / f"{name}.jinja").read_text(), name)
-    ending = Ending(tokenizer, template)
-    assert set(ending.stop_ids) == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(TEMPLATES[name][2])}
+    stop_rule = StopRule(tokenizer, template)
+    assert set(stop_rule.stop_ids) == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(TEMPLATES[name][2])}
     begins = {"llama3": "<|start_header_id|>", "gemma": "<start_of_turn>"}.get(name, "<|im_start|>")
     if name == "mistral":  # [INST] is text in this one
-        assert ending.turn_texts == ["[INST]", "[/INST]"] and not ending.turn_ids
+        assert stop_rule.turn_texts == ["[INST]", "[/INST]"] and not stop_rule.turn_ids
     else:
-        assert set(ending.turn_ids) == {tokenizer.convert_tokens_to_ids(begins)} and not ending.turn_texts
+        assert set(stop_rule.turn_ids) == {tokenizer.convert_tokens_to_ids(begins)} and not stop_rule.turn_texts
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_what_the_template_writes_in_front_of_an_answer_is_no_part_of_it(name):
-    """Qwen3's asks without the empty thinking that stands in front of every answer it renders, so models write it."""
+def test_what_the_template_writes_before_an_answer_is_no_part_of_it(name):
+    """Qwen3's prompt lacks the empty thinking that it renders before every answer, so models write it."""
     tokenizer = build("bytes", name)
     template = ChatTemplate(tokenizer, (FOLDER / f"{name}.jinja").read_text(), name)
-    assert template.lead == ("<think>\n\n</think>" if name == "qwen3" else "")
-    ending = Ending(tokenizer, template)
+    assert template.answer_prefix == ("<think>\n\n</think>" if name == "qwen3" else "")
+    stop_rule = StopRule(tokenizer, template)
     row = template.rows(Conversation("0", [*ask("Hi"), {"role": "assistant", "content": "Hello"}]), 99)[0]
     answer = [token for token, on in zip(row.ids, row.mask, strict=True) if on]
-    assert ending.text(answer) == "Hello"
-    shown = [ending.text(answer[:n], ended=False) for n in range(1, len(answer))]
+    assert stop_rule.text(answer) == "Hello"
+    shown = [stop_rule.text(answer[:n], ended=False) for n in range(1, len(answer))]
     assert all("Hello".startswith(text) for text in shown) and shown == sorted(shown, key=len)
 
 
@@ -179,12 +180,12 @@ def test_the_models_own_end_tokens_end_an_answer(loaded, monkeypatch):
     assert other not in template.stop_ids
     monkeypatch.setattr(model.generation_config, "eos_token_id", [tokenizer.eos_token_id, other])
     script = [*tokenizer("team coach", add_special_tokens=False)["input_ids"], other, other + 1]
-    with saying(model, [script]):
+    with writing(model, [script]):
         answer = answer_prompts(model, tokenizer, template, prompts_of(template)[:1], GREEDY, 1, "cpu")[0]
     assert answer.stopped and answer.ids == script[:-1] and "team coach" in answer.text
 
 
-CASES = [  # template, what the model says, what is shown
+CASES = [  # template, what the model writes, what is shown
     ("plain", "striker\nUser: and then?\nAssistant: coach", "striker"),
     ("plain", "User: what is", ""),
     ("plain", " Assistant: goal", ""),
@@ -200,9 +201,9 @@ CASES = [  # template, what the model says, what is shown
 
 
 @pytest.mark.parametrize(("name", "said", "shown"), CASES)
-@pytest.mark.parametrize("ends", [False, True], ids=["goes on", "ends"])
+@pytest.mark.parametrize("ends", [False, True], ids=["continues", "ends"])
 def test_invented_turns_never_show(loaded, name, said, shown, ends):
-    """Nor any beginning of one while it streams, nor half a character; beside a row that goes on (pad == eos)."""
+    """Nor any beginning of one while it streams, nor half a character; beside a row that continues (pad == eos)."""
     model, tokenizer, _ = loaded["llama"]
     template = choose_template(tokenizer, name)
     script = tokenizer(said, add_special_tokens=False)["input_ids"]
@@ -211,11 +212,11 @@ def test_invented_turns_never_show(loaded, name, said, shown, ends):
     prompts = prompts_of(template)[:2]
     settings = Sampling(do_sample=False, max_new_tokens=len(script))
     longer = tokenizer("goal team coach " * 40, add_special_tokens=False)["input_ids"]
-    with saying(model, [longer, script]):  # the longest prompt is the first row
+    with writing(model, [longer, script]):  # the longest prompt is the first row
         other, answer = answer_prompts(model, tokenizer, template, prompts[::-1], settings, 2, "cpu")
     assert (answer.text, answer.stopped) == (shown, whole and ends)
     assert other.text.startswith("goal team coach") and not other.stopped
-    with saying(model, [script]):
+    with writing(model, [script]):
         pieces = list(stream(model, tokenizer, template, prompts[0], settings, "cpu"))
     assert "".join(pieces) == shown and all(pieces)
     grown = ["".join(pieces[:n]) for n in range(len(pieces))]
@@ -226,8 +227,8 @@ def test_invented_turns_never_show(loaded, name, said, shown, ends):
 def test_what_streams_is_never_taken_back(loaded, name, monkeypatch):
     """Random texts around the beginnings of turns, a character a token: every state is the start of the next one."""
     _, tokenizer, _ = loaded["llama"]
-    ending = Ending(tokenizer, choose_template(tokenizer, name))
-    monkeypatch.setattr(ending, "_decode", lambda ids: "".join(map(chr, ids)))
+    stop_rule = StopRule(tokenizer, choose_template(tokenizer, name))
+    monkeypatch.setattr(stop_rule, "_decode", lambda ids: "".join(map(chr, ids)))
     parts = [
         "\n",
         "\n",
@@ -247,17 +248,17 @@ def test_what_streams_is_never_taken_back(loaded, name, monkeypatch):
     for _ in range(2000):
         text = "".join(draw.choices(parts, k=draw.randrange(1, 12)))
         ids = [ord(character) for character in text]
-        until = next((n for n in range(1, len(ids) + 1) if ending.in_turn(ids[:n])), len(ids))
-        final, said = ending.text(ids[:until]), ""
+        until = next((n for n in range(1, len(ids) + 1) if stop_rule.begins_turn(ids[:n])), len(ids))
+        final, said = stop_rule.text(ids[:until]), ""
         for n in range(1, until):
-            shown = ending.text(ids[:n], ended=False)
+            shown = stop_rule.text(ids[:n], ended=False)
             assert shown.startswith(said) or len(shown) < len(said) and said.startswith(shown)
             said = max(said, shown, key=len)
             assert final.startswith(said), (text, said, final)
-        assert ending.text(ids) == final  # what follows a turn's beginning does not matter
-        assert not any(line.strip().startswith(turn[1:]) for line in final.split("\n") for turn in ending.turn_texts)
-        assert ending.in_turn(ids[:until]) == (ending._cut(text) is not None)
-        cut += ending.in_turn(ids[:until])
+        assert stop_rule.text(ids) == final  # what follows a turn's beginning does not matter
+        assert not any(line.strip().startswith(turn[1:]) for line in final.split("\n") for turn in stop_rule.turn_texts)
+        assert stop_rule.begins_turn(ids[:until]) == (stop_rule._turn_start(text) is not None)
+        cut += stop_rule.begins_turn(ids[:until])
     assert 50 < cut < 1000
 
 
@@ -265,14 +266,14 @@ def test_running_text_keeps_its_blanks(loaded):
     """Without a template, nothing is cut or stripped, and only the end token ends the text."""
     model, tokenizer, _ = loaded["qwen"]
     script = tokenizer(" goal\nUser: team \n", add_special_tokens=False)["input_ids"]
-    with saying(model, [[*script, tokenizer.eos_token_id]]):
+    with writing(model, [[*script, tokenizer.eos_token_id]]):
         (answer,) = answer_prompts(model, tokenizer, None, [[5, 6]], GREEDY, 1, "cpu")
     assert (answer.text, answer.stopped) == (" goal\nUser: team \n", True)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_answer_fits_into_the_models_positions(loaded, family):
-    """Near their end a row goes alone, so that its neighbours do not change it; behind it there is an error."""
+    """Near their end a row goes alone, so that its neighbors do not change it; beyond it there is an error."""
     model, tokenizer, template = loaded[family]
     long, short = [5] * 506, prompts_of(template)[0]
     found = answer_prompts(model, tokenizer, template, [short, long], GREEDY, 8, "cpu")
@@ -287,15 +288,15 @@ def test_an_answer_fits_into_the_models_positions(loaded, family):
 
 
 def test_settings_are_the_models_own_unless_given(loaded):
-    """A setting of a draw asks for drawing; do_sample false and temperature 0 take the likeliest token."""
+    """Any setting of sampling turns it on; do_sample false and temperature 0 take the likeliest token."""
     model, tokenizer, template = loaded["llama"]
-    ending = Ending(tokenizer, template)
+    stop_rule = StopRule(tokenizer, template)
 
     def settings(**given):
-        return generation_settings(model, Sampling(**given), ending, 2)
+        return generation_settings(model, Sampling(**given), stop_rule, 2)
 
     plain = settings()
-    assert (plain.do_sample, plain.max_new_tokens, plain.eos_token_id) == (False, 256, ending.ids)
+    assert (plain.do_sample, plain.max_new_tokens, plain.eos_token_id) == (False, 256, stop_rule.ids)
     assert settings(top_p=0.9).do_sample and settings(temperature=0.5).temperature == 0.5
     assert not settings(temperature=0.0).do_sample
     own = model.generation_config
@@ -313,27 +314,27 @@ def test_settings_are_the_models_own_unless_given(loaded):
     for given in ({"do_sample": False, "top_p": 0.5}, {"do_sample": False, "temperature": 0.5},
                   {"do_sample": True, "temperature": 0.0}):  # fmt: skip
         with pytest.raises(InputError, match="--do_sample"):
-            check_sampling(Sampling(**given))
-    check_sampling(Sampling(do_sample=False, temperature=0.0))
+            check(Sampling(**given))
+    check(Sampling(do_sample=False, temperature=0.0))
 
 
-def test_draws_follow_the_seed(loaded):
+def test_samples_follow_the_seed(loaded):
     model, tokenizer, template = loaded["mistral"]
     prompts = prompts_of(template)
 
-    def drawn(seed):
+    def sampled(seed):
         settings = Sampling(temperature=1.5, top_p=0.95, top_k=0, max_new_tokens=8, seed=seed)
         return [answer.ids for answer in answer_prompts(model, tokenizer, template, prompts, settings, 8, "cpu")]
 
-    assert drawn(1) == drawn(1) != drawn(2)
+    assert sampled(1) == sampled(1) != sampled(2)
 
 
-def test_a_stream_can_be_closed_and_hands_on_errors(loaded, monkeypatch):
+def test_a_stream_can_be_closed_and_passes_errors_on(loaded, monkeypatch):
     """Closed, it ends its thread at the next token; an error in the thread is one for who reads."""
     model, tokenizer, template = loaded["gemma"]
     before = threading.active_count()
     words = tokenizer("goal team coach " * 200, add_special_tokens=False)["input_ids"]
-    with saying(model, [words]) as steps:
+    with writing(model, [words]) as steps:
         pieces = stream(model, tokenizer, template, [5, 6, 7], Sampling(max_new_tokens=400), "cpu")
         assert next(pieces) and next(pieces)
         pieces.close()

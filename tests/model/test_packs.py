@@ -7,60 +7,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, build_encoder, build_model, toy_options, toy_rows, write_csv
-from runs import (
-    fresh_accelerator,  # noqa: F401
-    log_lines,
-    train,
-)
+from helpers.models import FAMILIES, build_encoder, build_model
+from helpers.packs import LENGTH, PRECISIONS, Options, assert_same, make
+from helpers.rows import toy_options, toy_rows, write_csv
+from helpers.runs import log_lines, train
 
-import train_cls
-from common import attention, collate, modeling
-from common.collate import AnswerRow, HeadRow, collate_rows, common_prefix, pays
-from common.config import InputError
-from common.token_losses import TokenLosses
+from common.errors import InputError
+from common.model import attention, base_model
+from common.model.losses import target_logits
+from common.text import batches
+from common.text.batches import AnswerRow, HeadRow, Layout, collate_rows, common_prefix, pays
 
-LENGTH = 120
 PREFIX = list(range(5, 42))
-
-
-@dataclasses.dataclass
-class Options:
-    model: str = "tiny"
-    revision: str | None = None
-    trust_remote_code: bool = False
-    load_in_4bit: bool = False
-    load_in_8bit: bool = False
-    bnb_4bit_quant_type: str = "nf4"
-    bnb_4bit_use_double_quant: bool = True
-    bnb_4bit_compute_dtype: str = "float32"
-    attn_implementation: str | None = None
-    mixed_precision: str = "no"
-    full_finetuning: bool = False
-    lora_r: int = 4
-    lora_alpha: int = 8
-    lora_dropout: float = 0.0
-    target_modules: tuple = ("all-linear",)
-    use_rslora: bool = False
-    use_dora: bool = False
-    init_lora_weights: str = "true"
-    shared_prefix: str = "auto"
-    max_length: int = LENGTH
-
-
-def make(path, head: str | None = None, checkpointing: bool = False, **options) -> torch.nn.Module:
-    """A model with an adapter whose B is not zero: with zeros, a wrong gradient of A would go unseen."""
-    config = Options(target_modules=["all-linear"], **options)
-    labels = ["a", "b", "c"] if head else None
-    torch.manual_seed(0)
-    model, missing = modeling.load_base(str(path), config, labels=labels, multi_label=head == "multi", device="cpu")
-    model = modeling.add_lora(model, config, missing, bool(head))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.1)
-    if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return (modeling.HeadClassifier(model, False) if head else TokenLosses(model)).train()
 
 
 def rows_of(count: int, kind: str) -> list:
@@ -76,28 +34,6 @@ def rows_of(count: int, kind: str) -> list:
         else:
             rows.append(HeadRow(prompt, i % 3 if kind == "single" else [float(i % 2), 0.0, 1.0], weight))
     return rows
-
-
-def measure(model: torch.nn.Module, rows: list, shared_prefix: str) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss per target, and the gradient of every trained weight."""
-    numbers = [(i, i != 2) for i in range(len(rows))]  # row 2 is a filler that must not count
-    batch = collate_rows(rows, numbers, pad_id=2, shared_prefix=shared_prefix)
-    assert (batch["inputs"]["attention_mask"].ndim == 4) == (shared_prefix == "on" and len(rows) > 1)
-    loss = train_cls.loss_of(model, batch) / batch["weights"].sum()
-    loss.backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return loss.item(), gradients
-
-
-def assert_same(model: torch.nn.Module, rows: list) -> None:
-    loss, gradients = measure(model, rows, "on")
-    expected, wanted = measure(model, rows, "off")
-    assert loss == pytest.approx(expected, rel=1e-5)
-    assert gradients.keys() == wanted.keys() and any("lora_A" in name for name in wanted)
-    for name, gradient in wanted.items():
-        assert gradient.norm() > 0
-        assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 33])
@@ -130,11 +66,10 @@ def test_a_row_sees_the_prefix_and_itself(models, family):
             prompt = list(rows[changed][0].prompt)
             prompt[-1] = 599 if prompt[-1] != 599 else 598
             some[changed] = (dataclasses.replace(rows[changed][0], prompt=prompt), True)
-        batch = collate.collate_answers(some, pad_id=2, shared_prefix="on")
-        keep, _ = batch["inputs"].pop("keep"), batch["inputs"].pop("targets")
+        batch = batches.collate_answers(some, pad_id=2, shared_prefix="on")
         with torch.no_grad():
-            found = model.model(**batch["inputs"]).logits[0, keep]
-        return [found[batch["rows"] == i] for i in range(len(some))]
+            found = target_logits(model, batch)
+        return [found[batch.rows == i] for i in range(len(some))]
 
     before = logits()
     for changed in range(len(rows)):
@@ -155,18 +90,18 @@ def test_auto_packs_where_it_saves_work():
     rows = [AnswerRow([*range(10, 60), i], [2]) for i in range(4)]
     shapes = {}
     for choice in ("auto", "off"):
-        batch = collate_rows(rows, [(i, True) for i in range(4)], pad_id=2, shared_prefix=choice)
-        shapes[choice] = tuple(batch["inputs"]["input_ids"].shape)
+        batch = collate_rows([(row, True) for row in rows], pad_id=2, shared_prefix=choice)
+        shapes[choice] = tuple(batch.input_ids.shape)
     assert shapes == {"auto": (1, 50 + 4 * 2), "off": (4, 52)}
     prompts, lengths = [row.prompt for row in rows], [row.length for row in rows]
-    assert "same 50 tokens of about 52, computed once" in collate.describe_prefix(prompts, lengths, 4, "auto")
-    assert "computed in every row" in collate.describe_prefix(prompts, lengths, 4, "off")
-    assert "computed in every row" in collate.describe_prefix(prompts, lengths, 1, "on")
+    assert "same 50 tokens of about 52, computed once" in batches.describe_prefix(prompts, lengths, 4, "auto")
+    assert "computed in every row" in batches.describe_prefix(prompts, lengths, 4, "off")
+    assert "computed in every row" in batches.describe_prefix(prompts, lengths, 1, "on")
 
 
 def resolved(path, encoder: bool = False, **options) -> str:
     config = Options(**options)
-    model, _ = modeling.load_base(str(path), config, labels=["a", "b"] if encoder else None, device="cpu")
+    model, _ = base_model.load_base(str(path), config, labels=["a", "b"] if encoder else None, device="cpu")
     return attention.resolve_shared_prefix(model, config, encoder)
 
 
@@ -187,10 +122,6 @@ def test_packs_are_off_where_they_would_not_be_the_same_training(models, tmp_pat
     assert resolved(build_model(tmp_path / "long", "mistral", sliding_window=LENGTH)) == "auto"
 
 
-PRECISIONS = [{}, {"mixed_precision": "bf16"}, {"load_in_8bit": True, "mixed_precision": "bf16"},
-              {"load_in_4bit": True, "mixed_precision": "bf16", "bnb_4bit_compute_dtype": "bfloat16"}]  # fmt: skip
-
-
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_trial_tells_rounding_from_a_mask_that_is_ignored(models, family, precision):
@@ -198,7 +129,7 @@ def test_a_trial_tells_rounding_from_a_mask_that_is_ignored(models, family, prec
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    model, _ = modeling.load_base(str(models[family]), Options(**precision), device="cpu")
+    model, _ = base_model.load_base(str(models[family]), Options(**precision), device="cpu")
     assert torch.rand(1) == expected and model.config._attn_implementation == attention.NAME
     assert attention.resolve_shared_prefix(model, Options(), False) == "auto"
     body, deaf = model.base_model, model.base_model.forward
@@ -219,14 +150,16 @@ def odd(kind: str, **changes) -> torch.nn.Module:
 
 
 def test_models_that_no_list_names_take_no_packs(tmp_path):
-    """Doge makes a mask of its own from ours; the loss of a router reads the mask; a state runs through all rows."""
+    """Doge makes its own mask from ours; the loss of a router reads the mask; a state runs through all rows; Nemotron
+    drops the layout."""
     odd("DogeConfig").save_pretrained(tmp_path)
     assert resolved(tmp_path) == "off"
     with pytest.raises(InputError, match="tiny cannot take packs, because a trial of two rows in a pack failed"):
         resolved(tmp_path, shared_prefix="on")
     experts = {"num_local_experts": 2, "num_experts_per_tok": 1}
     assert attention.takes_packs(odd("MixtralConfig", **experts), LENGTH)
-    refused = odd("MixtralConfig", **experts, output_router_logits=True), odd("Qwen3_5TextConfig"), odd("DogeConfig")
+    refused = [odd("MixtralConfig", **experts, output_router_logits=True)]
+    refused += [odd(kind) for kind in ("Qwen3_5TextConfig", "DogeConfig", "NemotronConfig")]
     assert not any(attention.takes_packs(model, LENGTH) for model in refused)
 
 
@@ -250,7 +183,7 @@ def test_no_cached_prefix_where_positions_change_with_the_length(kind):
 
 def test_a_model_with_dropout_of_its_own_is_not_packed_unasked(models):
     config = Options()
-    model, _ = modeling.load_base(str(models["llama"]), config, device="cpu")
+    model, _ = base_model.load_base(str(models["llama"]), config, device="cpu")
     model.add_module("dropout", torch.nn.Dropout(0.1))
     assert attention.resolve_shared_prefix(model, config, False) == "off"
     config.shared_prefix = "on"
@@ -281,15 +214,28 @@ def test_a_run_is_the_same_with_and_without(models, tmp_path):
     assert metrics["on"] == pytest.approx(metrics["off"], rel=1e-5)
 
 
-def test_transformers_hands_a_pack_s_mask_through(models):
-    """What packs rest on: a four-dimensional mask reaches every layer as it is."""
+def test_transformers_hands_mask_and_layout_through(models):
+    """What packs rest on: both reach every layer as they are."""
     seen = []
     model = transformers.AutoModelForCausalLM.from_pretrained(models["qwen"])
     attention.use(model)
     for layer in model.model.layers:
         layer.register_forward_pre_hook(
-            lambda module, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
+            lambda module, args, kwargs: seen.append((kwargs["attention_mask"], kwargs["layout"])), with_kwargs=True
         )
-    inputs = collate.pack([row.prompt for row in rows_of(3, "answer")], len(PREFIX), pad_id=2)
+    inputs = batches.pack([row.prompt for row in rows_of(3, "answer")], len(PREFIX), pad_id=2)
     model(**inputs)
-    assert len(seen) == 2 and all(mask is inputs["attention_mask"] for mask in seen)
+    assert len(seen) == 2 and all(mask is inputs["attention_mask"] for mask, _ in seen)
+    assert all(layout is inputs["layout"] for _, layout in seen)
+
+
+def test_the_worked_example_of_the_docstring():
+    """`A B C D E` and `A B C F` in one sequence, and what each token sees."""
+    example = batches.pack([[1, 2, 3, 4, 5], [1, 2, 3, 6]], 3, pad_id=0)
+    assert example["input_ids"].tolist() == [[1, 2, 3, 4, 5, 0, 6]]
+    assert example["position_ids"].tolist() == [[0, 1, 2, 3, 4, 3, 3]]
+    assert example["attention_mask"].int().tolist() == [
+        [[[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]],
+        [[[1, 1, 1, 0, 0], [1, 1, 1, 0, 1]]],
+    ]
+    assert example["layout"] == Layout(rows=2, prefix=3)

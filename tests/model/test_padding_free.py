@@ -7,18 +7,20 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FAMILIES, build_model
-from runs import assert_same_updates, fresh_accelerator  # noqa: F401
-from test_packs import LENGTH, make
-from test_train_sft import OWN, files, train  # noqa: F401
+from helpers.models import FAMILIES, build_model
+from helpers.packs import LENGTH, make
+from helpers.runs import CHAT, assert_same_updates, quick
+from helpers.runs import train_chat as train
 from torch.utils.flop_counter import FlopCounterMode
-from trained import quick
 
 import train_sft
-from common import attention, collate
-from common.chat import ChatRow
-from common.config import InputError
-from common.token_losses import TokenLosses
+from common.errors import InputError
+from common.model import attention
+from common.model.losses import token_losses
+from common.model.token_losses import TokenLosses
+from common.text import batches
+from common.text.batches import Layout
+from common.text.chat import ChatRow
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel for rows of unequal length is CUDA's")
 
@@ -36,23 +38,24 @@ def chat_rows(count: int) -> list[ChatRow]:
 
 def measure(model: TokenLosses, rows: list[ChatRow], packing: bool) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss per target, and the gradient of every trained weight; row 2 is a filler that must not count."""
-    batch = collate.collate_chat([(row, i != 2) for i, row in enumerate(rows)], 2, packing=packing)
+    batch = batches.collate_chat([(row, i != 2) for i, row in enumerate(rows)], 2, packing=packing)
     tokens = sum(row.length for row in rows) if packing else len(rows) * LENGTH
-    assert batch["inputs"]["input_ids"].numel() == tokens or len(rows) == 1
-    loss = train_sft.loss_of(model, batch) / batch["weights"].sum()
+    assert batch.input_ids.numel() == tokens or len(rows) == 1
+    loss = train_sft.loss_of(model, batch) / batch.weights.sum()
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return loss.item(), gradients
 
 
-def test_rows_stand_behind_each_other():
-    """Positions start anew in each: rotary embeddings are relative, so a loss would not tell."""
-    inputs = collate.flatten([[5, 6, 7], [8]])
+def test_rows_follow_each_other():
+    """Each with its own positions: rotary embeddings are relative, so a loss would not tell."""
+    inputs = batches.flatten([[5, 6, 7], [8]])
+    assert inputs.pop("layout") == Layout(2, lengths=(3, 1))
     assert {name: tensor.tolist() for name, tensor in inputs.items()} == {
         "input_ids": [[5, 6, 7, 8]],
         "position_ids": [[0, 1, 2, 0]],
-        "attention_mask": [[[[1, 1, 1]]], [[[1, 0, 0]]]],
+        "attention_mask": [[[[True, True, True]]], [[[True, False, False]]]],
     }
 
 
@@ -76,7 +79,7 @@ def test_loss_and_gradients_are_those_of_the_padded_batch(models, family, count,
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_row_sees_itself_alone(models, family):
-    """CORRECTNESS 28: a changed row moves its own losses; in one long sequence it would move those behind it too."""
+    """A changed row moves its own losses; in one long sequence it would move those after it too."""
     model, rows = make(models[family]).eval(), chat_rows(5)
 
     def losses(changed: int | None = None) -> list[torch.Tensor]:
@@ -85,10 +88,10 @@ def test_a_row_sees_itself_alone(models, family):
             ids = list(rows[changed].ids)
             ids[0] = 3 + ids[0] % 500
             some[changed] = dataclasses.replace(rows[changed], ids=ids)
-        batch = collate.collate_chat([(row, True) for row in some], 2, packing=True)
+        batch = batches.collate_chat([(row, True) for row in some], 2, packing=True)
         with torch.no_grad():
-            found = model(**batch["inputs"])
-        return [found[batch["rows"] == i] for i in range(len(rows))]
+            found = token_losses(model, batch)
+        return [found[batch.rows == i] for i in range(len(rows))]
 
     before = losses()
     for changed in range(len(rows)):
@@ -98,18 +101,18 @@ def test_a_row_sees_itself_alone(models, family):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_transformers_hands_the_mask_through(models, family, checkpointing):
-    """What padding-free batches rest on: a four-dimensional mask, square or not, reaches every layer as it is."""
+def test_transformers_hands_mask_and_layout_through(models, family, checkpointing):
+    """What padding-free batches rest on: both reach every layer as they are."""
     seen = []
     model = make(models[family], checkpointing=checkpointing)
     for layer in model.model.get_decoder().layers:
         layer.self_attn.register_forward_pre_hook(
-            lambda module, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
+            lambda module, args, kwargs: seen.append((kwargs["attention_mask"], kwargs["layout"])), with_kwargs=True
         )
-    batch = collate.collate_chat([(row, True) for row in chat_rows(3)], 2, packing=True)
+    batch = batches.collate_chat([(row, True) for row in chat_rows(3)], 2, packing=True)
     train_sft.loss_of(model, batch).backward()
     assert len(seen) == (4 if checkpointing else 2)  # the layers are computed again
-    assert all(mask is batch["inputs"]["attention_mask"] for mask in seen)
+    assert all(mask is batch.attention_mask and layout is batch.layout for mask, layout in seen)
 
 
 # --- the kernel for rows of unequal length
@@ -184,8 +187,8 @@ def test_the_kernel_equals_rows_one_by_one(dtype, tolerance, heads):
 def test_a_model_on_a_gpu_computes_the_padded_batch_s_losses(models, family):
     model, losses = make(models[family]).cuda(), []
     for packing in (True, False):
-        batch = collate.collate_chat([(row, True) for row in chat_rows(7)], 2, packing=packing)
-        losses.append(model(**collate.to_device(batch, torch.device("cuda"))["inputs"]))
+        batch = batches.collate_chat([(row, True) for row in chat_rows(7)], 2, packing=packing)
+        losses.append(token_losses(model, batch.to("cuda")))
     assert (losses[0] - losses[1]).norm() <= 1e-4 * losses[1].norm()
 
 
@@ -193,11 +196,11 @@ def test_a_model_on_a_gpu_computes_the_padded_batch_s_losses(models, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_run_is_the_same_with_and_without(models, files, tmp_path, monkeypatch, capsys, family):  # noqa: F811
+def test_a_run_is_the_same_with_and_without(models, chat_files, tmp_path, monkeypatch, capsys, family):
     """The whole script: accumulation, a short last micro-batch, evaluations."""
     sizes = ["--per_device_train_batch_size", 3, "--gradient_accumulation_steps", 2, "--max_steps", 5]
     for choice in ("true", "false"):
-        options = [*OWN, "--model", models[family], *files, *sizes, "--packing", choice, "--baselines", "true"]
+        options = [*CHAT, "--model", models[family], *chat_files, *sizes, "--packing", choice, "--baselines", "true"]
         monkeypatch.setattr(sys, "argv", ["train_sft.py", *map(str, options), "--output_dir", str(tmp_path / choice)])
         with quick():
             train_sft.main()
@@ -211,16 +214,16 @@ def test_a_run_is_the_same_with_and_without(models, files, tmp_path, monkeypatch
         assert with_["eval_loss"] == pytest.approx(without["eval_loss"], rel=1e-5)
 
 
-def test_where_rows_would_see_each_other_it_is_refused(models, files, tmp_path):  # noqa: F811
+def test_where_rows_would_see_each_other_it_is_refused(models, chat_files, tmp_path):
     """A sliding window shorter than a row, an attention that is not ours; a window as long as a row is none."""
     short = build_model(tmp_path / "short", "mistral", sliding_window=95)
     with pytest.raises(InputError, match="--packing true: not with .*sliding window of 95 tokens is shorter than.* 96"):
-        train("--model", short, *files, "--packing", "true")
+        train("--model", short, *chat_files, "--packing", "true")
     for name in ("eager", "sdpa"):
         with pytest.raises(InputError, match=rf"--packing true: not with .*attention \({name}\) knows none"):
-            train("--model", models["llama"], *files, "--packing", "true", "--attn_implementation", name)
+            train("--model", models["llama"], *chat_files, "--packing", "true", "--attn_implementation", name)
     long = build_model(tmp_path / "long", "mistral", sliding_window=96)
-    train("--model", long, *files, "--packing", "true", "--max_steps", 1, "--output_dir", tmp_path / "run")
+    train("--model", long, *chat_files, "--packing", "true", "--max_steps", 1, "--output_dir", tmp_path / "run")
 
 
 def test_packs_and_padding_free_batches_exclude_each_other(monkeypatch):

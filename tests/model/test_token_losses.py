@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import FAMILIES
+from helpers.models import FAMILIES
+from helpers.packs import PRECISIONS, make
 from peft import LoraConfig, get_peft_model
-from test_packs import PRECISIONS, make
 
-from common import token_losses
-from common.token_losses import TokenLosses
+from common.model import token_losses
+from common.model.token_losses import TokenLosses
 
 LENGTH = 24
 
@@ -110,7 +110,7 @@ def test_checkpointing_and_an_update_without_a_target(models):
 
 
 def test_logits_are_never_all_in_memory(monkeypatch):
-    """CORRECTNESS 20: however long the rows, the head sees a chunk of them."""
+    """However long the rows, the head sees a chunk of them."""
     model = adapted(small(transformers.LlamaConfig), target_modules="all-linear")
     ours, seen = TokenLosses(model), []
     head = ours.model.get_base_model().lm_head

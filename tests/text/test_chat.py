@@ -1,36 +1,19 @@
-"""Conversations to token ids: what is trained on, the same ids in training and chat, and what gives way when long."""
+"""Conversations to token ids: what is trained on, the same ids in training and chat, what is left out when long."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
-from conftest import build_tokenizer
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
-from tokenizers import models as token_models
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from helpers.models import build_tokenizer
+from helpers.templates import FAMILIES, FOLDER, KINDS, SPECIAL, build
+from tokenizers import AddedToken
+from transformers import AutoTokenizer
 
-from common.chat import TEMPLATES, ChatTemplate, chat_rows, choose_template, show_chat_row
-from common.config import DataConfig, InputError, InstructionConfig
-from common.conversations import ChatData, Conversation, load_conversations
-from common.report import data_report
-
-FOLDER = Path(__file__).parent / "templates"
-FAMILIES = {  # template file -> bos, eos and the token that ends an answer
-    "chatml": (None, "<|endoftext|>", "<|im_end|>"),
-    "qwen": (None, "<|im_end|>", "<|im_end|>"),
-    "qwen3": (None, "<|im_end|>", "<|im_end|>"),
-    "llama3": ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"),
-    "mistral": ("<s>", "</s>", "</s>"),
-    "gemma": ("<bos>", "<eos>", "<end_of_turn>"),
-}
-SPECIAL = ["<unk>", "<s>", "</s>", "<bos>", "<eos>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-SPECIAL += ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-SPECIAL += ["<start_of_turn>", "<end_of_turn>", "<|assistant|>"]
-PLAIN = ["<think>", "</think>"]  # added tokens that are not special, as Qwen3's
-CORPUS = ["user", "assistant", "system", "model", "Be brief", "Be helpful", "Hi", "Hello", "Bye", "Ciao", "\n\n"]
-CORPUS += ["[INST] Hi Bye [/INST] Hello Ciao"]
-LLAMA_SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-KINDS = ("bytes", "replaced spaces", "first space", "space in front")
+from common.data.conversations import ChatData, Conversation, load_conversations
+from common.data.report import data_report
+from common.errors import InputError
+from common.options import DataConfig, InstructionConfig
+from common.text import chat
+from common.text.chat import TEMPLATES, ChatTemplate, chat_rows, choose_template, show_chat_row
 
 
 @dataclass
@@ -41,39 +24,6 @@ class Demo(DataConfig, InstructionConfig):
 SYSTEM, USER, HELLO = ("system", "Be brief"), ("user", "Hi"), ("assistant", "Hello")
 BYE, CIAO = ("user", "Bye"), ("assistant", "Ciao")
 NASTY = ["Hello", " Hello", "\n\nHello", "Hello \n", "", "é😀\n\n\tx", "</s><|im_end|> <|eot_id|>", "1", ".\n"]
-
-
-def build(kind: str, family: str) -> PreTrainedTokenizerFast:
-    """A tokenizer of the family, with pad == eos; the kinds differ in how they treat spaces."""
-    bos, eos, _ = FAMILIES[family]
-    if kind == "bytes":  # GPT-2's
-        tokenizer = Tokenizer(token_models.BPE())
-        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
-        if family == "llama3":  # a line break never joins what follows
-            split = pre_tokenizers.Split(Regex(LLAMA_SPLIT), "isolated")
-            tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
-        trainer = trainers.BpeTrainer(
-            vocab_size=480, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-        )
-    else:  # Gemma's, and Llama's with a space in front of a text, or of whatever follows a special token
-        tokenizer = Tokenizer(token_models.BPE(unk_token="<unk>", byte_fallback=True))
-        if kind == "first space":
-            tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-        else:
-            front = [normalizers.Prepend("▁")] * (kind == "space in front")
-            tokenizer.normalizer = normalizers.Sequence([*front, normalizers.Replace(" ", "▁")])
-            tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
-        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-        trainer = trainers.BpeTrainer(vocab_size=480, special_tokens=SPECIAL + [f"<0x{i:02X}>" for i in range(256)])
-    tokenizer.train_from_iterator(CORPUS * 9, trainer)
-    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in PLAIN])
-    if bos:
-        pair = [(bos, tokenizer.token_to_id(bos))]
-        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=pair)
-    names = {"bos_token": bos} if bos else {}
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, pad_token=eos, unk_token="<unk>", **names)
-    fast.chat_template = (FOLDER / f"{family}.jinja").read_text(encoding="utf-8")
-    return fast
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +56,14 @@ def custom(tokenizer, text: str, source: str = "--chat_template t") -> ChatTempl
 
 
 # --- what is trained on: golden lists
+
+
+def test_the_example_in_the_documentation(tokenizers):
+    """Its pieces, one after another, are what is rendered."""
+    template = choose_template(tokenizers["bytes", "chatml"], "chatml")
+    (row,) = rows(template, USER, HELLO, BYE, CIAO)
+    example = "".join(line.strip() for line in chat.__doc__.splitlines() if line.startswith("    "))
+    assert example == show_chat_row(row, template.tokenizer).replace("\n", "\\n")
 
 
 @pytest.mark.parametrize(
@@ -165,7 +123,7 @@ def custom(tokenizer, text: str, source: str = "--chat_template t") -> ChatTempl
     ],
 )  # fmt: skip
 def test_every_answer_with_its_end_is_trained_on_and_nothing_else(templates, family, with_system, expected):
-    """CORRECTNESS 3, 4, 5: no markers in the template, pad == eos, several turns."""
+    """No markers in the template, pad == eos, several turns."""
     template = templates["bytes", family]
     assert template.tokenizer.pad_token == template.tokenizer.eos_token
     assert "generation %" not in template.text
@@ -175,8 +133,8 @@ def test_every_answer_with_its_end_is_trained_on_and_nothing_else(templates, fam
     assert ("system" in template.notes) == (family in ("mistral", "gemma")) and folded <= ("system" in template.notes)
 
 
-def test_a_template_that_takes_thinking_out_of_earlier_answers_gives_a_row_an_answer(templates):
-    """CORRECTNESS 4: each answer is trained on as it is asked for; Qwen3's rewrites one once another question came."""
+def test_a_template_that_takes_thinking_out_of_earlier_answers_gives_one_row_per_answer(templates):
+    """Each answer is trained on after its own prompt; Qwen3's template rewrites an answer once a question follows."""
     template = templates["bytes", "qwen3"]
     found = rows(template, USER, ("assistant", "<think>\nBe brief\n</think>\n\nHello"), BYE, CIAO)
     head = "<|im_start|> user Ċ Hi <|im_end|> Ċ <|im_start|> assistant Ċ"
@@ -191,7 +149,7 @@ def test_a_template_that_takes_thinking_out_of_earlier_answers_gives_a_row_an_an
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_templates_for_base_models(tokenizers, name):
-    """They take system and tool turns, and begin with BOS where the tokenizer puts one in front of a text."""
+    """They take system and tool turns, and begin with BOS where the tokenizer puts one before a text."""
     expected = {
         "chatml": "<|im_start|>system\nBe brief<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
         "[[Hello<|im_end|>]]\n<|im_start|>tool\nBye<|im_end|>\n<|im_start|>assistant\n[[Ciao<|im_end|>]]",
@@ -225,16 +183,16 @@ def test_loss_on_all_trains_on_every_token_once(templates):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_and_chat_see_the_same_ids(templates, kind, family):
-    """CORRECTNESS 2, 7: what stands in front of an answer does not depend on it; an answer ends with its end token."""
+    """The ids before an answer do not depend on it; an answer ends with its end token."""
     template = templates[kind, family]
     bos = template.tokenizer.bos_token_id
     for answer in NASTY:
         turns = [SYSTEM, ("user", f"Hi {answer}"), ("assistant", answer), BYE, ("assistant", answer), USER, HELLO]
         found = rows(template, *turns)
-        asked = [template.prompt(talk(*turns[:i])).ids for i in (2, 4, 6)]
+        prompts = [template.prompt(talk(*turns[:i])).ids for i in (2, 4, 6)]
         spans = [(row, *span) for row in found for span in spans_of(row)]
         assert len(spans) == 3
-        for (row, start, end), prompt in zip(spans, asked, strict=True):
+        for (row, start, end), prompt in zip(spans, prompts, strict=True):
             assert row.ids[:start] == prompt  # byte for byte
             assert row.ids[end - 1] == template.end_id
         for row in found:
@@ -243,7 +201,7 @@ def test_training_and_chat_see_the_same_ids(templates, kind, family):
 
 
 def test_a_token_that_would_straddle_prompt_and_answer_is_split(tokenizers, templates):
-    """CORRECTNESS 2: "\\n\\nHello" at once has two tokens for its line breaks, the prompt alone has one."""
+    """All at once, "\\n\\nHello" has two tokens for its line breaks, the prompt alone has one."""
     text = "{% for m in messages %}{{ m.role ~ '\\n\\n' ~ m.content ~ eos_token }}{% endfor %}"
     text += "{{ 'assistant\\n\\n' if add_generation_prompt }}"
     template = custom(tokenizers["bytes", "mistral"], text)
@@ -264,7 +222,7 @@ def spans_of(row) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_prompts_are_those_of_transformers(templates, kind, family):
-    """CORRECTNESS 27: plain `apply_chat_template` on the saved tokenizer asks with the same ids, as llama.cpp does."""
+    """Plain `apply_chat_template` on the saved tokenizer asks with the same ids, as llama.cpp does."""
     template = templates[kind, family]
     for turns in ([USER], [USER, HELLO, BYE], [USER, ("assistant", "é 1."), ("user", " Be\n\nbrief "), CIAO, USER]):
         theirs = template.tokenizer.apply_chat_template(list(talk(*turns)), add_generation_prompt=True)["input_ids"]
@@ -301,7 +259,7 @@ def test_an_end_token_that_is_not_marked_special_is_text_in_a_turn(tokenizers):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generation_stops_at_the_end_of_turn_and_at_eos(templates, family):
-    """CORRECTNESS 6: both, each once."""
+    """Both, each once."""
     template = templates["bytes", family]
     _, eos, end = FAMILIES[family]
     assert template.end == end
@@ -309,7 +267,7 @@ def test_generation_stops_at_the_end_of_turn_and_at_eos(templates, family):
 
 
 def test_what_follows_the_end_token_is_not_trained_on(tokenizers):
-    """Phi-3's template ends a conversation with eos behind the end of turn; its end token swallows the line break."""
+    """Phi-3's template ends a conversation with eos after the end of turn; its end token swallows the line break."""
     tokenizer = build("bytes", "llama3")
     tokenizer.add_tokens([AddedToken("<|end|>", special=True, rstrip=True)], special_tokens=True)
     text = "{% for m in messages %}{{ '<|' ~ m.role ~ '|>\\n' ~ m.content ~ '<|end|>\\n' }}{% endfor %}"
@@ -320,11 +278,11 @@ def test_what_follows_the_end_token_is_not_trained_on(tokenizers):
     assert shown.endswith("<|assistant|>\n[[Hello<|end|>]]<|user|>\nBye<|end|><|assistant|>\n[[Ciao<|end|>]]")
     assert tokenizer.convert_ids_to_tokens(template.stop_ids) == ["<|end|>", "<|end_of_text|>"]
     tokenizer.chat_template = text
-    asked = list(talk(USER, HELLO, BYE))
-    assert template.prompt(asked).ids == tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
+    turns = list(talk(USER, HELLO, BYE))
+    assert template.prompt(turns).ids == tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
 
 
-def test_a_date_does_not_change_over_night(tokenizers):
+def test_a_date_does_not_change_overnight(tokenizers):
     text = "{{- bos_token ~ strftime_now('%d %b %Y') }}" + TEMPLATES["plain"]
     template = custom(tokenizers["bytes", "llama3"], text)
     assert template.text_of(talk(USER)) == "<|begin_of_text|>26 Jul 2024User: Hi\nAssistant:"
@@ -336,7 +294,7 @@ def test_a_date_does_not_change_over_night(tokenizers):
 # --- turns that a template does not take
 
 
-def test_a_system_turn_that_would_be_dropped_in_silence_is_folded(tokenizers):
+def test_a_system_turn_that_would_be_dropped_silently_is_folded(tokenizers):
     text = "{% for m in messages if m.role != 'system' %}{{ m.role ~ ': ' ~ m.content ~ eos_token }}{% endfor %}"
     template = custom(tokenizers["bytes", "mistral"], text)
     assert template.text_of(talk(SYSTEM, USER), False) == "user: Be brief\n\nHi</s>"
@@ -347,12 +305,12 @@ def test_a_system_turn_that_would_be_dropped_in_silence_is_folded(tokenizers):
 def test_tool_turns_become_user_turns_where_roles_alternate(templates, family):
     template = templates["bytes", family]
     assert "tool" in template.notes
-    asked = template.prompt(talk(USER, ("assistant", "f()"), ("tool", "1"), ("tool", "2"))).ids
-    assert asked == template.prompt(talk(USER, ("assistant", "f()"), ("user", "1\n\n2"))).ids
+    ids = template.prompt(talk(USER, ("assistant", "f()"), ("tool", "1"), ("tool", "2"))).ids
+    assert ids == template.prompt(talk(USER, ("assistant", "f()"), ("user", "1\n\n2"))).ids
 
 
-def test_a_system_turn_that_moves_to_the_last_question_gives_a_row_an_answer(tokenizers):
-    """As the later Mistral templates do: what stood in front of the first answer is then another text."""
+def test_a_system_turn_that_moves_to_the_last_question_gives_one_row_per_answer(tokenizers):
+    """As the later Mistral templates do: the text before the first answer is then another one."""
     text = (FOLDER / "system_last.jinja").read_text(encoding="utf-8")
     template = custom(tokenizers["bytes", "mistral"], text)
     shown = [show_chat_row(row, template.tokenizer) for row in rows(template, SYSTEM, USER, HELLO, BYE, CIAO)]
@@ -384,8 +342,8 @@ LONG = [SYSTEM] + [pair for i in range(6) for pair in (("user", f"Hi {i}" * 4), 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("loss_on", ["assistant", "all"])
-def test_early_turns_give_way_and_every_answer_is_trained_on_once(templates, family, loss_on):
-    """CORRECTNESS 1, 3: the system turn stays, a row begins with a question, and no answer is dropped or cut."""
+def test_early_turns_are_dropped_and_every_answer_is_trained_on_once(templates, family, loss_on):
+    """The system turn stays, a row begins with a question, and no answer is dropped or cut."""
     template = templates["bytes", family]
     whole = rows(template, *LONG)
     longest = max(row.length for row in whole)
@@ -402,7 +360,7 @@ def test_early_turns_give_way_and_every_answer_is_trained_on_once(templates, fam
             assert "Be brief" in template.tokenizer.decode(row.ids) and row.id == "7"
             assert row.dropped_turns % 2 == 0 and row.ids[-1] == template.end_id
             start = next(i for i, on in enumerate(row.mask) if on)
-            if loss_on == "assistant":  # as chat would have asked, with the same turns
+            if loss_on == "assistant":  # as chat would prompt, with the same turns
                 left = [SYSTEM, *LONG[1 + row.dropped_turns :]]
                 prompts = [template.prompt(talk(*left[:i])).ids for i in range(2, len(left), 2)]
                 assert row.ids[:start] in prompts
@@ -410,24 +368,24 @@ def test_early_turns_give_way_and_every_answer_is_trained_on_once(templates, fam
 
 def test_chat_drops_as_few_turns_as_it_must(templates):
     template = templates["bytes", "chatml"]
-    asked = talk(*LONG, USER)
-    whole = template.prompt(asked)
-    assert whole.dropped_turns == 0 and template.prompt(asked, whole.length) == whole
-    less = template.prompt(asked, whole.length - 1)
+    messages = talk(*LONG, USER)
+    whole = template.prompt(messages)
+    assert whole.dropped_turns == 0 and template.prompt(messages, whole.length) == whole
+    less = template.prompt(messages, whole.length - 1)
     assert less.dropped_turns == 2 and less.ids == template.prompt(talk(SYSTEM, *LONG[3:], USER)).ids
     long = template.prompt(talk(SYSTEM, *LONG[1:3], ("user", "Hi " * 300)), 100)
     assert long.dropped_turns == 2 and long.shortened and 97 < long.length <= 100
     assert template.tokenizer.decode(long.ids).endswith("<|im_end|>\n<|im_start|>assistant\n")
     with pytest.raises(InputError, match="--max_length 10 is too short"):
-        template.prompt(asked, 10)
-    data = ChatData({"train": [], "test": [Conversation("7", asked)]}, {"train": {"name": "t.csv"}}, {"rows": {}})
+        template.prompt(messages, 10)
+    data = ChatData({"train": [], "test": [Conversation("7", messages)]}, {"train": {"name": "t.csv"}}, {"rows": {}})
     with pytest.raises(InputError, match="^t.csv, the row with id 7: --max_length 10 is too short: all but the texts"):
         chat_rows(data, template, 10)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_long_question_is_shortened_and_its_answer_stays_whole(templates, family):
-    """CORRECTNESS 1: answer and end token are kept, the length is used up, what the template writes is not touched."""
+def test_a_long_question_is_shortened_and_its_answer_stays_complete(templates, family):
+    """Answer and end token are kept, the length is used up, what the template writes is not touched."""
     template = templates["bytes", family]
     answer = rows(template, USER, HELLO)[0]
     (row,) = rows(template, SYSTEM, ("user", "Hi " * 300), HELLO, max_length=80)
@@ -435,8 +393,8 @@ def test_a_long_question_is_shortened_and_its_answer_stays_whole(templates, fami
     trained = sum(answer.mask)
     assert row.ids[-trained:] == answer.ids[-trained:] and sum(row.mask) == trained
     text = template.tokenizer.decode(row.ids)
-    asked = template.text_of(talk(SYSTEM, ("user", ("Hi " * 300)[: text.count("Hi") * 3 - 1])))
-    assert "".join(text.split()).startswith("".join(asked.split()))
+    messages = template.text_of(talk(SYSTEM, ("user", ("Hi " * 300)[: text.count("Hi") * 3 - 1])))
+    assert "".join(text.split()).startswith("".join(messages.split()))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -472,7 +430,7 @@ def test_a_system_turn_is_never_cut(templates):
 
 
 def test_rows_of_every_length_have_a_target(templates):
-    """CORRECTNESS 1: 0 rows without a supervised token, none over the length, whatever has to give way."""
+    """0 rows without a supervised token, none over the length, whatever has to be left out."""
     for family in FAMILIES:
         for max_length in range(34, 200, 23):
             for row in rows(templates["bytes", family], *LONG, ("user", "a" * 300), HELLO, max_length=max_length):
@@ -482,7 +440,7 @@ def test_rows_of_every_length_have_a_target(templates):
 # --- the report
 
 
-def test_the_report_counts_what_gave_way(templates):
+def test_the_report_counts_what_was_left_out(templates):
     template = templates["bytes", "gemma"]
     conversations = [Conversation("0", talk(USER, HELLO)), Conversation("1", talk(*LONG))]
     conversations += [Conversation("2", talk(("user", "Hi " * 300), HELLO))]
@@ -507,7 +465,7 @@ def test_the_report_counts_what_gave_way(templates):
         "- train: shape messages (4 rows)",
         "- test: 1 rows cut from the training file; row ids in splits.json",
         f"- the tokenizer's chat template (sha256 {template.hash[:12]}); answers end with <end_of_turn>",
-        "- the chat template takes no system turn: it is put in front of the first user turn",
+        "- the chat template takes no system turn: it is put before the first user turn",
         "    [[Hello<end_of_turn>]]",
     ):
         assert line in shown.splitlines()
@@ -516,7 +474,7 @@ def test_the_report_counts_what_gave_way(templates):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_demo_renders_with_every_template(templates, family):
-    """Each answer of the demo is trained on whole, its end included."""
+    """Each answer of the demo is trained on completely, its end included."""
     template = templates["bytes", family]
     data = load_conversations(Demo())
     found = chat_rows(data, template, 4000)
@@ -534,14 +492,14 @@ def test_the_demo_renders_with_every_template(templates, family):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{% for m in messages %}{{ m.content ~ '\n' }}{% endfor %}", "puts no special token behind an answer"),
+        ("{% for m in messages %}{{ m.content ~ '\n' }}{% endfor %}", "puts no special token after an answer"),
         ("{{ bos_token }}{{ messages[0].content }}", "leaves the answer out"),
         ("{% for m in messages %}{{ m.conten", "refuses the turns user: "),
         ("{{ raise_exception('never') }}", "refuses the turns user: never. Change them, or give another"),
         (
             "{% for m in messages %}{{ m.role ~ ':' ~ m.content ~ eos_token }}{% endfor %}"
             "{% if add_generation_prompt %}assistant:<think>{% endif %}",
-            "asks for an answer with 'xuserx</s>assistant:<think>', but writes it behind 'xuserx</s>assistant:xanswerx",
+            "asks for an answer with 'xuserx</s>assistant:<think>', but writes it after 'xuserx</s>assistant:xanswerx",
         ),
     ],
 )  # fmt: skip
@@ -573,7 +531,7 @@ def test_the_template_is_chosen_as_told(tokenizers, tmp_path):
 
 
 def test_chatml_is_refused_where_its_tokens_are_missing(tmp_path):
-    """CORRECTNESS 25: nothing is added to a vocabulary."""
+    """Nothing is added to a vocabulary."""
     build_tokenizer(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"no token <\|im_end\|> or <\|im_start\|>.*Use alpaca or plain"):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from common.plan import Plan, rank_share
+from common.text.plan import Plan, rank_share
 
 LENGTHS = np.random.default_rng(0).integers(5, 200, 103).tolist()
 
@@ -25,7 +25,7 @@ def test_number_of_updates(rows):
 
 
 def test_the_order_is_a_function_of_seed_epoch_and_lengths():
-    """No hidden state: an equal plan gives an equal order, whatever was asked before; another seed another one."""
+    """No hidden state: an equal plan gives an equal order, whatever was called before; a new seed, a new order."""
     plan = Plan(LENGTHS, 8, seed=1)
     plan.epoch(0)
     np.random.seed(5)
@@ -35,7 +35,7 @@ def test_the_order_is_a_function_of_seed_epoch_and_lengths():
 
 @pytest.mark.parametrize("start", [0, 5, 12, 13, 14, 26, 39])
 def test_resuming_is_the_tail_of_the_plan(start):
-    """CORRECTNESS 11: mid-epoch and at epoch boundaries."""
+    """Mid-epoch and at epoch boundaries."""
     whole = list(Plan(LENGTHS, 8, seed=1).updates(0, 39))
     assert list(Plan(LENGTHS, 8, seed=1).updates(start, 39)) == whole[start:]
 
@@ -43,7 +43,7 @@ def test_resuming_is_the_tail_of_the_plan(start):
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("rows", [1, 2, 5, 12, 13])
 def test_ranks_partition_an_update(world, rows):
-    """CORRECTNESS 9 and 13: every row counts on one rank only, and ranks run equally many micro-batches."""
+    """Every row counts on one rank only, and ranks run equally many micro-batches."""
     numbers = list(range(100, 100 + rows))
     shares = [rank_share(numbers, 4, rank, world) for rank in range(world)]
     pairs = [pair for share in shares for batch in share for pair in batch]

@@ -2,27 +2,29 @@
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import FAMILIES, WORDS, build_encoder, build_tokenizer, toy_rows, write_csv
+from helpers.models import FAMILIES, build_encoder, build_tokenizer
+from helpers.rows import WORDS, toy_rows, write_csv
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import models as token_models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from common import modeling
-from common.collate import classification_rows, collate_rows
-from common.config import InputError
-from common.data import Example, draw_few_shot, load_classification
-from common.prompts import (
-    GENERATIVE_TEMPLATE,
-    HEAD_TEMPLATE,
-    ClassificationPrompt,
-    check_prompt,
-    read_template,
-)
-from train_cls import Config
+from common.data.classification import Example, draw_few_shot, load_classification
+from common.errors import InputError
+from common.model import base_model, classifier
+from common.options import ClassificationDataConfig, ModelConfig
+from common.text.batches import classification_rows, collate_rows
+from common.text.prompts import GENERATIVE_TEMPLATE, HEAD_TEMPLATE, ClassificationPrompt, check_prompt, read_template
+
+
+@dataclass
+class Config(ModelConfig, ClassificationDataConfig):
+    pass
+
 
 LABELS = ["music", "science", "sport"]
 TEXTS = ["violin", "", "atom.  laser", "goal label: sport", " team", "é😀 tempo\nchorus", "match goal team " * 200]
@@ -31,13 +33,13 @@ KINDS = ("bytes", "no bos", "metaspace", "replaced spaces", "bos and eos")
 
 def build(folder: Path, kind: str) -> None:
     """Tokenizers that differ in how they treat spaces and special tokens."""
-    if kind == "bytes":  # GPT-2's spaces; BOS in front; pad == eos
+    if kind == "bytes":  # GPT-2's spaces; BOS at the start; pad == eos
         build_tokenizer(folder)
         return
     texts = [row["text"] for row in toy_rows(40)] + [", ".join(WORDS)] * 5 + [GENERATIVE_TEMPLATE] * 5
     special = ["<unk>", "<s>", "</s>", "<pad>"]
     single = "<s> $A"
-    if kind == "metaspace":  # SentencePiece's unigrams: a space in front of every piece that is encoded alone
+    if kind == "metaspace":  # SentencePiece's unigrams: a space before every piece that is encoded alone
         tokenizer = Tokenizer(token_models.Unigram())
         tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
         trainer = trainers.UnigramTrainer(vocab_size=300, special_tokens=special, unk_token="<unk>")
@@ -79,7 +81,7 @@ def tokenizers(folders) -> dict:
 
 def make(tokenizer, encoder: bool = False, **changes) -> ClassificationPrompt:
     options = {"labels": LABELS, "multi_label": False, "template": GENERATIVE_TEMPLATE, "max_length": 120, **changes}
-    return modeling.classification_prompt(tokenizer, encoder, **options)
+    return classifier.classification_prompt(tokenizer, encoder, **options)
 
 
 def examples(multi_label: bool) -> list[Example]:
@@ -97,53 +99,52 @@ def squeezed(text: str) -> str:
 @pytest.mark.parametrize("multi_label", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_and_inference_see_the_same_ids(folders, tokenizers, kind, multi_label):
-    """CORRECTNESS 1, 2, 3, 5, 7: one prefix, one BOS at most, an answer that ends with eos, no row without a target."""
+    """One prefix, one BOS at most, an answer that ends with eos, no row without a target."""
     tokenizer = tokenizers[kind]
     prompt = make(tokenizer, multi_label=multi_label, few_shot=[("enzyme", (1,))])
     rows = examples(multi_label)
     prompt.reserve(rows)
     trained = classification_rows(rows, prompt, None)
-    saved = json.loads(json.dumps({**vars(prompt), "encode_text": None}))
+    saved = json.loads(json.dumps({**vars(prompt), "encode": None}))
     names = ("labels", "multi_label", "template", "few_shot", "max_length", "answer_tokens")
     reloaded = make(AutoTokenizer.from_pretrained(folders[kind]), **{name: saved[name] for name in names})
     for example, row in zip(rows, trained, strict=True):
-        asked = reloaded.prompt(example.text)
-        assert row.prompt == asked.ids
+        rendered = reloaded.prompt(example.text)
+        assert row.prompt == rendered.ids
         ids = row.prompt + row.answer
         assert ids.count(tokenizer.bos_token_id) == ids[:1].count(tokenizer.bos_token_id) == (kind != "no bos")
         assert ids.count(tokenizer.eos_token_id) == 1 and ids[-1] == tokenizer.eos_token_id
         assert row.answer == reloaded.answer(example.labels)
         assert len(ids) <= prompt.max_length
-        assert asked.truncated == (len(example.text) > 1000)
+        assert rendered.truncated == (len(example.text) > 1000)
         shown = tokenizer.decode(row.answer[:-1])
         assert prompt.parse(shown) == example.labels
-        if not asked.truncated and not ("é" in example.text and kind == "metaspace"):  # its alphabet lacks these
+        if not rendered.truncated and not ("é" in example.text and kind == "metaspace"):  # its alphabet lacks these
             start = tokenizer.bos_token if kind != "no bos" else ""
             assert squeezed(tokenizer.decode(ids)) == squeezed(start + prompt.text_of(example.text) + shown + "</s>")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_label_masks_come_from_lengths_not_from_ids(tokenizers, kind):
-    """CORRECTNESS 3, 5: with pad == eos the answer's end keeps its weight, and padding has none."""
+    """With pad == eos the answer's end keeps its weight, and padding has none."""
     prompt = make(tokenizers[kind], multi_label=True)
     rows = examples(True)
     prompt.reserve(rows)
     trained = classification_rows(rows, prompt, None)
-    batch = collate_rows(trained, [(i, True) for i in range(len(rows))], pad_id=tokenizers[kind].pad_token_id)
-    inputs = batch["inputs"]
+    batch = collate_rows([(row, True) for row in trained], pad_id=tokenizers[kind].pad_token_id)
     for i, row in enumerate(trained):
-        own = batch["rows"] == i
-        assert batch["weights"][own].tolist() == [1] * len(row.answer)
-        assert inputs["targets"][own].tolist() == row.answer
-        assert inputs["input_ids"].flatten()[inputs["keep"][own] + 1].tolist() == row.answer
+        own = batch.rows == i
+        assert batch.weights[own].tolist() == [1] * len(row.answer)
+        assert batch.targets[own].tolist() == row.answer
+        assert batch.input_ids.flatten()[batch.positions[own] + 1].tolist() == row.answer
         assert row.answer[-1] == tokenizers[kind].eos_token_id
-        assert inputs["attention_mask"][i].sum() == row.length
-        assert inputs["input_ids"][i, -row.length :].tolist() == row.prompt + row.answer
+        assert batch.attention_mask[i].sum() == row.length
+        assert batch.input_ids[i, -row.length :].tolist() == row.prompt + row.answer
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_the_text_is_shortened_and_the_length_is_used_up(tokenizers, kind):
-    """CORRECTNESS 1: instruction, cue, answer and eos stay whole; --max_length is the length really used."""
+    """Instruction, cue, answer and eos stay complete; --max_length is the length really used."""
     tokenizer = tokenizers[kind]
     prompt = make(tokenizer)
     longest = max(range(3), key=lambda k: len(prompt.answer((k,))))
@@ -164,7 +165,7 @@ def test_only_the_text_is_shortened_and_the_length_is_used_up(tokenizers, kind):
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "metaspace"])  # a unigram model knows <s> as a word
 def test_special_tokens_in_a_text_are_text(tokenizers, kind):
-    """CORRECTNESS 5, 7: `<s>` in a row (HTML has it) is no second BOS, `</s>` no early end; a template's are tokens."""
+    """`<s>` in a row (HTML has it) is no second BOS, `</s>` no early end; a template's are tokens."""
     tokenizer = tokenizers[kind]
     prompt = make(tokenizer, few_shot=[("<s>old</s>", (0,))])
     ids = prompt.prompt("a <s>struck</s> word").ids + prompt.answer((0,))
@@ -175,21 +176,21 @@ def test_special_tokens_in_a_text_are_text(tokenizers, kind):
 
 
 def test_a_boundary_never_moves_with_the_answer(tokenizers):
-    """CORRECTNESS 2: pieces are encoded alone, so the prompt's ids hold where the whole string would merge anew."""
+    """Pieces are encoded alone, so the prompt's ids hold where the complete string would merge differently."""
     for kind in KINDS:
         tokenizer = tokenizers[kind]
         for template in (GENERATIVE_TEMPLATE, "{text}{label}", "{labels}: {text} -> {label}", "is {text} a{label}"):
             prompt = make(tokenizer, template=template, labels=["sport", "s", "sports"])
-            asked = prompt.prompt("goal").ids
+            rendered = prompt.prompt("goal").ids
             for k in range(3):
                 row = classification_rows([Example("0", "goal", (k,))], prompt, None)[0]
-                assert row.prompt == asked and row.answer == prompt.answer((k,)) and len(row.answer) > 1
+                assert row.prompt == rendered and row.answer == prompt.answer((k,)) and len(row.answer) > 1
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_model_family_gets_one_bos_and_an_end(models, family):
-    """CORRECTNESS 5, 7 for the tokenizers as saved with the models."""
-    tokenizer = modeling.load_tokenizer(str(models[family]), Config())
+    """One BOS, an answer that ends with eos, padding without weight: by the tokenizers as saved with the models."""
+    tokenizer = base_model.load_tokenizer(str(models[family]), Config())
     for row in classification_rows(examples(False), make(tokenizer), None):
         ids = row.prompt + row.answer
         assert ids[0] == 1 and ids.count(1) == 1 and ids[-1] == 2
@@ -207,6 +208,9 @@ def test_default_prompt_is_as_documented(tokenizers):
     )
     assert prompt.text_of("A violin.") == text
     assert tokenizers["no bos"].decode(prompt.prompt("A violin.").ids + prompt.answer((0,))) == f"{text} music</s>"
+    pieces = re.findall(r"^ {8}\w.{12}(.*)", ClassificationPrompt.__doc__, re.M)
+    example = make(tokenizers["no bos"], labels=["music", "sport"]).text_of("The match ended in a draw.") + " sport</s>"
+    assert "".join(pieces).replace("\\n", "\n") == example
 
 
 @pytest.mark.parametrize("kind", ["bytes", "no bos", "replaced spaces"])
@@ -241,7 +245,7 @@ def test_an_answer_is_made_of_its_labels(tokenizers):
     assert prompt.answer((0, 2)) == prompt.first_ids[0] + prompt.next_ids[2] + prompt.end_ids
     assert prompt.answer(()) == prompt.end_ids == [tokenizers["no bos"].eos_token_id]
     assert tokenizers["no bos"].decode(prompt.answer((0, 1, 2))) == " music, science, sport</s>"
-    assert prompt.target((0, 2)) == [1.0, 0.0, 1.0] and prompt.target(()) == [0.0, 0.0, 0.0]  # CORRECTNESS 19
+    assert prompt.target((0, 2)) == [1.0, 0.0, 1.0] and prompt.target(()) == [0.0, 0.0, 0.0]
     assert make(tokenizers["no bos"]).target((2,)) == 2
 
 
@@ -251,7 +255,7 @@ def test_a_cue_without_a_space_takes_labels_without_one(tokenizers):
     assert tokenizer.decode(prompt.prompt("a").ids + prompt.answer((1,))) == "a\nlabel:science</s>"
 
 
-def test_labels_may_stand_behind_the_text(tokenizers):
+def test_labels_may_follow_the_text(tokenizers):
     prompt = make(tokenizers["no bos"], template="{text}\nOne of {labels}: {label}")
     assert prompt.text_of("a") == "a\nOne of music, science, sport:"
     assert tokenizers["no bos"].decode(prompt.prompt("a").ids) == prompt.text_of("a")
@@ -259,7 +263,7 @@ def test_labels_may_stand_behind_the_text(tokenizers):
 
 @pytest.mark.parametrize("kind", ["bytes", "no bos", "encoder"])
 def test_head_rows_keep_their_own_special_tokens(tokenizers, kind):
-    """CORRECTNESS 17: a decoder reads the end token behind the text, an encoder its own pair; a cut keeps both."""
+    """A decoder reads the end token after the text, an encoder its own pair; a cut keeps both."""
     tokenizer = tokenizers[kind]
     prompt = make(tokenizer, kind == "encoder", template=HEAD_TEMPLATE, max_length=12)
     start = {"bytes": [1], "no bos": [], "encoder": [2]}[kind]
@@ -295,7 +299,7 @@ def test_head_rows_keep_their_own_special_tokens(tokenizers, kind):
     ],
 )
 def test_generated_answers_are_read_strictly(tokenizers, answer, single, several):
-    """CORRECTNESS 29: an answer that could not have been asked for is none."""
+    """An answer that the prompt does not allow is none."""
     assert make(tokenizers["bytes"]).parse(answer) == single
     assert make(tokenizers["bytes"], multi_label=True).parse(answer) == several
 

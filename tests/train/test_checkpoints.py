@@ -8,24 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, ROOT, toy_options, toy_rows, write_csv
-from runs import (  # noqa: F401
-    FAMILY_APPROACHES,
-    PLAIN,
-    Stopped,
-    fresh_accelerator,
-    log_lines,
-    stop_at,
-    timeless,
-    train,
-    weights,
-)
+from helpers import ROOT
+from helpers.models import FAMILIES
+from helpers.rows import toy_options, toy_rows, write_csv
+from helpers.runs import FAMILY_APPROACHES, PLAIN, Stopped, log_lines, stop_at, timeless, train, weights
 
 import train_cls
-from common import checkpoint, loop, rundir, storage
-from common.checkpoint import State
-from common.config import InputError, cli_errors, parse_config
-from common.data import load_classification
+from common import disk
+from common.data.classification import load_classification
+from common.errors import InputError, cli_errors
+from common.model import storage
+from common.options import parse_config
+from common.train import checkpoints, loop, run_folder
+from common.train.checkpoints import State
 
 # Updates of 4, 4 and 3 rows, so that checkpoints 2 and 4 are mid-epoch and 6 is an epoch's end. Dropout draws random
 # numbers; the loss decides what is best, so that adapter/ is replaced more than once.
@@ -41,8 +36,15 @@ import gc, importlib, json, os, signal, sys
 sys.path[:0] = [sys.argv[1]]
 import torch
 import train_cls
-from common import baselines, checkpoint, collate, loop, modeling, report, scoring, storage
-from common.config import cli_errors
+from common.measure import baselines
+from common.train import checkpoints
+from common.text import batches
+from common.train import loop
+from common.model import base_model
+from common.measure import figures
+from common.measure import scoring
+from common.model import storage
+from common.errors import cli_errors
 
 def signal_at(number, owner, name, call, text=""):
     real, calls, owner = getattr(importlib.import_module(owner), name), [], importlib.import_module(owner)
@@ -58,11 +60,11 @@ def run(job):
     os.dup2(os.open(job["output"], os.O_WRONLY | os.O_CREAT), 1)
     os.dup2(1, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-    report.can_draw = lambda: False
+    figures.can_draw = lambda: False
     if job["signal"]:
         signal_at(*job["signal"])
     sys.argv = ["train_cls.py", *job["options"]]
-    with cli_errors(train_cls.RESUME):
+    with cli_errors(train_cls.RESUME_HINT):
         train_cls.main()
 
 gc.freeze()
@@ -91,7 +93,7 @@ print(json.dumps(results))
 KILL = 9
 DURING = {  # where a run is killed while it writes
     "llama": ["accelerate.checkpointing", "save", 3],  # in save_state of step 4: weights are there, the rest is not
-    "mistral": ["common.checkpoint", "replace_folder", 1, "step_4"],  # complete, but not yet under its name
+    "mistral": ["common.train.checkpoints", "replace_folder", 1, "step_4"],  # complete, but not yet under its name
     "gemma": ["os", "rename", 2, ".adapter.tmp"],  # the old adapter is moved away, the new one not yet there
     "qwen": ["shutil", "rmtree", 1, "checkpoints/step_2'"],  # an old checkpoint is half deleted
 }
@@ -114,13 +116,13 @@ def killed(models, tmp_path_factory) -> dict[str, tuple]:
     for family, approach in FAMILY_APPROACHES:
         common = ["--model", models[family], "--approach", approach]
         add(f"{family} straight", f"{family}_straight")
-        add(f"{family} update 4", f"{family}_killed", signal=[KILL, "common.loop", "finite_mean", 4])
-        add(f"{family} update 7", f"{family}_killed", *latest, signal=[KILL, "common.loop", "finite_mean", 5])
+        add(f"{family} update 4", f"{family}_killed", signal=[KILL, "common.train.loop", "finite_mean", 4])
+        add(f"{family} update 7", f"{family}_killed", *latest, signal=[KILL, "common.train.loop", "finite_mean", 5])
         add(f"{family} resumed", f"{family}_killed", *latest)
         limit = ["--save_total_limit", 1] if family == "qwen" else []
         add(f"{family} writing", f"{family}_writing", *limit, signal=[KILL, *DURING[family]])
         add(f"{family} written", f"{family}_writing", *limit, *latest)
-    add("Ctrl-C", "interrupted", signal=[2, "common.loop", "finite_mean", 4])
+    add("Ctrl-C", "interrupted", signal=[2, "common.train.loop", "finite_mean", 4])
     script, list_file = folder / "jobs.py", folder / "jobs.json"
     script.write_text(JOBS)
     list_file.write_text(json.dumps(list(jobs.values())))
@@ -148,7 +150,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_killed_and_resumed_run_is_the_uninterrupted_one(killed, family):
-    """CORRECTNESS 11: SIGKILL in updates 4 and 7, resumed mid-epoch and at an epoch's end: equal bit for bit."""
+    """SIGKILL in updates 4 and 7, resumed mid-epoch and at an epoch's end: equal bit for bit."""
     assert killed[f"{family} straight"][0] == 0, killed[f"{family} straight"][2][-3000:]
     assert killed[f"{family} update 4"][:2] == (-KILL, ["step_2"])
     assert killed[f"{family} update 7"][:2] == (-KILL, ["step_2", "step_4", "step_6"])
@@ -225,7 +227,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, metric: str, scores: list[float]) 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_first_update_after_a_resume_is_the_next(options, tmp_path, monkeypatch, family):
-    """CORRECTNESS 11: the option really takes effect; nothing is done twice and nothing left out."""
+    """The option really takes effect; nothing is done twice and nothing left out."""
     run = [*options[family], *SAVED, "--save_steps", 2, "--output_dir", tmp_path]
     interrupt(4, *run)
     real, updates = loop.finite_mean, []
@@ -237,7 +239,7 @@ def test_the_first_update_after_a_resume_is_the_next(options, tmp_path, monkeypa
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_changed_run_is_not_resumed(options, toy_files, tmp_path, family):
-    """CORRECTNESS 11: a changed option, rows per update, file or template is named; what counts no row may change."""
+    """A changed option, rows per update, file or template is named; what counts no row may change."""
     own = write_csv(tmp_path / "own.csv", toy_rows(14))
     template = tmp_path / "template.txt"
     template.write_text("{text}")
@@ -288,7 +290,7 @@ def test_baselines_do_not_change_the_training(options, tmp_path, family):
 @pytest.mark.parametrize(("metric", "scores"), [("f1_macro", [0.1, 0.9, 0.2]), ("eval_loss", [3.0, 1.0, 2.0])])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_adapter_is_the_best_by_the_named_metric(options, tmp_path, monkeypatch, family, metric, scores):
-    """CORRECTNESS 32: neither the first nor the last weights; measured again after a reload, the difference is 0."""
+    """Neither the first nor the last weights; measured again after a reload, the difference is 0."""
     measured = scripted(monkeypatch, metric, scores)
     given = [*options[family], "--metric_for_best_model", metric, "--output_dir", tmp_path, "--save_total_limit", 1]
     data = options[family][options[family].index("--validation_file") + 1]
@@ -297,7 +299,7 @@ def test_the_adapter_is_the_best_by_the_named_metric(options, tmp_path, monkeypa
     assert {name: final[name] for name in timeless(measured[1])} == json.loads(json.dumps(timeless(measured[1])))
     assert final["eval_loss"] not in (measured[0]["eval_loss"], measured[2]["eval_loss"])
     # --save_total_limit 1 keeps best and last
-    assert [folder.name for folder in rundir.list_checkpoints(tmp_path)] == ["step_12", "step_18"]
+    assert [folder.name for folder in run_folder.list_checkpoints(tmp_path)] == ["step_12", "step_18"]
 
     config = parse_config(train_cls.Config, [*PLAIN, *map(str, given), "--test_file", str(data)])
     from accelerate import Accelerator
@@ -349,16 +351,16 @@ def test_pruning_keeps_best_and_last(tmp_path, limit, best, left):
     for number in (1, 2, 3, 4):
         (tmp_path / "checkpoints" / f"step_{number}").mkdir(parents=True)
         (tmp_path / "checkpoints" / f"step_{number}" / "state.json").write_text("{}")
-    checkpoint._prune(tmp_path, State(update=4, best_update=best), limit)
-    assert [folder.name for folder in rundir.list_checkpoints(tmp_path)] == [f"step_{number}" for number in left]
+    checkpoints._prune(tmp_path, State(update=4, best_update=best), limit)
+    assert [folder.name for folder in run_folder.list_checkpoints(tmp_path)] == [f"step_{number}" for number in left]
 
 
 def test_a_half_deleted_checkpoint_is_none(tmp_path, monkeypatch):
     test_pruning_keeps_best_and_last(tmp_path, None, None, [1, 2, 3, 4])
-    stop_at(monkeypatch, checkpoint.shutil, "rmtree", 1)
+    stop_at(monkeypatch, checkpoints.shutil, "rmtree", 1)
     with pytest.raises(Stopped):
-        checkpoint._prune(tmp_path, State(update=4), 2)
-    assert [folder.name for folder in rundir.list_checkpoints(tmp_path)] == ["step_2", "step_3", "step_4"]
+        checkpoints._prune(tmp_path, State(update=4), 2)
+    assert [folder.name for folder in run_folder.list_checkpoints(tmp_path)] == ["step_2", "step_3", "step_4"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -367,7 +369,7 @@ def test_the_best_comes_back_though_nothing_better_follows(options, tmp_path, mo
     run = [*options[family], *SAVED, "--num_train_epochs", 2, "--output_dir", tmp_path]
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         scripted(patch, "f1_macro", [0.5, 0.9])
-        stop_at(patch, rundir.os, "rename", 2, text=".adapter.tmp")
+        stop_at(patch, disk.os, "rename", 2, text=".adapter.tmp")
         train(*run)
     assert not (tmp_path / "adapter").exists()
     first = weights(tmp_path / ".adapter.old")
@@ -386,11 +388,11 @@ def test_a_folder_is_whole_at_every_moment_of_its_replacement(tmp_path, monkeypa
     (new / "task.json").write_text("new")
     for _ in range(2):
         with monkeypatch.context() as patch, pytest.raises(Stopped):
-            stop_at(patch, rundir.os, "rename", 3 if (tmp_path / ".adapter.old").exists() else 2)
-            rundir.replace_folder(new, target)
+            stop_at(patch, disk.os, "rename", 3 if (tmp_path / ".adapter.old").exists() else 2)
+            disk.replace_folder(new, target)
         assert not target.exists()
-    assert (rundir.weights_folder(tmp_path) / "task.json").read_text() == "old"
-    rundir.replace_folder(new, target)
+    assert (disk.weights_folder(tmp_path) / "task.json").read_text() == "old"
+    disk.replace_folder(new, target)
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"] and (target / "task.json").read_text() == "new"
 
 
@@ -398,7 +400,7 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *given: object) -> int:
     """The exit code of `python train_cls.py`, in this process."""
     monkeypatch.setattr(sys, "argv", ["train_cls.py", *PLAIN, *map(str, given)])
     try:
-        with cli_errors(train_cls.RESUME):
+        with cli_errors(train_cls.RESUME_HINT):
             train_cls.main()
     except SystemExit as error:
         return error.code
@@ -439,7 +441,7 @@ def test_runs_started_together_get_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = parse_config(train_cls.Config, ["--train_file", "a.csv"])
     monkeypatch.setattr(Path, "glob", lambda *_: iter(()))
-    assert [rundir.new_run_folder(config).name for _ in range(3)] == ["run_1", "run_2", "run_3"]
+    assert [run_folder.new_run_folder(config).name for _ in range(3)] == ["run_1", "run_2", "run_3"]
 
 
 def test_a_new_run_does_not_overwrite_an_old_one(options, tmp_path, monkeypatch, capsys):
@@ -479,17 +481,17 @@ def test_a_dry_run_writes_nothing(options, tmp_path, monkeypatch, capsys, family
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_full_disk_is_named(options, tmp_path, monkeypatch, capsys, family, error):
     """torch reports it as a RuntimeError, safetensors by an error of its own; the last checkpoint stays."""
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 4096))
-    stop_at(monkeypatch, checkpoint, "save_weights", 2, error)
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 4096))
+    stop_at(monkeypatch, checkpoints, "save_weights", 2, error)
     assert run_main(monkeypatch, *options[family], *SAVED, "--output_dir", tmp_path) == 2
     message = capsys.readouterr().err
     assert "error: no space left on the disk while writing" in message and "Traceback" not in message
     assert "--resume_from_checkpoint latest" in message
-    assert [folder.name for folder in rundir.list_checkpoints(tmp_path)] == ["step_1"]
+    assert [folder.name for folder in run_folder.list_checkpoints(tmp_path)] == ["step_1"]
 
 
 def test_another_failure_of_saving_is_not_called_a_full_disk(options, tmp_path, monkeypatch):
-    stop_at(monkeypatch, checkpoint, "save_weights", 1, RuntimeError("something else"))
+    stop_at(monkeypatch, checkpoints, "save_weights", 1, RuntimeError("something else"))
     with pytest.raises(RuntimeError, match="something else"):
         train(*options["qwen"], *SAVED, "--output_dir", tmp_path)
 

@@ -4,8 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import FAMILIES, ROOT, build_model, run_script, toy_options, toy_rows, write_csv
-from runs import FAMILY_APPROACHES, Stopped, fresh_accelerator, log_lines, stop_at, train, weights  # noqa: F401
+from helpers import ROOT
+from helpers.models import FAMILIES, build_model
+from helpers.rows import toy_options, toy_rows, write_csv
+from helpers.runs import FAMILY_APPROACHES, Stopped, log_lines, stop_at, train, weights
+from helpers.scripts import run_script
 
 APPROACHES = ("generative", "head")
 NF4 = ["--load_in_4bit", "true", "--gradient_checkpointing", "true"]
@@ -18,11 +21,13 @@ TWO_PROCESSES = """
 import json, os, sys
 sys.path[:0] = sys.argv[1:3]
 import train_cls
-from runs import TIMES, timeless, train
-from common import loop, modeling
+from helpers.runs import timeless, train
+from common.train import loop
+from common.model import base_model
+from common.model import lora
 
 jobs = json.loads(open(sys.argv[3]).read())
-census, finite_mean, seen = modeling.census, loop.finite_mean, {}
+census, finite_mean, seen = base_model.census, loop.finite_mean, {}
 
 def keep_model(model):
     seen["model"] = model
@@ -33,9 +38,9 @@ def check_gradients(*args):
     assert not lacking, lacking
     return finite_mean(*args)
 
-modeling.census, loop.finite_mean = keep_model, check_gradients
+base_model.census, loop.finite_mean = keep_model, check_gradients
 for options in jobs:
-    figures = timeless(train(*options, another=options is not jobs[-1]))
+    figures = timeless(train(*options, last=options is jobs[-1]))
     folder = options[options.index("--output_dir") + 1]
     with open(f"{folder}/rank_{os.environ['RANK']}.json", "w") as file:
         json.dump(figures, file)
@@ -76,7 +81,7 @@ def equal_runs(models, wide_models, tmp_path_factory) -> Path:
     for family, approach in FAMILY_APPROACHES:
         run = folder / "resumed" / family
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-            from common import loop
+            from common.train import loop
 
             stop_at(patch, loop, "finite_mean", 4)
             train(*options_of(models[family], file, approach, 4, 1), "--output_dir", run)
@@ -99,7 +104,7 @@ def close(one: float, other: float) -> bool:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("cut", ["small", "two"])
 def test_accumulation_and_processes_change_nothing(equal_runs, cut, family, approach):
-    """CORRECTNESS 8, 9, 31: (4, 1, 1 process) == (2, 2, 1) == (2, 1, 2), unequal lengths, last update of 3 rows.
+    """(4, 1, 1 process) == (2, 2, 1) == (2, 1, 2), unequal lengths, last update of 3 rows.
 
     The first without packs, the last with: they are the same training.
     """
@@ -116,7 +121,7 @@ def test_accumulation_and_processes_change_nothing(equal_runs, cut, family, appr
 
 @pytest.mark.parametrize("cut", ["small", "two"])
 def test_learning_rate_does_not_depend_on_processes(equal_runs, cut):
-    """CORRECTNESS 10: a prepared scheduler would be through after half of the updates."""
+    """A prepared scheduler would be through after half of the updates."""
     rates = [line["learning_rate"] for line in log_lines(equal_runs / "big" / "llama_head")]
     assert rates == [line["learning_rate"] for line in log_lines(equal_runs / cut / "llama_head")]
     assert rates[1] == 1e-3 and 0 < rates[-1] < 2e-4
@@ -124,7 +129,7 @@ def test_learning_rate_does_not_depend_on_processes(equal_runs, cut):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_processes_report_the_same_figures(equal_runs, family):
-    """CORRECTNESS 13: figures are sums over all ranks; and those of one process."""
+    """Figures are sums over all ranks; and those of one process."""
     run = equal_runs / "two" / f"{family}_head"
     first, second = (json.loads((run / f"rank_{rank}.json").read_text()) for rank in range(2))
     assert first == second and first["epochs"] == 2
@@ -134,7 +139,7 @@ def test_both_processes_report_the_same_figures(equal_runs, family):
 
 @pytest.mark.parametrize(("family", "approach"), FAMILY_APPROACHES)
 def test_two_processes_resume_a_run_of_one(equal_runs, family, approach):
-    """CORRECTNESS 11: the plan needs no sampler state, so only the rows per update must stay."""
+    """The plan needs no sampler state, so only the rows per update must stay."""
     lines = log_lines(equal_runs / "big" / f"{family}_{approach}")
     resumed = log_lines(equal_runs / "resumed" / family)
     assert [line["update"] for line in resumed] == [1, 2, 3, 4, 5, 6]
@@ -148,7 +153,7 @@ def all_lora_b(model) -> dict:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_of_the_adapter_learns_in_two_processes(equal_runs, family):
-    """CORRECTNESS 22 under DDP: every job, NF4 with checkpointing among them, checked the gradient of every lora_B."""
+    """Under DDP: every job, NF4 with checkpointing among them, checked the gradient of every lora_B."""
     assert len(log_lines(equal_runs / "nf4" / family)) == 1
 
 
@@ -156,10 +161,11 @@ def test_all_of_the_adapter_learns_in_two_processes(equal_runs, family):
 @pytest.mark.parametrize("nf4", ["true", "false"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_of_the_adapter_learns(wide_models, toy_files, tmp_path, monkeypatch, family, nf4, checkpointing):
-    """CORRECTNESS 22: frozen embeddings and checkpointing can cut the graph, so that lora_B gets no gradient."""
-    from common import loop, modeling
+    """Frozen embeddings and checkpointing can cut the graph, so that lora_B gets no gradient."""
+    from common.model import base_model
+    from common.train import loop
 
-    census, finite_mean, models, norms = modeling.census, loop.finite_mean, [], {}
+    census, finite_mean, models, norms = base_model.census, loop.finite_mean, [], {}
 
     def keep_model(model):
         models.append(model)
@@ -169,7 +175,7 @@ def test_all_of_the_adapter_learns(wide_models, toy_files, tmp_path, monkeypatch
         norms.update({name: float(weight.grad.norm()) for name, weight in all_lora_b(models[0]).items()})
         return finite_mean(*args)
 
-    monkeypatch.setattr(modeling, "census", keep_model)
+    monkeypatch.setattr(base_model, "census", keep_model)
     monkeypatch.setattr(loop, "finite_mean", keep_gradients)
     options = ["--load_in_4bit", nf4, "--gradient_checkpointing", checkpointing, "--max_steps", 1, "--eval_strategy"]
     data = ["--train_file", toy_files["train"], "--validation_fraction", 0, "--test_fraction", 0]
@@ -184,15 +190,15 @@ def test_an_evaluation_does_not_change_nf4_gradients(wide_models, family):
     """bitsandbytes repacks weights in eval mode on CPUs with AVX512-BF16; no gradient gets through them after that."""
     import torch
 
-    from common import modeling
-    from common.config import parse_config
+    from common.model import base_model, lora
+    from common.options import parse_config
     from train_cls import Config
 
     config = parse_config(Config, ["--model", str(wide_models[family]), "--mixed_precision", "bf16"])
-    modeling.resolve_options(config, encoder=False)
+    base_model.resolve_options(config, encoder=False)
     torch.manual_seed(0)
-    model, missing = modeling.load_base(config.model, config, device="cpu")
-    model = modeling.add_lora(model, config, missing, head=False)
+    model, missing = base_model.load_base(config.model, config, device="cpu")
+    model = lora.add_lora(model, config, missing, head=False)
     ids = torch.arange(5, 45).view(4, 10)
 
     def gradients():
@@ -213,14 +219,14 @@ def test_an_evaluation_does_not_change_nf4_gradients(wide_models, family):
 
 @pytest.mark.parametrize(("family", "approach"), FAMILY_APPROACHES)
 def test_dtypes_and_reloaded_answers(wide_models, toy_files, tmp_path, family, approach):
-    """CORRECTNESS 30: base bf16, LoRA and head fp32 in training and on disk; the reloaded adapter answers the same."""
+    """Base bf16, LoRA and head fp32 in training and on disk; the reloaded adapter answers the same."""
     import torch
     from accelerate import Accelerator
 
-    from common import storage
-    from common.config import parse_config
-    from common.data import load_classification
-    from common.scoring import predict
+    from common.data.classification import load_classification
+    from common.measure.scoring import predict
+    from common.model import storage
+    from common.options import parse_config
     from train_cls import Config
 
     options = ["--model", wide_models[family], "--approach", approach, "--mixed_precision", "bf16", "--max_steps", 4]
@@ -243,7 +249,7 @@ def test_dtypes_and_reloaded_answers(wide_models, toy_files, tmp_path, family, a
 
 @pytest.mark.parametrize(("family", "approach"), FAMILY_APPROACHES)
 def test_balanced_weights_raise_minority_recall(models, tmp_path, family, approach):
-    """CORRECTNESS 31: 9 : 1 rows, all of the rare label among texts that have the other one two times in three."""
+    """9 : 1 rows, all of the rare label among texts that have the other one two times in three."""
     rows = [
         {"text": "melody violin" if i > 11 else "tempo team", "label": "atom" if i % 3 == 1 and i < 12 else "goal"}
         for i in range(40)
@@ -262,7 +268,7 @@ def test_balanced_weights_raise_minority_recall(models, tmp_path, family, approa
 @pytest.mark.parametrize(("family", "approach"), FAMILY_APPROACHES)
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
 def test_a_non_finite_update_stops_the_run(models, toy_files, tmp_path, monkeypatch, family, approach, broken):
-    """CORRECTNESS 30: the message names the update's rows; neither a weight nor a checkpoint got anything of it."""
+    """The message names the update's rows; neither a weight nor a checkpoint got anything of it."""
     import train_cls
 
     real, calls = train_cls.loss_of, []
@@ -286,9 +292,9 @@ def test_a_non_finite_update_stops_the_run(models, toy_files, tmp_path, monkeypa
 
 @pytest.mark.parametrize(("family", "approach"), FAMILY_APPROACHES)
 def test_an_update_without_targets_stops_the_run(models, toy_files, tmp_path, monkeypatch, family, approach):
-    """CORRECTNESS 1: its loss is 0 / 0, and would look like success if it were called 0."""
+    """Its loss is 0 / 0, and would look like success if it were called 0."""
     import train_cls
-    from common.config import InputError
+    from common.errors import InputError
 
     monkeypatch.setattr(train_cls, "class_weights", lambda *_: [0.0, 0.0, 0.0])
     options = ["--model", models[family], "--approach", approach, *toy_options(toy_files), "--output_dir", tmp_path]

@@ -1,0 +1,155 @@
+"""Files or a hub data set -> the rows of each split; splits that are missing are cut from the training rows.
+
+    --train_file, --test_file   ->   read_splits   ->   rows of train, test; where they are from
+    rows of train, test         ->   examples or conversations, in classification.py and conversations.py
+    examples of train, test     ->   complete_splits   ->   train, validation (cut from train by --split_seed), test
+
+Imports neither torch nor transformers.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from common.data.files import Row, file_hash, read_rows
+from common.errors import InputError
+from common.hub import hub_answers
+from common.options import DataConfig
+
+if TYPE_CHECKING:
+    import datasets
+
+T = TypeVar("T")  # an example, or a conversation
+Sources = dict[str, dict[str, str]]  # split -> name (file, or `data set [split]`) and sha256 of what it is read from
+
+DEMO_FOLDERS = Path(__file__).parents[2] / "data"
+SPLITS = ("train", "validation", "test")
+HUB_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+
+
+def read_splits(config: DataConfig, demo: Path, training: bool) -> tuple[dict[str, list[Row]], Sources]:
+    """split -> rows: of the hub data set or the files that the options name, or of those in `demo` if they name none.
+
+    Raises InputError for what cannot be read; and for training, if there are no training rows.
+    """
+    if config.dataset_name:
+        tables, sources = _read_hub(config.dataset_name, config.dataset_config)
+    else:
+        paths = given_files(config) or {split: str(next(demo.glob(f"{split}.*"))) for split in SPLITS}
+        tables = {split: read_rows(path) for split, path in paths.items()}
+        sources = {split: {"name": path, "sha256": file_hash(path)} for split, path in paths.items()}
+    if training:
+        require_training_rows(tables, config)
+    return tables, sources
+
+
+def require_training_rows(splits: Collection[str], config: DataConfig) -> None:
+    if "train" not in splits:
+        raise InputError(f"{config.dataset_name or 'The data'}: there are no training rows; give --train_file.")
+
+
+def given_files(config: DataConfig) -> dict[str, str]:
+    """split -> path, of the files that the options name."""
+    paths = {"train": config.train_file, "validation": config.validation_file, "test": config.test_file}
+    return {split: path for split, path in paths.items() if path}
+
+
+def open_hub(
+    name: str, configuration: str | None, option: str = "--dataset_name", progress: bool = False
+) -> "dict[str, datasets.Dataset]":
+    """The splits of a hub data set, or of a local folder of one; rows stay on disk until they are read.
+
+    option: where the name is set, for the InputError. progress: whether a download shows its progress.
+    """
+    if not Path(name).exists():
+        hub_answers()  # if not, only the cache is searched
+    import datasets
+
+    if not progress:
+        datasets.disable_progress_bars()
+    try:
+        loaded = datasets.load_dataset(name, configuration)
+    except Exception as error:  # the hub's client raises many kinds; the user can act on each
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise InputError(
+            f"{option} {name}: could not be loaded ({reason}). Check the name, the configuration and the network, or "
+            "give the folder of a downloaded copy."
+        ) from None
+    found = {split: [alias for alias in aliases if alias in loaded] for split, aliases in HUB_NAMES.items()}
+    return {split: loaded[aliases[0]] for split, aliases in found.items() if aliases}
+
+
+def _read_hub(name: str, configuration: str | None) -> tuple[dict[str, list[Row]], Sources]:
+    parts = open_hub(name, configuration)
+    from datasets import ClassLabel  # after the check in open_hub: at its import it notes whether there is a network
+
+    tables, sources = {}, {}
+    for split, part in parts.items():
+        rows = part.to_list()
+        for column, feature in part.features.items():
+            classes = getattr(feature, "feature", feature)  # of a list of classes, too
+            if isinstance(classes, ClassLabel):
+                for row in rows:
+                    row[column] = _class_names(row[column], classes.names)
+        digest = hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
+        tables[split], sources[split] = rows, {"name": f"{name} [{split}]", "sha256": digest}
+    return tables, sources
+
+
+def _class_names(cell: Any, names: list[str]) -> Any:
+    """The names of the class numbers in a cell; None for an unlabeled row (-1)."""
+    if isinstance(cell, list):
+        return [_class_names(item, names) for item in cell]
+    return names[cell] if cell is not None and cell >= 0 else None
+
+
+def complete_splits(
+    splits: dict[str, list[T]],
+    config: DataConfig,
+    report: dict[str, Any],
+    draw: Callable[[Sequence[T], int, int], list[int]],
+) -> dict[str, list[T]]:
+    """Cuts the splits that no file gives from the training rows, then draws the rows that --max_..._samples leaves.
+
+    draw(rows, count, seed): the numbers of the rows to take, ascending. The counts are noted in `report`.
+    """
+    splits, seed = dict(splits), config.split_seed
+    fractions = {"test": config.test_fraction, "validation": config.validation_fraction}
+    rows = splits.get("train", [])
+    total = len(rows)
+    for split, fraction in fractions.items() if "train" in splits else ():
+        if split in splits or not fraction:
+            continue
+        count = round(total * fraction)
+        if not 0 < count < len(rows):
+            raise InputError(
+                f"{report['files']['train']['name']}: {total} rows are too few to cut {fraction:.0%} for {split}: "
+                f"give --{split}_file, or set --{split}_fraction 0."
+            )
+        chosen = set(draw(rows, count, seed))
+        splits[split] = [row for i, row in enumerate(rows) if i in chosen]
+        splits["train"] = rows = [row for i, row in enumerate(rows) if i not in chosen]
+        report.setdefault("cut_from_train", {})[split] = count
+    for split, limit in (("train", config.max_train_samples), ("validation", config.max_eval_samples)):
+        rows = splits.get(split, [])
+        if limit and len(rows) > limit:
+            splits[split] = [rows[i] for i in draw(rows, limit, seed)]
+    return splits
+
+
+def count_copies(
+    splits: dict[str, list[T]], report: dict[str, Any], content: Callable[[T], Any], question: Callable[[T], Any]
+) -> None:
+    """Adds to the report how many rows of each split are used, repeat another one, or are in the training rows too.
+
+    content(row): the same for rows that repeat each other. question(row): for rows that a model answers alike.
+    """
+    train = {question(row) for row in splits.get("train", ())}
+    for split, rows in splits.items():
+        entry = report["rows"].setdefault(split, {})
+        entry["used"] = len(rows)
+        entry["duplicates"] = len(rows) - len({content(row) for row in rows})
+        if split != "train":
+            entry["also_in_train"] = sum(question(row) in train for row in rows)

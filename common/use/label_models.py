@@ -1,0 +1,71 @@
+"""Models that label texts: the answer to each with its probabilities, or an abstention."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from common.data.classification import Example, join_fields
+from common.measure.scoring import classify
+from common.model.base_model import precision
+from common.model.classifier import Classifier
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass
+class Prediction:
+    """The answer to one text.
+
+    prediction: a label, or with several labels per row a list of them; None where the model abstained. probabilities:
+    label -> number; with one label per row they add up to 1. truncated: the text was too long and was cut.
+    """
+
+    prediction: str | list[str] | None
+    probabilities: dict[str, float]
+    abstained: bool
+    truncated: bool
+
+
+@dataclass
+class LabelModel:
+    """A classifier on its device, in its precision (no, bf16 or fp16)."""
+
+    classifier: Classifier
+    device: "torch.device"
+    precision: str
+
+    def classify(
+        self, texts: Sequence[str], batch_size: int = 16, min_probability: float | None = None
+    ) -> list[Prediction]:
+        """The answers to `texts`, in their order. min_probability: below it, no prediction (`label_examples`)."""
+        examples = [Example("", join_fields({"text": text}, ["text"]), ()) for text in texts]
+        return self.label_examples(examples, batch_size, min_probability)
+
+    def label_examples(
+        self,
+        examples: Sequence[Example],
+        batch_size: int,
+        min_probability: float | None = None,
+        progress: Callable[[int], None] = lambda rows: None,
+    ) -> list[Prediction]:
+        """The answers to rows, in their order; their labels are not looked at.
+
+        min_probability: where the answer's probability is below it (with several labels, that of the least certain
+        decision), there is no prediction. batch_size: as of `classify` in measure/scoring.py.
+        """
+        prompt = self.classifier.prompt
+        with precision(self.device, self.precision):
+            answers = classify(
+                self.classifier, examples, device=self.device, batch_size=batch_size, progress=progress, labeled=False
+            )
+        predictions = []
+        for example, answer in zip(examples, answers, strict=True):
+            p = answer.probabilities
+            certainty = min(max(x, 1 - x) for x in p) if prompt.multi_label else max(p)
+            abstained = min_probability is not None and certainty < min_probability
+            chosen = [prompt.labels[k] for k in answer.labels]
+            prediction = None if abstained else chosen if prompt.multi_label else chosen[0]
+            truncated = prompt.prompt(example.text).truncated
+            predictions.append(Prediction(prediction, dict(zip(prompt.labels, p, strict=True)), abstained, truncated))
+        return predictions

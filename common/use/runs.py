@@ -1,0 +1,291 @@
+"""The one door to a model: opening a run folder, a copied adapter or a base model by its name, before anything loads.
+
+    from common import open_run
+
+    classifier = open_run("outputs/smollm2-135m/arxiv_demo/run_1").classifier()
+    classifier.classify(["a text"])[0].probabilities
+
+Whatever imports torch is imported when a model is loaded.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from common.data.classification import Example
+from common.data.splits import SPLITS
+from common.disk import is_base_model, load_task, newest_run, read_json, weights_folder
+from common.errors import InputError
+from common.hub import EMBEDDED, resolve_model
+from common.options import CAUSAL_LM, CHAT, CLASSIFICATION, TrainingConfig, check_task, names, read_saved
+from common.text.prompts import read_template
+
+if TYPE_CHECKING:
+    import torch
+
+    from common.use.label_models import LabelModel
+    from common.use.text_models import TextModel
+
+T = TypeVar("T")
+
+
+@dataclass
+class Run:
+    """What was trained, or a base model.
+
+    name: as it was given, or found. task: classification, causal_lm or chat. folder: of the trained weights; None: a
+    base model. trained: what task.json says; empty for a base model. options: those of the training, in their types;
+    of a copied adapter, which has no config.yaml, those that task.json keeps.
+    """
+
+    name: str
+    task: str
+    folder: Path | None
+    trained: dict[str, Any]
+    options: dict[str, Any]
+
+    @property
+    def run_folder(self) -> Path:
+        """The run folder; of a copied adapter, its own folder."""
+        assert self.folder
+        return self.folder.parent if self.folder.name in ("adapter", "model") else self.folder
+
+    def configure(self, cls: type[T], given: dict[str, Any], defaults: dict[str, Any]) -> T:
+        """The options of a script: those given, else `defaults`, else as declared.
+
+        Raises InputError for an option of another task, or one that training has settled with another value.
+        """
+        check_task(cls, given, self.task, self.name)
+        settled = {"task": self.task, **defaults} if self.folder else {}
+        for name in [name for name in (*names(cls, "settled"), "task") if self.folder and name in given]:
+            if given[name] != settled.get(name):
+                raise InputError(f"--{name} was settled when {self.name} was trained: drop it.")
+        if not self.folder and given.get("model", self.name) != self.name:
+            raise InputError(f"--model {given['model']}: give the model as --run.")
+        known = {item.name for item in fields(cls)}  # type: ignore[arg-type]
+        model = {} if self.folder else {"model": self.name}
+        values = {**defaults, **given, **model, "task": self.task, "run": self.name}
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+    def options_for_rows(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The options of the training that decide which rows are read again, and how; empty for a base model.
+
+        given: --test_file replaces all of the run's files; of a --split, only the files that it comes from are read.
+        Raises InputError for a --test_file with another --split.
+        """
+        changed = ("output_dir", "mixed_precision", "chat_template")  # the template is saved with the weights
+        options = {name: value for name, value in self.options.items() if name not in changed}
+        if "labels" in self.trained and "label_columns" not in {**options, **given}:
+            options["labels"] = self.trained["labels"]
+        split = given.get("split", "test")
+        if "test_file" in given:
+            if split != "test":
+                raise InputError("--test_file is the test split: drop --split.")
+            text = given["test_file"].lower().endswith(".txt")
+            for name in ("train_file", "validation_file", "dataset_name", "dataset_config", *["text_fields"] * text):
+                options.pop(name, None)
+        elif split != "train" and f"{split}_file" in options:
+            for other in set(SPLITS) - {split}:  # nothing of it is cut from those files, so none is read
+                options.pop(f"{other}_file", None)
+        return options
+
+    def check_labels(self, labels: list[str], multi_label: bool) -> None:
+        """Refuses rows whose labels the run does not answer with, or not in the order of its probabilities."""
+        if (labels, multi_label) != (self.trained["labels"], self.trained["multi_label"]):
+            kind = "any number of labels" if self.trained["multi_label"] else "one label"
+            raise InputError(
+                f"The run answers with {kind} of {', '.join(self.trained['labels'])}, in this order; the options given "
+                f"describe others ({', '.join(labels)}). Drop or correct --label_column, --label_columns, "
+                "--label_delimiter."
+            )
+
+    def check_unchanged(self, sources: dict[str, dict[str, str]], split: str) -> None:
+        """Refuses to evaluate a run on a file that is no longer the one it was split from."""
+        file = self.run_folder / "splits.json"
+        saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"sources": sources}
+        for name, source in sources.items():
+            if saved["sources"].get(name, {}).get("sha256") != source["sha256"]:
+                raise InputError(
+                    f"{source['name']} has changed since the run was trained, so its {split} split is no longer the "
+                    "same rows. Restore the file, or name the rows to evaluate with --test_file."
+                )
+
+    def check_base_is_intact(self) -> None:
+        """Refuses an adapter whose initialization moved weights out of the base: switched off, it leaves no base."""
+        init = read_json(self.folder / "adapter_config.json").get("init_lora_weights") if self.folder else None
+        if init in ("pissa", "olora"):
+            raise InputError(
+                f"{self.name} was trained with --init_lora_weights {init}, which changes the base: use --run alone."
+            )
+
+    def classifier(self, labels: Sequence[str] | None = None, **options: Any) -> "LabelModel":
+        """A model that labels texts, on the device that there is, in the precision that it was trained in.
+
+        labels: of a base model, which is prompted with them. options: further ones of a base model (`load_in_4bit`...).
+        """
+        if self.folder is None and not labels:
+            raise InputError(f"{self.name} is a base model: name the labels, as in classifier(labels=[...]).")
+        config = self._options(CLASSIFICATION, options if labels is None else {**options, "labels": list(labels)})
+        return self.load_classifier(config, best_device())
+
+    def chat(self, **options: Any) -> "TextModel":
+        """A model that answers in a conversation. options: of a base model (`load_in_4bit`, `chat_template`...)."""
+        return self.load_text_model(self._options(CHAT, options), best_device())
+
+    def language_model(self, **options: Any) -> "TextModel":
+        """A model that continues texts and measures their perplexity. options: of a base model (`load_in_4bit`...)."""
+        return self.load_text_model(self._options(CAUSAL_LM, options), best_device())
+
+    def _options(self, task: str, options: dict[str, Any]) -> TrainingConfig:
+        """The options to load a model with where no script has read them."""
+        if self.folder and (self.task != task or options):
+            what = f"what it was trained with ({', '.join(options)})" if options else f"{self.task}, not {task}"
+            raise InputError(f"{self.name} was trained and is opened for {what}.")
+        self.task = task
+        config = TrainingConfig(**{**self.options, **({} if self.folder else {"model": self.name}), **options})
+        self.resolve(config)
+        return config
+
+    def resolve(self, config: Any) -> None:
+        """Fills in what is unset: as trained, else as the device allows. Raises InputError for an encoder."""
+        from common.model import base_model
+
+        config.full_finetuning = False  # a base model is loaded as it is, not to be trained
+        config.mixed_precision = config.mixed_precision or self.trained.get("mixed_precision")
+        encoder = self.folder is None and base_model.is_encoder(resolve_model(config.model, config.revision), config)
+        base_model.resolve_options(config, encoder)
+
+    def load_classifier(
+        self,
+        config: Any,
+        device: "torch.device",
+        multi_label: bool = False,
+        examples: Sequence[Example] = (),
+        few_shot: Sequence[tuple[str, tuple[int, ...]]] = (),
+    ) -> "LabelModel":
+        """The trained classifier; or the base model, prompted with `labels`, `prompt_template` and `max_length`.
+
+        config: resolved. Of a base model: examples, rows whose longest answer must fit; few_shot, (text, label
+        indices) pairs before every row.
+        """
+        from common.model import base_model, storage
+        from common.model.classifier import Classifier, classification_prompt
+        from common.use.label_models import LabelModel
+
+        if self.folder:
+            classifier = storage.load_classifier(self.folder, device, config.mixed_precision)
+            return LabelModel(classifier, device, config.mixed_precision)
+        path = resolve_model(config.model, config.revision)
+        base_model.check_length(path, config, config.max_length, "--max_length")
+        tokenizer = base_model.load_tokenizer(path, config)
+        template = read_template(config.prompt_template, "generative")
+        prompt = classification_prompt(
+            tokenizer, False, labels=config.labels, multi_label=multi_label, template=template,
+            max_length=config.max_length, few_shot=few_shot,
+        )  # fmt: skip
+        prompt.reserve(examples)
+        model = base_model.load_base(path, config, device=device)[0].eval()
+        classifier = Classifier(model, prompt, tokenizer, False, False, [0.5] * len(config.labels))
+        return LabelModel(classifier, device, config.mixed_precision)
+
+    def load_text_model(self, config: Any, device: "torch.device") -> "TextModel":
+        """The trained model, or the base model, as it answers in a conversation or continues texts.
+
+        config: resolved; a `chat_template` replaces the model's own, a `system_prompt` the trained one.
+        """
+        from common.model import base_model, storage
+        from common.text.chat import choose_template
+        from common.use.text_models import TextModel
+
+        template = None
+        if self.folder is None:
+            path = resolve_model(config.model, config.revision)
+            tokenizer = base_model.load_tokenizer(path, config)
+            template = choose_template(tokenizer, config.chat_template) if self.task == CHAT else None
+            model = base_model.load_base(path, config, device=device)[0].eval()
+        elif self.task == CHAT:
+            model, tokenizer, template = storage.load_chat_model(
+                self.folder, device, config.mixed_precision, config.chat_template
+            )
+        else:
+            model, tokenizer = storage.load_language_model(self.folder, device, config.mixed_precision)
+        start = [] if template else self.trained.get("start", base_model.start_ids(tokenizer))
+        system = config.system_prompt or self.trained.get("system_prompt")
+        return TextModel(model, tokenizer, template, start, system, device, config.mixed_precision)
+
+
+def best_device() -> "torch.device":
+    """The GPU if there is one, else the CPU."""
+    import torch
+
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def open_run(name: str | None = None, task: str | None = None) -> Run:
+    """Finds what `name` means: a run folder, an adapter folder, or a base model (hub id, folder, GGUF file).
+
+    Without a name: the newest run under outputs/, else the embedded model. task: of a base model.
+    Raises InputError where a folder is neither.
+    """
+    path = Path(name) if name else newest_run()
+    if path is None or is_base_model(path):
+        return Run(name or EMBEDDED, task or CLASSIFICATION, None, {}, {})
+    folder = weights_folder(path)
+    trained = load_task(folder)
+    if trained["task"] not in (CLASSIFICATION, CAUSAL_LM, CHAT):
+        raise InputError(f"{path} was trained for {trained['task']}: use it with the script that trained it.")
+    run = Run(str(path), trained["task"], folder, trained, {})
+    kept = {name: trained[name] for name in names(TrainingConfig, "kept") if trained.get(name) is not None}
+    run.options = {**trained["model_options"], **kept, **read_saved(run.run_folder)}
+    run.options = {name: value for name, value in run.options.items() if value is not None}
+    return run
+
+
+def check_comparable(first: Run, others: Sequence[Run | None]) -> None:
+    """Raises InputError for runs (None: their base) that are not adapters of one base that can be switched off."""
+    for run in [first, *filter(None, others)]:
+        if run.folder is None:
+            raise InputError(f"--compare: {run.name} is no run. Name run folders, and `base` for their base model.")
+        if run.task != first.task:
+            raise InputError(f"--compare: {run.name} was trained for {run.task}, {first.name} for {first.task}.")
+        options, wanted = run.trained["model_options"], first.trained["model_options"]
+        if differing := [name for name in wanted if options.get(name) != wanted[name]]:
+            shown = ", ".join(f"{name} {options.get(name)} and {wanted[name]}" for name in differing)
+            raise InputError(
+                f"--compare: {run.name} and {first.name} have different bases ({shown}), and only one is loaded. "
+                "Prompt them one after the other, with --run."
+            )
+        if run.trained["full_finetuning"]:
+            raise InputError(f"--compare: {run.name} has no adapter, all its weights were trained. Use --run.")
+        run.check_base_is_intact()
+
+
+def load_compared(first: "TextModel", run: Run, others: Sequence[Run | None], config: Any) -> list["TextModel"]:
+    """A model for each of the others (None: their base), all on one base in memory.
+
+    first: the model of `run`; the adapters of the others are loaded beside its own. config: a `chat_template` or
+    `system_prompt` in it is for all, else each has its own.
+    """
+    from common.model import base_model, storage
+    from common.text.chat import ChatTemplate
+
+    models = []
+    for number, other in enumerate(others):
+        if other is None:
+            models.append(replace(first, adapter=None))
+        elif other.folder == run.folder:
+            models.append(first)
+        else:
+            tokenizer = base_model.load_tokenizer(str(other.folder), storage.trained_options(other.trained))
+            own = first.template
+            if own and not config.chat_template:
+                own = ChatTemplate(tokenizer, other.trained["chat_template"], f"the chat template of {other.name}")
+            storage.add_adapter(first.model, other.folder, f"run{number}")
+            start = other.trained.get("start", [])
+            turn = config.system_prompt or other.trained.get("system_prompt")
+            models.append(
+                replace(first, tokenizer=tokenizer, template=own, start=start, system=turn, adapter=f"run{number}")
+            )
+    return models
