@@ -94,7 +94,7 @@ def test_amazon_set_up_is_the_reference(prepared):
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_every_configuration_is_accepted_and_explained(path):
     """Each parses and passes the checks; its comment says what it reproduces, from what data, and that none was run."""
-    config = parse_config(Config, ["--config", str(path)])
+    parse_config(Config, ["--config", str(path)])
     comment = path.read_text().split("\n\n")[0]
     for text in ("python -m common.prepare", str(path.relative_to(ROOT)), "Reported elsewhere", "not been run here"):
         assert text in comment.replace("\n# ", " ").replace("  ", " ")

@@ -1,22 +1,22 @@
 """Which tokens of the labels to compute after a prompt: the labels as a tree of tokens, searched best first.
 
-An example: the labels `card lost`, `card late` and `top up fails`, one token per word, each ended by the end token.
-Computing a node gives the log-probability of all tokens that may follow it. Here they are, with probabilities:
+An example: the labels `card lost`, `card late` and `top up fails`, one token per word, each followed by the end token.
+Computing a node gives the log-probability of every token that may come next, which is what its children are worth:
 
-    (prompt)              computed before the search
-    |-- card    -0.22  0.8     computed in pass 1
-    |   |-- lost  -0.51  0.6     computed in pass 2; the end follows with -0.11  0.9
-    |   +-- late  -1.20  0.3     computed in pass 2; the end follows with -0.11  0.9
-    +-- top    -15.42  2e-7    skipped, with `up` and `fails` below it
+    (prompt)                     computed before the search
+    |-- card      -0.22 (0.8)    computed in pass 1
+    |   |-- lost  -0.51 (0.6)    computed in pass 2, which gives the end token -0.11 (0.9)
+    |   +-- late  -1.20 (0.3)    computed in pass 2, which gives the end token -0.11 (0.9)
+    +-- top      -15.42 (2e-7)   skipped, with `up` and `fails` below it
 
-Pass 1: `card` is the likeliest branch. `top` could be computed in the same pass, but 2e-7 is less than 1e-6, the
-tolerance, times 0.8, so that the outcome of `card` may well make it needless. Pass 2: `lost` and `late`, together.
-Found: 0.8 x 0.6 x 0.9 = 0.432 for `card lost` and 0.8 x 0.3 x 0.9 = 0.216 for `card late`, in sum 0.648. The search
-is done, since what is left, 2e-7, is at most 1e-6 x 0.648: three nodes in two passes, where all would be six nodes.
+Pass 1: `card` is the likeliest branch. `top` could be computed in the same pass, but its 2e-7 is below tolerance x 0.8
+with the tolerance 1e-6, so that the outcome of `card` will probably make it needless.
+Pass 2: `lost` and `late`. Found are now `card lost` with 0.8 x 0.6 x 0.9 = 0.432 and `card late` with 0.216, together
+0.648. What is left, 2e-7, is at most 1e-6 x 0.648, and the search is done: three nodes of six, in two passes.
 
-Why the bound holds: labels below `top` are different texts that all begin with it, so that together they are at most
-as likely as `top`, whatever follows. The sum over all labels lies between 0.648 and 0.648 + 2e-7, so that no normalized
-probability moves by more than 2e-7 / 0.648 = 3.1e-7. Reported: 0.6667, 0.3333, and for `top up fails` the bound 3.1e-7.
+Why the bound holds: all labels below `top` begin with it and differ after it, so that their probabilities add up to at
+most that of `top`. The sum over all labels is thus between 0.648 and 0.648 + 2e-7, and no label's share of it is off by
+more than 2e-7 / 0.648 = 3.1e-7. Reported are 0.6667, 0.3333 and, for `top up fails`, 3.1e-7, the most that it can have.
 """
 
 import heapq
@@ -32,9 +32,9 @@ BUDGET = 12  # nodes that a search wants at first; twice as many each time after
 
 @dataclass
 class Trie:
-    """Candidates that begin alike: the numbers of those that end here, with the ids that may follow, and the rest.
+    """A node of the tree of candidates; a candidate is a sequence of tokens and then any one of its enders.
 
-    candidates: what the entire tree was built from, at its root.
+    ends: number and enders of each candidate that ends here. candidates: at the root, all (ids, enders) by number.
     """
 
     ends: list[tuple[int, Sequence[int]]] = field(default_factory=list)
@@ -47,7 +47,7 @@ class Trie:
 
 
 def build_trie(candidates: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Trie:
-    """candidates: (ids, enders) pairs; a candidate is its ids and then any one of its enders."""
+    """The tree of (ids, enders) pairs."""
     root = Trie(candidates=candidates)
     for number, (ids, enders) in enumerate(candidates):
         node = root
@@ -58,7 +58,10 @@ def build_trie(candidates: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Tri
 
 
 def label_trie(prompt: ClassificationPrompt, first: int = 0, chosen: bool = False) -> Trie:
-    """One label per row: all labels. Several: those from `first` on, after others if some are `chosen`, and the end."""
+    """The labels as candidates: all, or if a row may have several those from `first` on, and last the end alone.
+
+    chosen: they come after other labels.
+    """
     if not prompt.multi_label:
         return build_trie([(ids, prompt.end_ids) for ids in prompt.first_ids])
     pieces, candidates = prompt.next_ids if chosen else prompt.first_ids, []
@@ -73,8 +76,8 @@ class TrieSearch:
 
     Call `next_nodes` and compute what it returns, until it returns nothing.
     tolerance: the search is done once all branches that are left hold no more than this share of the probability of the
-    candidates found, so that no normalized probability is off by more. 0: nothing is left out; infinite: everything
-    that cannot be the likeliest candidate, which is found in any case.
+    candidates found, so that no normalized probability is off by more. 0: all candidates are found; infinite: the
+    likeliest, which is found with any tolerance.
     also: ids after `start` whose nodes are computed with the first ones, whatever they are worth.
     """
 

@@ -25,7 +25,7 @@ class Node:
     """A token that continues a prompt; the root of the tree is the prompt's last token.
 
     log_probs: token id -> log-probability that it comes next; empty until computed. likeliest: the likeliest next token
-    of the entire vocabulary. requested: whether some search has asked for it. slot: column in PromptCache.
+    of the entire vocabulary. requested: whether a search has wanted it. slot: column in PromptCache.
     """
 
     token: int = -1
