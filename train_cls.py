@@ -23,7 +23,7 @@ from common.log import RunLog, chosen_trackers, evaluation_cost, say
 from common.measure.metrics import TASKS, choosable, summarize
 from common.model.losses import label_losses, token_losses
 from common.options import CLASSIFICATION, ClassificationDataConfig, PackConfig, RunConfig, option, parse_config
-from common.text.prompts import check_prompt, read_template
+from common.text.prompts import check_prompt, classification_rows, read_template, show_row
 from common.train.run_folder import RunFolder
 from common.train.seeds import configs_per_seed, train_each
 
@@ -105,9 +105,9 @@ def train(config: Config, data: ClassificationData, path: str, last: bool = True
                                    template=template, max_length=config.max_length, few_shot=shots)  # fmt: skip
     prompt.reserve(examples)
     weights = class_weights(config.class_weights, examples, data.labels, data.multi_label)
-    rows = batches.classification_rows(examples, prompt, weights)
+    rows = classification_rows(examples, prompt, weights)
     prompt.count_shortened(data)
-    report_text = data_report(data.report, batches.show_row(rows[0], tokenizer))
+    report_text = data_report(data.report, show_row(rows[0], tokenizer))
     say(accelerator, report_text)
 
     # --- model
@@ -131,7 +131,7 @@ def train(config: Config, data: ClassificationData, path: str, last: bool = True
     flops = loop.flops_per_token(module)
     model, optimizer = loop.prepare(accelerator, module, optimizer, scheduler, config)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    classifier = Classifier(module if head else base, prompt, tokenizer, head, encoder, [0.5] * len(data.labels))
+    classifier = Classifier(module if head else base, prompt, tokenizer, [0.5] * len(data.labels))
     prefix = batches.describe_prefix([row.prompt for row in rows], lengths, batch_size, shared_prefix)
     say(accelerator, f"{loop.describe_plan(accelerator, total, rows_per_update)}; {prefix}")
     if config.dry_run:

@@ -89,7 +89,7 @@ def measure(model: Any, tokenizer: Any, config: Config, labels: int, text_tokens
     from common.model.losses import token_losses
     from common.model.token_losses import TokenLosses
     from common.text import batches
-    from common.text.prompts import GENERATIVE_TEMPLATE
+    from common.text.prompts import GENERATIVE_TEMPLATE, AnswerRow
 
     names = [f"{first} {second}" for second in SECOND.split() for first in FIRST.split()][:labels]
     prompt = classifier.classification_prompt(
@@ -101,13 +101,13 @@ def measure(model: Any, tokenizer: Any, config: Config, labels: int, text_tokens
         prompt.instruction_ids + draw.choices(range(tokenizer.vocab_size), k=length) + prompt.cue_ids
         for length in lengths
     ]
-    data = [batches.AnswerRow(ids, prompt.answer([draw.randrange(labels)])) for ids in prompts]
+    data = [AnswerRow(ids, prompt.answer([draw.randrange(labels)])) for ids in prompts]
     targets = sum(len(row.answer) for row in data)
     losses = TokenLosses(model)
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=0.0)  # all ways are measured with the same weights
     options = {"batch_size": rows, "device": config.device}
-    labeler = classifier.Classifier(model, prompt, tokenizer, False, False, [])
+    labeler = classifier.Classifier(model, prompt, tokenizer, [])
 
     def autocast() -> Any:
         return torch.autocast(config.device, base_model.DTYPES[config.mixed_precision], config.mixed_precision != "no")

@@ -73,7 +73,7 @@ def changed(tmp_path, monkeypatch) -> Callable[[str, str], ModuleType]:
 
 def run(module: ModuleType, folder: Path, *options: Any) -> Path:
     """`python SCRIPT OPTIONS`; the run folder."""
-    argv = [module.__file__, *options, "--output_dir", folder]
+    argv = [module.__file__, *options, "--num_threads", "1", "--output_dir", folder]
     with quick(), mock.patch.object(sys, "argv", list(map(str, argv))):
         module.main()
     return folder
@@ -260,20 +260,22 @@ def number_rows(per_topic: int, start: int = 0) -> list[dict[str, str]]:
 def test_regression(changed, models, tmp_path, monkeypatch):
     """Trains two seeds: a far smaller error than that of predicting the mean; other commands know what they do not."""
     module = changed(FILES["docs/changes/regression.diff"], "train_reg.py")
-    train, test = number_rows(14), number_rows(5, start=30)
-    files = ["--train_file", write_csv(tmp_path / "train.csv", train), "--test_file",
-             write_csv(tmp_path / "test.csv", test), "--label_column", "stars"]  # fmt: skip
+    rows = number_rows(18)
+    files = ["--train_file", write_csv(tmp_path / "train.csv", rows), "--label_column", "stars", "--validation_file",
+             write_csv(tmp_path / "validation.csv", number_rows(4, start=30)), "--test_fraction", "0.2"]  # fmt: skip
     options = ["--model", models["llama"], "--learning_rate", LR, "--num_train_epochs", "6", "--seeds", "1", "2"]
     folder = run(module, tmp_path / "runs", *PLAIN, *files, *options)
-    mean = sum(float(row["stars"]) for row in train) / len(train)
-    naive = sum(abs(float(row["stars"]) - mean) for row in test) / len(test)
+    ids = json.loads((folder / "seed_1" / "splits.json").read_text())["ids"]
+    train, test = ([float(rows[int(id)]["stars"]) for id in ids[split]] for split in ("train", "test"))
+    assert len(train) == 43 and len(test) == 11 and len({*ids["train"], *ids["test"]}) == 54
+    naive = sum(abs(number - sum(train) / len(train)) for number in test) / len(test)
     for seed in (1, 2):
         found = json.loads((folder / f"seed_{seed}" / "eval" / "test" / "metrics.json").read_text())
         assert found["mae"] < 0.5 * naive and found["r2"] > 0.5
         lines = log_lines(folder / f"seed_{seed}", "mae")
         assert len(lines) == 6 and lines[-1]["mae"] < lines[0]["mae"]
     shown = (folder / "seed_1" / "data_report.md").read_text()
-    assert re.search(r"\[\[target -?0\.\d{2,3}\]\]", shown) and "validation: 4 rows cut" in shown
+    assert re.search(r"\[\[target -?0\.\d{1,3}\]\]", shown) and "test: 11 rows cut" in shown
     assert re.search(r"^\| seed .* mean absolute error .* R squared ", (folder / "seeds.md").read_text(), re.M)
 
     for name in ("mae", "r2"):
@@ -336,7 +338,7 @@ def test_preferences(changed, models, tmp_path):
     options = ["--model", models["llama"], "--learning_rate", LR, "--num_train_epochs", "4", "--baselines", "true"]
     folder = run(module, tmp_path / "run", *CHAT, *files, *options, "--warmup_ratio", "0")
     losses = [line["loss"] for line in log_lines(folder)]
-    assert losses[0] == pytest.approx(math.log(2), abs=1e-5) and losses[-1] < 0.5 * losses[0]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5) and sum(losses[-5:]) / 5 < 0.55
     margins = [line["margin"] for line in log_lines(folder, "margin")]
     assert len(margins) == 4 and 0 < margins[0] < margins[-1]
     (base,) = json.loads((folder / "eval" / "test" / "baselines.json").read_text()).values()

@@ -10,7 +10,7 @@ from helpers.scripts import run_script
 
 from common.errors import InputError
 from common.hub import EMBEDDED, resolve_model
-from common.text.batches import AnswerRow
+from common.text.prompts import AnswerRow
 
 FEW = ["--max_steps", "10", "--max_length", "96", "--per_device_train_batch_size", "2", "--warmup_ratio", "0.1",
        "--learning_rate", "2e-3", "--logging_steps", "1", "--eval_strategy", "no", "--baselines", "false"]  # fmt: skip

@@ -52,8 +52,8 @@ def talks(models, tmp_path_factory) -> dict[str, Path]:
     system = ["--system_prompt", "You coach", "--lora_r", 2, "--seed", 7]
     train_chat("--model", models["llama"], *files, *options, *system, "--output_dir", base / "other")
     train_chat("--model", models["qwen"], *files, *options, "--full_finetuning", "true", "--output_dir", base / "full")
-    quantised = ["--load_in_4bit", "true", "--mixed_precision", "bf16"]
-    train_chat("--model", models["gemma"], *files, *options, *quantised, "--output_dir", base / "nf4")
+    quantized = ["--load_in_4bit", "true", "--mixed_precision", "bf16"]
+    train_chat("--model", models["gemma"], *files, *options, *quantized, "--output_dir", base / "nf4")
     return {name: base / name for name in (*FAMILIES, "other", "full", "nf4")}
 
 

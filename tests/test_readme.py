@@ -1,12 +1,9 @@
-"""README and docs/ are true: commands parse, files exist, examples load, snippets run, worked changes train."""
+"""README and docs/ are true: commands parse, files exist, examples load, snippets run."""
 
-import importlib.util
 import json
 import math
 import re
 import shlex
-import shutil
-import subprocess
 import sys
 from dataclasses import fields
 from inspect import signature
@@ -14,9 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 import yaml
-from accelerate.state import AcceleratorState, GradientState
 from helpers import ROOT
 from helpers.models import FAMILIES, build_model
 from helpers.rows import toy_options
@@ -47,7 +42,6 @@ README, RESULTS = PAGES["README.md"], (ROOT / "benchmarks" / "RESULTS.md").read_
 ALL = "\n".join(PAGES.values())
 BLOCK = r"^```(\w*)\n(.*?)^```$"  # (language, content)
 BLOCKS = [block for page in PAGES.values() for block in re.findall(BLOCK, page, re.M | re.S)]
-DIFFS = [content for language, content in re.findall(BLOCK, PAGES["docs/change.md"], re.M | re.S) if language == "diff"]
 PROSE = [re.sub(BLOCK, "", page, flags=re.M | re.S) for page in PAGES.values()]
 INLINE = [code for page in PROSE for _, code in re.findall(r"(`+)(.+?)\1", page, re.S)]
 DEMO = "pip install -r requirements.txt && accelerate launch train_cls.py"
@@ -58,7 +52,6 @@ SCRIPTS = {"train_cls.py": train_cls, "train_clm.py": train_clm, "train_sft.py":
            "evaluate.py": evaluate, "inference.py": inference}  # fmt: skip
 BENCHMARKS = (cost_growth, score_speed, step_profile, train_speed)
 YAML_LIST = re.search(r"lists as `(.*?)`", ALL)[1]
-CHANGES = ("focal", "upper_half", "brier")  # the worked changes, in the order of docs/change.md
 
 
 def commands() -> list[list[str]]:
@@ -513,113 +506,6 @@ def test_run_leaves_what_is_listed(models, toy_files, tmp_path):
     for name in re.findall(r"\w+\.\w+", evaluation):
         assert (run / "eval" / "test" / name).is_file()
     assert (run / "eval" / "test" / "predictions.csv").is_file() and "predictions.jsonl and .csv" in evaluation
-
-
-# --- the worked changes
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Precision and process state are kept by Accelerate for the whole process; other tests have other ones."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-@pytest.fixture(scope="module")
-def changed(tmp_path_factory) -> dict[str, object]:
-    """change -> train_cls.py with that change applied, as a module."""
-    modules = {}
-    for name, diff in zip(CHANGES, DIFFS, strict=True):
-        folder = tmp_path_factory.mktemp(name)
-        shutil.copy(ROOT / "train_cls.py", folder)
-        git = ["git", "-c", "core.autocrlf=false", "apply", "--whitespace=error", "-"]
-        subprocess.run(git, input=diff, text=True, cwd=folder, check=True, timeout=60)
-        spec = importlib.util.spec_from_file_location(f"train_cls_{name}", folder / "train_cls.py")
-        modules[name] = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(modules[name])
-    return modules
-
-
-def train(module, model: Path, files: dict, folder: Path, monkeypatch, *options: str) -> list[dict]:
-    """One pass of a changed script over the toy rows; the lines of metrics.jsonl."""
-    common = ["--load_in_4bit", "false", "--mixed_precision", "no", "--num_train_epochs", "1", "--max_length", "128"]
-    common += ["--logging_steps", "1", "--baselines", "false", "--model", str(model), "--output_dir", str(folder)]
-    monkeypatch.setattr(sys, "argv", ["train_cls.py", *common, *toy_options(files), *options])
-    module.main()
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_worked_changes_are_short():
-    """At most ten changed lines each."""
-    assert len(DIFFS) == len(CHANGES)
-    for diff in DIFFS:
-        assert len(re.findall(r"^[+-](?!--|\+\+)", diff, re.M)) <= 10
-
-
-def test_focal_loss_is_the_papers(changed):
-    """(1 - p)^2 x -log p of the right answer, summed with the weights, for both kinds of head."""
-    logits, weights = torch.randn(4, 3), torch.tensor([1.0, 2.0, 0.0, 1.0])
-
-    def loss(targets, weights):
-        batch = {"inputs": {"pool": None}, "targets": targets, "weights": weights}
-        return changed["focal"].loss_of(lambda pool: logits, batch)
-
-    p = logits.softmax(1)[range(4), [0, 2, 1, 1]]
-    expected = (-((1 - p) ** 2) * p.log() * weights).sum()
-    torch.testing.assert_close(loss(torch.tensor([0, 2, 1, 1]), weights), expected)
-    several = torch.tensor([[0, 1, 1], [1, 0, 0], [1, 1, 1], [0, 0, 0.0]])
-    p = torch.where(several > 0, logits.sigmoid(), (-logits).sigmoid())
-    expected = (-((1 - p) ** 2) * p.log() * weights[:, None]).sum()
-    torch.testing.assert_close(loss(several, weights[:, None].expand(4, 3)), expected)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_focal_loss_trains(family, changed, models, toy_files, tmp_path, monkeypatch):
-    """Applied and run: the first update's loss is below cross-entropy's on the same rows and weights."""
-    first = [
-        train(module, models[family], toy_files, tmp_path / name, monkeypatch, "--approach", "head")[0]["loss"]
-        for name, module in (("focal", changed["focal"]), ("plain", train_cls))
-    ]
-    assert 0 < first[0] < first[1]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_upper_half_trains(family, changed, models, toy_files, tmp_path, monkeypatch):
-    """Applied and run: the adapter of the lower layer stays at its start (B = 0), the upper one's is trained."""
-    from safetensors.torch import load_file
-
-    train(changed["upper_half"], models[family], toy_files, tmp_path / "run", monkeypatch)
-    weights = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
-    lower, upper = ([v for k, v in weights.items() if f".layers.{i}." in k and "lora_B" in k] for i in (0, 1))
-    assert lower and upper
-    assert not any(weight.any() for weight in lower) and all(weight.any() for weight in upper)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_brier_score_is_logged(family, changed, models, toy_files, tmp_path, monkeypatch):
-    """Applied and run: validation lines have the score, it chooses the weights, and it fits the predictions.
-
-    The run folder has what docs/runs.md says a run leaves.
-    """
-    run = tmp_path / "run"
-    lines = train(
-        changed["brier"], models[family], toy_files, run, monkeypatch, "--metric_for_best_model", "brier_loss"
-    )
-    assert [0 <= line["brier_loss"] <= 2 for line in lines if line.get("split") == "validation"] == [True]
-    predictions = [json.loads(line) for line in (run / "eval" / "test" / "predictions.jsonl").read_text().splitlines()]
-    gold = [F.one_hot(torch.tensor(list(row["probabilities"]).index(row["gold"])), 3) for row in predictions]
-    given = [torch.tensor(list(row["probabilities"].values())) for row in predictions]
-    expected = sum(((p - g) ** 2).sum() for p, g in zip(given, gold, strict=True)) / len(predictions)
-    metrics = json.loads((run / "eval" / "test" / "metrics.json").read_text())
-    assert metrics["brier_loss"] == pytest.approx(expected.item(), rel=1e-5)
-
-    listing = next(content for _, content in BLOCKS if content.startswith("config.yaml"))
-    named = [line.split()[0].replace("<n>", "*") for line in listing.splitlines()]
-    assert len(named) == 10 and [path for path in named if not list(run.glob(path.rstrip("/")))] == []
-    evaluation = [line for line in listing.splitlines() if line.startswith("eval/test/")]
-    for name in re.findall(r"\w+\.\w+", evaluation[0]):
-        assert (run / "eval" / "test" / name).is_file()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

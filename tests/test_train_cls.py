@@ -142,7 +142,7 @@ def test_baselines_are_measured_on_the_untrained_base(models, family, approach, 
         template=GENERATIVE_TEMPLATE, max_length=256,
     )  # fmt: skip
     rows = toy_rows(5, start=30)
-    base_classifier = classifier.Classifier(base, prompt, tokenizer, False, False, [0.5] * 3)
+    base_classifier = classifier.Classifier(base, prompt, tokenizer, [0.5] * 3)
     gold = [(prompt.labels.index(row["label"]),) for row in rows]
     ids = [prompt.prompt(f"{row['text']}.").ids for row in rows]
     answers = scoring.score_labels(base_classifier, ids, gold=gold, batch_size=16, device="cpu")

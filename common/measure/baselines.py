@@ -88,7 +88,7 @@ def _prompted_base(
     model = classifier.model
     if classifier.head or config.init_lora_weights in lora.BASE_CHANGING_INITS:
         model = base_model.load_base(path, config, device=accelerator.device)[0]
-    return replace(classifier, model=model, prompt=prompt, head=False)
+    return replace(classifier, model=model, prompt=prompt)
 
 
 def _kept(file: Path, accelerator: Accelerator, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:

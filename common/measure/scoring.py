@@ -21,7 +21,8 @@ from common.measure.label_trie import BUDGET, LabelChain, OneLabel, label_trie
 from common.model import attention
 from common.model.classifier import Classifier, HeadClassifier
 from common.model.prompt_cache import Node, PaddedPrompts, PromptCache, TokenScorer, prefix_states
-from common.text.batches import HeadRow, collate_head, common_prefix, pad_left
+from common.text.batches import collate_head, common_prefix, pad_left
+from common.text.prompts import HeadRow
 
 TOLERANCE = 1e-6  # of a probability
 NODES_AT_ONCE = 12  # per row, in a pass on a CPU
@@ -290,7 +291,7 @@ def generate_answers(
             pad_token_id=tokenizer.pad_token_id,
         )
         for i, ids in zip(rows, output[:, inputs["input_ids"].shape[1] :], strict=True):
-            text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            text = str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
             answers[i] = Answer(prompt.parse(text), [], text=text)
         progress(len(rows))
     return [answers[i] for i in range(len(prompts))]

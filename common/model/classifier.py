@@ -1,4 +1,4 @@
-"""A classifier: a model, the renderer of its prompts, and how its answers are read; the forward pass of a head."""
+"""A classifier: a model, the renderer of its prompts, and the thresholds of its answers; a classification head."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import peft
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from common.errors import InputError
 from common.model.base_model import start_ids
@@ -16,7 +17,7 @@ class HeadClassifier(nn.Module):
     """A sequence classifier that reads a decoder's hidden state at one given position of each row.
 
     transformers' own pooling looks for the last id that is not the pad id, which is the wrong token where a text ends
-    with that id (pad == eos); here the position comes from the collator. Encoders pool in their own way.
+    with that id (pad == eos). Encoders pool in their own way, and need no positions.
     """
 
     def __init__(self, model: nn.Module, encoder: bool) -> None:
@@ -35,10 +36,11 @@ class HeadClassifier(nn.Module):
         return base.score(hidden.flatten(0, 1)[positions]).float()
 
 
-def classification_prompt(tokenizer: Any, encoder: bool, **fields: Any) -> ClassificationPrompt:
-    """A prompt renderer with the tokenizer's own special ids: BOS in front, the end token behind an answer.
+def classification_prompt(tokenizer: PreTrainedTokenizerBase, encoder: bool, **fields: Any) -> ClassificationPrompt:
+    """A prompt renderer with the tokenizer's own special ids: BOS at the front, the end token after an answer.
 
     Encoders get their own pair ([CLS] ... [SEP]); a decoder with a head reads the end token that closes the text.
+    fields: the other arguments of ClassificationPrompt. Raises InputError if the tokenizer has no end token.
     """
     if encoder:
         special = tokenizer("")["input_ids"]
@@ -56,11 +58,21 @@ def classification_prompt(tokenizer: Any, encoder: bool, **fields: Any) -> Class
 
 @dataclass
 class Classifier:
-    """A model with what is needed to ask it: the renderer of its prompts, and how its answers are read."""
+    """A model with what is needed to prompt it and to read its answers.
+
+    model: a HeadClassifier, or a causal language model, which answers with a label's text. thresholds: for several
+    labels per row, the probability from which on each label is answered.
+    """
 
     model: nn.Module
     prompt: ClassificationPrompt
-    tokenizer: Any
-    head: bool
-    encoder: bool
+    tokenizer: PreTrainedTokenizerBase
     thresholds: list[float]
+
+    @property
+    def head(self) -> bool:
+        return isinstance(self.model, HeadClassifier)
+
+    @property
+    def encoder(self) -> bool:
+        return isinstance(self.model, HeadClassifier) and self.model.encoder

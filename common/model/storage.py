@@ -90,7 +90,7 @@ def save_trained(
     folder.mkdir(parents=True)
     save_weights(model, folder)
     tokenizer.save_pretrained(folder)
-    kept = {name: getattr(config, name) for name in names(type(config), "kept")}
+    kept = {name: getattr(config, name) for name in names(type(config), "kept") if name not in task}
     task = {
         **task,
         **kept,
@@ -243,6 +243,7 @@ def save_classifier(folder: Path, classifier: Classifier, config: Any) -> None:
         "thresholds": classifier.thresholds,
         "template": prompt.template,
         "few_shot": prompt.few_shot,
+        "max_length": prompt.max_length,
         "answer_tokens": prompt.answer_tokens,
         "prompt_hash": prompt.hash,
     }
@@ -275,4 +276,4 @@ def load_classifier(folder: Path, device: torch.device | None = None, mixed_prec
     labels = task["labels"] if head else None
     base: nn.Module = load_model(folder, options, device, labels=labels, multi_label=task["multi_label"])
     model = HeadClassifier(base, encoder) if head else base
-    return Classifier(model.eval(), prompt, tokenizer, head, encoder, task["thresholds"])
+    return Classifier(model.eval(), prompt, tokenizer, task["thresholds"])

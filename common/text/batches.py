@@ -10,17 +10,13 @@ common/model/attention.py has a worked example.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from common.data.classification import Example
 from common.data.corpus import Block, document_starts
 from common.text.chat import ChatRow
-from common.text.prompts import ClassificationPrompt
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from common.text.prompts import AnswerRow, HeadRow
 
 
 @dataclass(frozen=True)
@@ -80,35 +76,6 @@ class Batch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         moved: dict[str, Any] = {k: v.to(device) for k, v in values.items() if isinstance(v, torch.Tensor)}
         return replace(self, **moved)
-
-
-@dataclass(frozen=True)
-class AnswerRow:
-    """A generative row: ids of the prompt, ids of the answer with its end token, and the row's weight in the loss."""
-
-    prompt: list[int]
-    answer: list[int]
-    weight: float = 1.0
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt) + len(self.answer)
-
-
-@dataclass(frozen=True)
-class HeadRow:
-    """A row for a classification head: ids, target, and weight.
-
-    target: the label's index; one 0.0 or 1.0 per label if there may be several; any float for a regression.
-    """
-
-    prompt: list[int]
-    target: int | float | list[float]
-    weight: float = 1.0
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt)
 
 
 # --- layouts
@@ -316,28 +283,3 @@ def _separate_documents(inputs: dict[str, torch.Tensor], starts: Sequence[Sequen
 
 def _flip_padding(tensor: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return torch.stack([row.roll(int(real.sum())) for row, real in zip(tensor, mask, strict=True)])
-
-
-# --- rows for classification
-
-
-def classification_rows(
-    examples: Sequence[Example], prompt: ClassificationPrompt, weights: Sequence[float] | None
-) -> list[AnswerRow] | list[HeadRow]:
-    """Training rows. With one label per row, a row has the weight of its label (`weights`)."""
-    rows: list[Any] = []
-    for example in examples:
-        ids = prompt.prompt(example.text).ids
-        weight = weights[example.labels[0]] if weights and not prompt.multi_label else 1.0
-        if prompt.first_ids:
-            rows.append(AnswerRow(ids, prompt.answer(example.labels), weight))
-        else:
-            rows.append(HeadRow(ids, prompt.target(example.labels), weight))
-    return rows
-
-
-def show_row(row: AnswerRow | HeadRow, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """The row as the model sees it, what is trained on in [[ ]]."""
-    if isinstance(row, AnswerRow):
-        return f"{tokenizer.decode(row.prompt)}[[{tokenizer.decode(row.answer)}]]"
-    return f"{tokenizer.decode(row.prompt)} [[target {row.target}]]"

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
@@ -16,11 +17,43 @@ from common.errors import InputError
 from common.hub import tokenizer_file
 from common.options import ClassificationDataConfig
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 GENERATIVE_TEMPLATE = """\
 Classify the text into {labels} and return the answer as the exact text label.
 text: {text}
 label: {label}"""
 HEAD_TEMPLATE = "{text}"
+
+
+@dataclass(frozen=True)
+class AnswerRow:
+    """A generative row: ids of the prompt, ids of the answer with its end token, and the row's weight in the loss."""
+
+    prompt: list[int]
+    answer: list[int]
+    weight: float = 1.0
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.answer)
+
+
+@dataclass(frozen=True)
+class HeadRow:
+    """A row for a classification head: ids, target, and weight.
+
+    target: the label's index; one 0.0 or 1.0 per label if there may be several; any float for a regression.
+    """
+
+    prompt: list[int]
+    target: int | float | list[float]
+    weight: float = 1.0
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt)
 
 
 @dataclass(frozen=True)
@@ -155,6 +188,28 @@ class ClassificationPrompt:
                 f"room for text. Set it to at least {self.max_length - self.text_budget + 32}"
                 + (", or use fewer --few_shot examples." if self.few_shot else ".")
             )
+
+
+def classification_rows(
+    examples: Sequence[Example], prompt: ClassificationPrompt, weights: Sequence[float] | None
+) -> list[AnswerRow] | list[HeadRow]:
+    """Training rows. With one label per row, a row has the weight of its label (`weights`)."""
+    rows: list[Any] = []
+    for example in examples:
+        ids = prompt.prompt(example.text).ids
+        weight = weights[example.labels[0]] if weights and not prompt.multi_label else 1.0
+        if prompt.first_ids:
+            rows.append(AnswerRow(ids, prompt.answer(example.labels), weight))
+        else:
+            rows.append(HeadRow(ids, prompt.target(example.labels), weight))
+    return rows
+
+
+def show_row(row: AnswerRow | HeadRow, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The row as the model sees it, what is trained on in [[ ]]."""
+    if isinstance(row, AnswerRow):
+        return f"{tokenizer.decode(row.prompt)}[[{tokenizer.decode(row.answer)}]]"
+    return f"{tokenizer.decode(row.prompt)} [[target {row.target}]]"
 
 
 def read_template(path: str | None, approach: str) -> str:

@@ -187,7 +187,7 @@ class Run:
         )  # fmt: skip
         prompt.reserve(examples)
         model = base_model.load_base(path, config, device=device)[0].eval()
-        classifier = Classifier(model, prompt, tokenizer, False, False, [0.5] * len(config.labels))
+        classifier = Classifier(model, prompt, tokenizer, [0.5] * len(config.labels))
         return LabelModel(classifier, device, config.mixed_precision)
 
     def load_text_model(self, config: Any, device: "torch.device") -> "TextModel":

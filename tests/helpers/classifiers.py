@@ -18,7 +18,7 @@ TEXTS = [row["text"] for row in toy_rows(2)]
 
 def make(path: Path, approach: str = "head", **options) -> tuple[Classifier, train_cls.Config]:
     """A classifier as train_cls.py builds it; fp32 unless options say otherwise."""
-    options = {"mixed_precision": "no", "load_in_4bit": False, "lora_r": 4, **options}
+    options = {"mixed_precision": "no", "load_in_4bit": False, "lora_r": 4, "max_length": 200, **options}
     config = train_cls.Config(model=str(path), approach=approach, **options)
     encoder, head = base_model.is_encoder(str(path), config), approach == "head"
     base_model.resolve_options(config, encoder, config.approach == "head")
@@ -29,14 +29,14 @@ def make(path: Path, approach: str = "head", **options) -> tuple[Classifier, tra
         labels=LABELS,
         multi_label=False,
         template=HEAD_TEMPLATE if head else GENERATIVE_TEMPLATE,
-        max_length=200,
+        max_length=config.max_length,
     )
     torch.manual_seed(0)
     model, missing = base_model.load_base(str(path), config, labels=LABELS if head else None, device="cpu")
     if not config.full_finetuning:
         model = lora.add_lora(model, config, missing, head)
     model = classifier.HeadClassifier(model, encoder) if head else model
-    return Classifier(model, prompt, tokenizer, head, encoder, [0.5, 0.25, 0.75]), config
+    return Classifier(model, prompt, tokenizer, [0.5, 0.25, 0.75]), config
 
 
 def probabilities(classifier: Classifier) -> list[list[float]]:

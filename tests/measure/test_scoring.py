@@ -24,7 +24,8 @@ from common.measure.metrics import confusion_matrix, summarize
 from common.model import attention, prompt_cache
 from common.model.classifier import Classifier, HeadClassifier
 from common.model.token_losses import TokenLosses
-from common.text.batches import AnswerRow, collate_answers, common_prefix
+from common.text.batches import collate_answers, common_prefix
+from common.text.prompts import AnswerRow
 from common.train.loop import count_targets
 
 PAD = SimpleNamespace(pad_token_id=2)  # a tokenizer, of which label scoring reads no more
@@ -32,7 +33,7 @@ PAD = SimpleNamespace(pad_token_id=2)  # a tokenizer, of which label scoring rea
 
 def score(model, prompt, texts=TEXTS, batch_size=4, thresholds=None, tolerance=0.0, **options):
     prompts = [prompt.prompt(text).ids for text in texts]
-    classifier = Classifier(model, prompt, PAD, False, False, thresholds or [0.5] * len(prompt.labels))
+    classifier = Classifier(model, prompt, PAD, thresholds or [0.5] * len(prompt.labels))
     return scoring.score_labels(
         classifier, prompts, batch_size=batch_size, device="cpu", tolerance=tolerance, **options
     )
@@ -261,7 +262,7 @@ def test_greedy_text_in_a_batch_is_that_of_each_row_alone(models, family):
     prompts = [prompt.prompt(text).ids[: -1 - i] for i, text in enumerate(TEXTS[:8])]  # each ends in another token
     assert len({len(ids) for ids in prompts}) > 2
 
-    classifier = Classifier(model, prompt, tokenizer, False, False, [0.5] * 5)
+    classifier = Classifier(model, prompt, tokenizer, [0.5] * 5)
 
     def texts(batch_size: int) -> list[str]:
         answers = scoring.generate_answers(classifier, prompts, batch_size=batch_size, device="cpu")
@@ -285,7 +286,7 @@ def test_generated_answer_outside_the_labels_is_kept(models, family, monkeypatch
     model, tokenizer = load(models, family)
     prompt = prompt_of(tokenizer)
     examples = [Example(str(i), text, (i % 5,)) for i, text in enumerate(TEXTS)]
-    classifier = Classifier(model, prompt, tokenizer, False, False, [0.5] * 5)
+    classifier = Classifier(model, prompt, tokenizer, [0.5] * 5)
     real = model.generate
     right = iter(sorted(range(9), key=lambda i: -len(prompt.prompt(TEXTS[i]).ids)))  # rows in the order of batches
 
@@ -353,7 +354,7 @@ def test_unlabeled_rows_are_classified_as_labeled_ones(models, way):
     """By this process alone, without an Accelerator; `predict` gives the same, and the losses."""
     model, tokenizer = load(models, "llama")
     net = head_of(models, "llama") if way == "head" else model
-    classifier = Classifier(net, prompt_of(tokenizer, way == "multi"), tokenizer, way == "head", False, [0.02] * 5)
+    classifier = Classifier(net, prompt_of(tokenizer, way == "multi"), tokenizer, [0.02] * 5)
     rows = [Example(str(i), text, ()) for i, text in enumerate(TEXTS)]
     gold = [Example(row.id, row.text, (i % 5,)) for i, row in enumerate(rows)]
     decode, done = "generate" if way == "generate" else "score", []
@@ -382,7 +383,7 @@ def test_evaluation_holds_no_tensor_from_batch_to_batch(models, way):
             alive.append(sum(x.numel() for x in gc.get_objects() if type(x) is torch.Tensor))
 
         options = {"batch_size": 2, "device": "cpu", "progress": after_batch}
-        classifier = Classifier(model, prompt, tokenizer, False, False, [])
+        classifier = Classifier(model, prompt, tokenizer, [])
         gc.freeze()  # only what is made from here on is looked at
         if way == "score":
             answers = scoring.score_labels(classifier, ids, gold=[(0,)] * 10, **options)

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from common.model import attention
 from common.model.losses import token_losses
 from common.model.token_losses import TokenLosses
-from common.text.batches import AnswerRow, collate_answers
+from common.text.batches import collate_answers
+from common.text.prompts import AnswerRow
 
 ROWS, HEADS, SIZE = 3, 6, 8
 

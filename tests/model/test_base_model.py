@@ -21,7 +21,8 @@ from common.errors import InputError
 from common.model import base_model, lora, storage
 from common.model.classifier import Classifier
 from common.model.token_losses import TokenLosses
-from common.text.batches import AnswerRow, HeadRow, collate_answers, collate_head
+from common.text.batches import collate_answers, collate_head
+from common.text.prompts import AnswerRow, HeadRow
 from common.train.loop import make_optimizer
 
 ENCODERS = ("bert", "distilbert")
@@ -140,20 +141,20 @@ def test_head_stays_a_float_linear_under_nf4(models, family, precision):
     base = classifier.model.model.get_base_model()
     score = base.score.modules_to_save["default"]
     assert type(score) is nn.Linear and score.weight.dtype is torch.float32 and score.weight.requires_grad
-    quantised = base.model.layers[0].mlp.up_proj.base_layer
-    assert type(quantised).__name__ == "Linear4bit" and not quantised.weight.requires_grad
+    quantized = base.model.layers[0].mlp.up_proj.base_layer
+    assert type(quantized).__name__ == "Linear4bit" and not quantized.weight.requires_grad
     trained = {name for name, p in classifier.model.named_parameters() if p.requires_grad and "lora_" not in name}
     assert trained == {"model.base_model.model.score.modules_to_save.default.weight"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_head_on_a_stored_quantised_model_stops_with_a_reason(models, family, tmp_path):
+def test_head_on_a_stored_quantized_model_stops_with_a_reason(models, family, tmp_path):
     """Its own settings would quantise the head as well."""
     shutil.copytree(models[family], tmp_path / "stored")
     file = tmp_path / "stored" / "config.json"
     settings = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": settings}))
-    with pytest.raises(InputError, match="stored quantised.*Use the unquantised model"):
+    with pytest.raises(InputError, match="stored quantized.*Use the unquantized model"):
         make(tmp_path / "stored", load_in_4bit=True)
 
 
@@ -170,7 +171,7 @@ def test_head_reads_the_last_token_whatever_the_padding(models, family):
         for size in (1, 3, len(rows)):
             for start in range(0, len(rows), size):
                 part = rows[start : start + size]
-                inputs = collate_head([(HeadRow(ids, 0), True) for ids in part], pad_id)["inputs"]
+                inputs = collate_head([(HeadRow(ids, 0), True) for ids in part], pad_id).inputs
                 with torch.no_grad():
                     logits = classifier.model(**inputs)
                     for ids, row in zip(part, logits, strict=True):
@@ -185,7 +186,7 @@ def test_encoder_reads_the_same_text_whatever_the_padding(encoders, family):
     step(classifier, config)
     rows = [(HeadRow(classifier.prompt.prompt(text).ids, 0), True) for text in TEXTS]
     with torch.no_grad():
-        together = classifier.model(**collate_head(rows, 0, encoder=True)["inputs"])
+        together = classifier.model(**collate_head(rows, 0, encoder=True).inputs)
         base = classifier.model.model.get_base_model()
         alone = torch.cat([base(torch.tensor([row.prompt])).logits for row, _ in rows])
     assert torch.allclose(together, alone, atol=1e-5) and together.std(0).min() > 1e-4
@@ -210,14 +211,14 @@ def test_every_module_that_the_base_lacks_is_trained_and_saved(models, encoders,
 
 
 @pytest.mark.parametrize("family", ENCODERS)
-def test_encoder_neither_generates_nor_is_quantised(encoders, family):
-    """Unset is unquantised; an explicit true, and a generative run, say why not."""
+def test_encoder_neither_generates_nor_is_quantized(encoders, family):
+    """Unset is unquantized; an explicit true, and a generative run, say why not."""
     _, config = make(encoders[family], load_in_4bit=None)
     assert config.load_in_4bit is False
     for options, reason in (
         ({"approach": "generative"}, "is an encoder and cannot write text: use train_cls.py with --approach head"),
-        ({"load_in_4bit": True}, "unquantised: drop --load_in"),
-        ({"load_in_8bit": True}, "unquantised: drop --load_in"),
+        ({"load_in_4bit": True}, "unquantized: drop --load_in"),
+        ({"load_in_8bit": True}, "unquantized: drop --load_in"),
     ):
         with pytest.raises(InputError, match=reason):
             make(encoders[family], **options)
@@ -250,7 +251,7 @@ def test_full_finetuning_trains_and_reloads_every_weight(models, family, approac
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_census_counts_what_is_packed_in_4_bit(models, family):
-    """As many weights as unquantised, each under its dtype."""
+    """As many weights as unquantized, each under its dtype."""
     counts = {}
     for bits in (True, False):
         model = make(models[family], load_in_4bit=bits)[0].model
@@ -266,7 +267,7 @@ def test_census_counts_what_is_packed_in_4_bit(models, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_quantised_weights_are_loaded_where_they_stay(models, family, monkeypatch):
+def test_quantized_weights_are_loaded_where_they_stay(models, family, monkeypatch):
     """Onto the device of the process that asks, whole, and nothing moves them afterwards."""
     config = train_cls.Config(model=str(models[family]), mixed_precision="no")
     base_model.resolve_options(config, encoder=False)

@@ -13,7 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from common.model import token_losses as token_losses_module
 from common.model.losses import cross_entropy, label_losses, target_logits, token_losses
 from common.model.token_losses import TokenLosses
-from common.text.batches import AnswerRow, Batch, HeadRow, collate_answers, collate_head
+from common.text.batches import Batch, collate_answers, collate_head
+from common.text.prompts import AnswerRow, HeadRow
 
 PROMPT = list(range(5, 30))
 

@@ -16,7 +16,8 @@ from common.errors import InputError
 from common.model import attention, base_model
 from common.model.losses import target_logits
 from common.text import batches
-from common.text.batches import AnswerRow, HeadRow, Layout, collate_rows, common_prefix, pays
+from common.text.batches import Layout, collate_rows, common_prefix, pays
+from common.text.prompts import AnswerRow, HeadRow
 
 PREFIX = list(range(5, 42))
 
@@ -227,6 +228,27 @@ def test_transformers_hands_mask_and_layout_through(models):
     model(**inputs)
     assert len(seen) == 2 and all(mask is inputs["attention_mask"] for mask, _ in seen)
     assert all(layout is inputs["layout"] for _, layout in seen)
+
+
+def test_one_graph_serves_packs_of_every_size(models):
+    """The numbers of a layout are variables of torch.compile's graphs; as constants, each batch would be compiled."""
+    model, compiled, graphs = make(models["llama"]).eval(), make(models["llama"]).eval(), []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled.compile(dynamic=True, backend=backend)
+    for prefix, count in ((9, 4), (21, 3), (14, 5), (30, 2)):
+        prompts = [PREFIX[:prefix] + list(range(60, 64 + 3 * i)) for i in range(count)]
+        batch = batches.collate_answers([(AnswerRow(ids, [7, 2]), True) for ids in prompts], 2, "on")
+        assert batch.layout == Layout(count, prefix + 3)
+        with torch.no_grad():
+            torch.testing.assert_close(
+                target_logits(compiled, batch), target_logits(model, batch), atol=1e-4, rtol=1e-4
+            )
+    torch.compiler.reset()
+    assert len(graphs) == 1
 
 
 def test_the_worked_example_of_the_docstring():

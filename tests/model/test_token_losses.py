@@ -95,7 +95,7 @@ def test_a_model_that_changes_its_logits_keeps_its_own_way(kind, changes):
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_head_is_known_in_every_precision(models, family, precision):
-    """The trial compares bits; adapters in fp32 and quantised layers must not hide that they are the same."""
+    """The trial compares bits; adapters in fp32 and quantized layers must not hide that they are the same."""
     assert make(models[family], **precision).chunked
 
 

@@ -17,8 +17,15 @@ from common.data.classification import Example, draw_few_shot, load_classificati
 from common.errors import InputError
 from common.model import base_model, classifier
 from common.options import ClassificationDataConfig, ModelConfig
-from common.text.batches import classification_rows, collate_rows
-from common.text.prompts import GENERATIVE_TEMPLATE, HEAD_TEMPLATE, ClassificationPrompt, check_prompt, read_template
+from common.text.batches import collate_rows
+from common.text.prompts import (
+    GENERATIVE_TEMPLATE,
+    HEAD_TEMPLATE,
+    ClassificationPrompt,
+    check_prompt,
+    classification_rows,
+    read_template,
+)
 
 
 @dataclass
