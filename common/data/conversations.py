@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from common.data.files import Row, columns_of, require_columns, row_ids
 from common.data.splits import DEMO_FOLDERS, SPLITS, Sources, complete_splits, count_copies, read_splits
 from common.errors import InputError
@@ -86,7 +84,7 @@ def load_conversations(config: ChatDataConfig, training: bool = True) -> ChatDat
                 counts["with_tools"] += 1
             splits[split].append(Conversation(id, tuple(turns)))
         report["shapes"][split], report["rows"][split] = dict(shapes), dict(counts)
-    splits = complete_splits(splits, config, report, _random_rows)
+    splits = complete_splits(splits, config, report)
     count_copies(splits, report, lambda row: json.dumps(row.messages), _questions)
     for split, conversations in splits.items():
         roles = [turn["role"] for row in conversations for turn in row.messages]
@@ -277,11 +275,6 @@ def _text_in(cell: Any, where: str) -> str:
     if isinstance(cell, list | dict):
         raise InputError(f"{where}: expected a text, not {json.dumps(cell, default=str)[:60]}. Only text can be read.")
     return "" if _is_empty(cell) else str(cell).encode("utf-8", "replace").decode()  # half a surrogate pair, from JSON
-
-
-def _random_rows(rows: Sequence[Any], count: int, seed: int) -> list[int]:
-    """`count` row numbers, ascending, drawn by `seed`."""
-    return sorted(int(i) for i in np.random.default_rng(seed).permutation(len(rows))[:count])
 
 
 def _questions(row: Conversation) -> tuple[str, ...]:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+
 from common.data.files import Row, file_hash, read_rows
 from common.errors import InputError
 from common.hub import hub_answers
@@ -105,11 +107,16 @@ def _class_names(cell: Any, names: list[str]) -> Any:
     return names[cell] if cell is not None and cell >= 0 else None
 
 
+def random_rows(rows: Sequence[Any], count: int, seed: int) -> list[int]:
+    """`count` row numbers, ascending, drawn by `seed`."""
+    return sorted(int(i) for i in np.random.default_rng(seed).permutation(len(rows))[:count])
+
+
 def complete_splits(
     splits: dict[str, list[T]],
     config: DataConfig,
     report: dict[str, Any],
-    draw: Callable[[Sequence[T], int, int], list[int]],
+    draw: Callable[[Sequence[T], int, int], list[int]] = random_rows,
 ) -> dict[str, list[T]]:
     """Cuts the splits that no file gives from the training rows, then draws the rows that --max_..._samples leaves.
 

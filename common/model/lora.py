@@ -89,14 +89,20 @@ def leave_casts_to_autocast(model: nn.Module) -> Any:
 
 def is_adapted(model: nn.Module) -> bool:
     """Whether the model carries an adapter that can be switched off."""
-    return isinstance(model, peft.PeftModel)
+    return _adapted(model) is not None
+
+
+def _adapted(model: nn.Module) -> peft.PeftModel | None:
+    """The model with an adapter, inside a forward module of ours or a wrapper of Accelerate as well."""
+    return next((module for module in model.modules() if isinstance(module, peft.PeftModel)), None)
 
 
 @contextlib.contextmanager
 def without_adapter(model: nn.Module):
     """The untrained base inside the block."""
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    with model.disable_adapter() if isinstance(model, peft.PeftModel) else contextlib.nullcontext():
+    adapted = _adapted(model)
+    with adapted.disable_adapter() if adapted else contextlib.nullcontext():
         yield
     for parameter in frozen:  # PEFT makes all of an adapter trainable when it is switched on again
         parameter.requires_grad_(False)
