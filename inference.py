@@ -117,12 +117,12 @@ def read_options(given: dict[str, Any]) -> tuple[Config, Run, list[Run | None]]:
     task = given.get("task", CLASSIFICATION if "labels" in given else CHAT)
     compared = [None if name == "base" else open_run(name, task) for name in given.get("compare", ())]
     run = next(filter(None, compared), None) or open_run(given.get("run"), task)
+    if compared:
+        check_comparable(run, compared)
     defaults = {"text_fields": run.options["text_fields"]} if "text_fields" in run.options else {}
     defaults |= {"mixed_precision": run.trained["mixed_precision"]} if run.folder else {}
     config = run.configure(Config, given, defaults)
     check(config)
-    if compared:
-        check_comparable(run, compared)
     if run.task == CLASSIFICATION and run.folder is None and not config.labels:
         raise InputError(f"--task classification: {config.model} is a base model, so name the labels with --labels.")
     if config.input_file is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -118,7 +118,7 @@ def measure(config: Config) -> dict[str, Any]:
     """Runs one trainer here: examples per second, peak memory in bytes, losses at the checked updates."""
     import torch
 
-    from common.train.loop import peak_memory
+    from common.log import peak_memory
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     checking = os.environ["CHECKING"] == "True"
@@ -128,7 +128,7 @@ def measure(config: Config) -> dict[str, Any]:
     seconds = sum(ticks[config.warmup :])
     return {
         "examples_per_second": config.rows_per_update * len(ticks[config.warmup :]) / seconds if seconds else None,
-        "memory": peak_memory(torch.device(config.device)),
+        "memory": peak_memory(),
         "losses": [losses[i - 1] for i in CHECKED if i <= len(losses)] if checking else [],
     }
 
@@ -241,7 +241,7 @@ def plainlora(work: Work, folder: Path) -> tuple[list[float], list[float]]:
 
 
 def whole_logits(work: Work, folder: Path) -> tuple[list[float], list[float]]:
-    """Our script with the logits of all targets at once, for what the chunks of common/token_losses.py save."""
+    """Our script with the logits of all targets at once, for what the chunks of common/model/token_losses.py save."""
     from common.model import token_losses
 
     with mock.patch.object(token_losses, "_head_gives_logits", lambda model: False):

@@ -68,7 +68,7 @@ def test_other_trainers_reach_the_same_losses(models, tmp_path, run_here, task):
 
 def test_profile_of_a_step(models):
     shown = run_script("benchmarks/step_profile.py", "--model", str(models["qwen"]), "--rounds", "1").stdout
-    assert len([line for line in shown.splitlines() if line.startswith("| + ")]) == 4
+    assert len([line for line in shown.splitlines() if line.startswith("| + ")]) == 3
 
 
 def test_scorers_agree_and_every_column_is_filled(models, tmp_path, monkeypatch, run_here):

@@ -25,7 +25,7 @@ from helpers.scripts import expect_error, run_alone, run_script
 import inference
 from common.data.conversations import Conversation, read_question
 from common.errors import InputError
-from common.model import storage
+from common.model import base_model, storage
 from common.options import Sampling
 from common.text.chat import ChatTemplate
 
@@ -203,7 +203,7 @@ def test_what_cannot_be_compared_is_refused(talks, texts_run, models, trained, t
         ([talks["llama"], residual], "--init_lora_weights pissa"),
         ([talks["llama"], talks["qwen"]], "have different bases .*--run"),
         ([talks["llama"], texts_run], "was trained for causal_lm"),
-        ([talks["llama"], models["llama"]], "no trained weights"),
+        ([talks["llama"], models["llama"]], "is no folder of a run"),
         ([models["llama"], talks["llama"]], "is no folder of a run"),
         ([trained("llama", "generative", "single"), "base"], "--compare does not belong to classification"),
     ):
@@ -382,7 +382,7 @@ def test_an_answer_file_belongs_to_its_input(models, questions, tmp_path, monkey
     (tmp_path / "a.jsonl").write_bytes(written[:40])
     run(*options, "--num_threads", 1)  # says nothing about the answers
     assert (tmp_path / "a.jsonl").read_bytes() == written
-    monkeypatch.setattr(inference, "resolve_model", None)  # what follows is said before a model is loaded
+    monkeypatch.setattr(base_model, "load_base", None)  # what follows is said before a model is loaded
     with pytest.raises(InputError, match="other options.*Delete it, or name another --output_file"):
         run(*options, "--seed", 1)
     with pytest.raises(InputError, match="made otherwise"):
@@ -454,7 +454,7 @@ def test_other_formats(models, tmp_path, suffix):
         (["--input_file", "blank.csv", "--output_file", "o.jsonl"], "blank.csv, data row 2: there is no question in"),
         (["--input_file", "in.csv", "--output_file", "o.jsonl", "--id_column", "n"], "there is no column 'n'"),
         (["--input_file", "in.csv", "--output_file", "o.jsonl", "--columns", "instruction=q"], "no column 'q'"),
-        (["--input_file", "twice.csv", "--output_file", "o.jsonl", "--id_column", "n"], "an id is missing or occurs"),
+        (["--input_file", "twice.csv", "--output_file", "o.jsonl", "--id_column", "n"], "the id is missing or occurs"),
         (["--input_file", "in.csv", "--output_file", "o.jsonl", "--prompt", "x"], "--prompt and --input_file exclude"),
         (["x", "--prompt", "y"], "The instruction is given twice"),
         (["x", "--demo"], "--prompt and --demo exclude each other"),
@@ -463,13 +463,13 @@ def test_other_formats(models, tmp_path, suffix):
         (["--persona", "billing", "--system_prompt", "x"], "--persona and --system_prompt exclude each other"),
         (["--temprature", "1"], "Did you mean --temperature?"),
         (["--top_p", "1.5"], "--top_p 1.5: must be at most 1"),
-        (["--do_sample", "false", "--top_k", "5"], "--do_sample false draws nothing"),
+        (["--do_sample", "false", "--top_k", "5"], "--do_sample false does not sample"),
         (["--compare", "a"], "--compare: a is no folder of a run"),
         (["--compare", "base"], "--compare: smollm2-135m is no folder of a run"),
         (["--min_probability", "0.5"], "--min_probability does not belong to chat"),
         (["--task", "classification"], "name the labels with --labels"),
         (["--task", "classification", "--labels", "a", "b", "--persona", "order"], "does not belong to classification"),
-        (["--run", "a", "--model", "b"], "inference.py takes the model by --run"),
+        (["--run", "a", "--model", "b"], "--model b: give the model as --run"),
         (["--system_prompt", " "], "--system_prompt is blank"),
         (["--id_column", "x"], "are about the rows of an --input_file"),
     ],

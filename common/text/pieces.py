@@ -1,7 +1,7 @@
 """Rendered conversations -> token ids, piece by piece, so that no token straddles the edges of an answer.
 
 What a template writes may contain special tokens; what a person or a model wrote may not: there, the name of a special
-token is text like any other. Until it is encoded, such a name stands between two markers.
+token is text like any other. Until it is encoded, such a name is between two markers.
 """
 
 import functools

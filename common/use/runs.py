@@ -247,7 +247,9 @@ def check_comparable(first: Run, others: Sequence[Run | None]) -> None:
     """Raises InputError for runs (None: their base) that are not adapters of one base that can be switched off."""
     for run in [first, *filter(None, others)]:
         if run.folder is None:
-            raise InputError(f"--compare: {run.name} is no run. Name run folders, and `base` for their base model.")
+            raise InputError(
+                f"--compare: {run.name} is no folder of a run. Name runs, and `base` for their base model."
+            )
         if run.task != first.task:
             raise InputError(f"--compare: {run.name} was trained for {run.task}, {first.name} for {first.task}.")
         options, wanted = run.trained["model_options"], first.trained["model_options"]
