@@ -101,7 +101,7 @@ def test_base_model_with_task_options(models, family, tmp_path, monkeypatch):
     assert "train_loss" not in figures(folder) and figures(folder)["eval_loss"] > 0
     with pytest.raises(InputError, match="'music' is not among the labels"):
         run_evaluate("--run", models[family], "--test_file", test, "--labels", *labels[:2], *plain)
-    with pytest.raises(InputError, match="evaluate.py takes the model by --run"):
+    with pytest.raises(InputError, match="--model other: give the model as --run"):
         run_evaluate("--run", models[family], "--model", "other", "--test_file", test)
     with pytest.raises(InputError, match="head would be random"):
         run_evaluate("--run", models[family], "--approach", "head", "--test_file", test)
@@ -110,9 +110,8 @@ def test_base_model_with_task_options(models, family, tmp_path, monkeypatch):
 def test_newest_run_without_an_option(trained, tmp_path, monkeypatch):
     """The newest weights under outputs/; the embedded model where there are none."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["evaluate.py"])
-    config, folder, _ = evaluate.read_options()
-    assert (config.model, folder) == ("smollm2-135m", None)
+    config, run, _ = evaluate.read_options({})
+    assert (config.model, run.folder) == ("smollm2-135m", None)
     for number, family in enumerate(FAMILIES, 1):
         run = copy_of(trained(family, "generative", "single"), Path("outputs") / family / "toy" / "run_1")
         shutil.rmtree(run / "eval")

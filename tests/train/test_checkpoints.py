@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import train_cls
 from common import disk
 from common.data.classification import load_classification
 from common.errors import InputError, cli_errors
+from common.measure import scoring
 from common.model import storage
 from common.options import parse_config
 from common.train import checkpoints, loop, run_folder
@@ -214,8 +216,8 @@ def scripted(monkeypatch: pytest.MonkeyPatch, metric: str, scores: list[float]) 
     """Lets the validations have these scores one after the other; returns the list of what they really measured."""
     real, measured = train_cls.evaluate, []
 
-    def evaluate(classifier, examples, *, what, **others):
-        answers, metrics = real(classifier, examples, what=what, **others)
+    def evaluate(predict, classifier, examples, *, what, **others):
+        answers, metrics = real(predict, classifier, examples, what=what, **others)
         if what != "validation":
             return answers, metrics
         measured.append(metrics)
@@ -306,7 +308,8 @@ def test_the_adapter_is_the_best_by_the_named_metric(options, tmp_path, monkeypa
 
     classifier = storage.load_classifier(tmp_path / "adapter")
     rows = load_classification(config).splits["test"]
-    _, metrics = train_cls.evaluate(classifier, rows, accelerator=Accelerator(cpu=True), batch_size=16, what="test")
+    predict = partial(scoring.predict, accelerator=Accelerator(cpu=True), batch_size=16)
+    _, metrics = train_cls.evaluate(predict, classifier, rows, what="test")
     assert metrics["eval_loss"] == final["eval_loss"] and metrics["f1_macro"] == final["f1_macro"]
 
 
