@@ -4,11 +4,11 @@
     python benchmarks/cost_growth.py --device cuda --repeats 10 --labels 5 20 77 300 --rows 1 8 32 128
 
 One of the three grows while the others stand at the second value of their list. Texts are random tokens, from half of
---text_tokens to all of it, behind the instruction, which lists the labels. An update of a LoRA on all linear layers:
+--text_tokens to all of it, after the instruction, which lists the labels. An update of a LoRA on all linear layers:
 `pack`, our shared-prefix pack of all its rows; `padded`, our padded batches, with logits at the answers alone; `plain
 loop`, transformers and PEFT as they come. Scoring as many rows: `scoring`, ours, and greedy `generate`. The adapter is
 untrained, so that `generate` rarely ends before the longest label's length, and our search looks at more labels than
-behind a trained one. All in one process, in turns, after a warm-up each; the median of --repeats.
+after a trained one. All in one process, in turns, after a warm-up each; the median of --repeats.
 """
 
 import contextlib

@@ -22,6 +22,7 @@ from common.disk import read_yaml
 from common.errors import InputError
 
 T = TypeVar("T")
+BASE_CHANGING_INITS = ("pissa", "olora")  # of --init_lora_weights: these move a part of the base into the adapter
 MAX_SEED = 2**32 - 1  # numpy's
 CHAT_LENGTH = 512  # tokens of a conversation, unless --max_length says otherwise
 CLASSIFICATION, CAUSAL_LM, CHAT = "classification", "causal_lm", "chat"  # the tasks, as task.json names them

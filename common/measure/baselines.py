@@ -19,7 +19,7 @@ from common.measure.metrics import classification_metrics, indicator
 from common.measure.scoring import Answer
 from common.model import base_model, lora
 from common.model.classifier import Classifier, classification_prompt
-from common.options import LoraArguments
+from common.options import BASE_CHANGING_INITS, LoraArguments
 from common.text.prompts import GENERATIVE_TEMPLATE
 
 UNTRAINED = "untrained base"
@@ -34,7 +34,7 @@ def untrained(
 
     def measured() -> dict[str, Any]:
         # An adapter at its start changes nothing; one that starts as a part of the base must be on.
-        on = config.init_lora_weights in lora.BASE_CHANGING_INITS
+        on = config.init_lora_weights in BASE_CHANGING_INITS
         with contextlib.nullcontext() if on else lora.without_adapter(model):
             return {UNTRAINED: measure()}
 
@@ -86,7 +86,7 @@ def _prompted_base(
     except InputError:
         return None
     model = classifier.model
-    if classifier.head or config.init_lora_weights in lora.BASE_CHANGING_INITS:
+    if classifier.head or config.init_lora_weights in BASE_CHANGING_INITS:
         model = base_model.load_base(path, config, device=accelerator.device)[0]
     return replace(classifier, model=model, prompt=prompt)
 

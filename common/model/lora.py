@@ -16,7 +16,6 @@ LORA_INITS: dict[str, Any] = {
     "false": False,
     **{name: name for name in ("gaussian", "orthogonal", "pissa", "olora")},
 }
-BASE_CHANGING_INITS = ("pissa", "olora")  # these move a part of the base weights into the adapter
 
 
 def make_trainable(model: PreTrainedModel, config: Any, missing: list[str], head: bool = False) -> PreTrainedModel:

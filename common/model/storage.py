@@ -104,11 +104,11 @@ def save_trained(
 
 def _model_card(task: str, use: str, config: Any) -> str:
     """What the weights are and how to use them; figures are in the run's eval folder, where they were measured."""
-    quantised = "8-bit " if config.load_in_8bit else f"4-bit {config.bnb_4bit_quant_type} " * config.load_in_4bit
+    quantized = "8-bit " if config.load_in_8bit else f"4-bit {config.bnb_4bit_quant_type} " * config.load_in_4bit
     trained = (
         "All its weights were trained."
         if config.full_finetuning
-        else f"Trained with LoRA (r {config.lora_r}, alpha {config.lora_alpha:g}) on its {quantised}weights; this "
+        else f"Trained with LoRA (r {config.lora_r}, alpha {config.lora_alpha:g}) on its {quantized}weights; this "
         "folder holds the adapter alone."
     )
     tag = {CLASSIFICATION: "text-classification"}.get(task, "text-generation")

@@ -19,7 +19,16 @@ from common.data.splits import SPLITS
 from common.disk import is_base_model, load_task, newest_run, read_json, weights_folder
 from common.errors import InputError
 from common.hub import EMBEDDED, resolve_model
-from common.options import CAUSAL_LM, CHAT, CLASSIFICATION, TrainingConfig, check_task, names, read_saved
+from common.options import (
+    BASE_CHANGING_INITS,
+    CAUSAL_LM,
+    CHAT,
+    CLASSIFICATION,
+    TrainingConfig,
+    check_task,
+    names,
+    read_saved,
+)
 from common.text.prompts import read_template
 
 if TYPE_CHECKING:
@@ -115,7 +124,7 @@ class Run:
     def check_base_is_intact(self) -> None:
         """Refuses an adapter whose initialization moved weights out of the base: switched off, it leaves no base."""
         init = read_json(self.folder / "adapter_config.json").get("init_lora_weights") if self.folder else None
-        if init in ("pissa", "olora"):
+        if init in BASE_CHANGING_INITS:
             raise InputError(
                 f"{self.name} was trained with --init_lora_weights {init}, which changes the base: use --run alone."
             )

@@ -65,7 +65,7 @@ def equal_runs(models, wide_models, tmp_path_factory) -> Path:
     """Folder of runs big (padded batches) and small (in this process), and two (2 processes, packs), by family and
     approach.
 
-    Also `resumed`, runs of one process that were stopped after checkpoint 2 of 6 and gone on with by two, and NF4 ones.
+    Also `resumed`, runs of one process that were stopped after checkpoint 2 of 6 and resumed by two, and NF4 ones.
     """
     folder = tmp_path_factory.mktemp("equal")
     file = str(write_csv(folder / "train.csv", UNEVEN))
