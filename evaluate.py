@@ -29,7 +29,6 @@ from common.measure.metrics import perplexity_metrics, summarize, text_overlap
 from common.options import (
     CAUSAL_LM,
     CHAT,
-    CHAT_LENGTH,
     CLASSIFICATION,
     ChatDataConfig,
     ClassificationDataConfig,
@@ -68,9 +67,6 @@ class Config(ModelConfig, ClassificationDataConfig, CorpusDataConfig, ChatDataCo
     output_dir: str | None = option(None, "unset: RUN/eval/<split>, or outputs/<model>/eval for a base model")
 
 
-FITTED = ("in_several_rows", "without_early_turns", "shortened", "cut_answers")  # of the data report
-
-
 def read_options(given: dict[str, Any]) -> tuple[Config, Run, bool]:
     """The options, the run (or base model), and whether the rows are others than the run's own.
 
@@ -78,8 +74,6 @@ def read_options(given: dict[str, Any]) -> tuple[Config, Run, bool]:
     """
     run = open_run(given.get("run"), given.get("task"))
     defaults = run.options_for_rows(given)
-    if run.folder is None and run.task == CHAT:
-        defaults["max_length"] = CHAT_LENGTH
     if run.folder is None and given.get("approach") == "head":
         raise InputError(f"--approach head: {run.name} is a base model, whose head would be random. Drop it.")
     config = run.configure(Config, given, defaults)
@@ -196,9 +190,7 @@ def evaluate_text(config: Config, run: Run, other_rows: bool) -> None:
         windows = f"{config.block_size}-{config.stride or config.block_size}"
         name = config.split if usual else f"{config.split}-windows-{windows}"
         target, metrics, results = results_of(config, run, other_rows, metrics, name, usual)
-        say(accelerator, report.write_causal_lm(
-            target, metrics, results, config.split, blocks=losses, sample=sample
-        ))  # fmt: skip
+        say(accelerator, report.write_causal_lm(target, metrics, results, config.split, blocks=losses, sample=sample))
         before = f"after {tokenizer.decode(start)}" if start else "without a BOS token before them"
         apart = f"windows of {config.block_size} tokens, {config.stride or config.block_size} apart, {before}"
         say(accelerator, f"\n{apart}: {metrics['predicted_tokens']:,} tokens predicted; {weights_of(config)}")
@@ -223,7 +215,7 @@ def evaluate_chat(config: Config, run: Run, other_rows: bool) -> None:
     from common.model import base_model
     from common.model.token_losses import TokenLosses
     from common.text.batches import collate_chat
-    from common.text.chat import chat_rows
+    from common.text.chat import FITTED, chat_rows
     from common.train import loop
 
     run.resolve(config)

@@ -16,7 +16,7 @@ from helpers import ROOT
 from helpers.models import FAMILIES, build_model
 from helpers.rows import toy_options
 from helpers.runs import train as train_labels
-from helpers.runs import train_chat, train_text
+from helpers.runs import train_chat, train_text, weights
 
 import evaluate
 import inference
@@ -489,6 +489,29 @@ def test_adapters_load_without_plainlora(runs):
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     weights = [tensor for name, tensor in names["model"].named_parameters() if "lora_B" in name]
     assert weights and all(tensor.any() for tensor in weights)  # the trained adapter, not a new one
+
+
+@pytest.mark.parametrize("kind", ["generative", "head", "full", "chat"])
+def test_model_cards_load_without_plainlora(kind, runs, trained, models, toy_files, tmp_path):
+    """The snippet of a model card: the trained weights, by transformers and peft alone."""
+    run = runs["docs/chat.md"] if kind == "chat" else trained("llama", "generative", "single")
+    if kind == "head":
+        run = trained("mistral", "head", "multi")
+    if kind == "full":
+        run = tmp_path / "run"
+        full = ["--full_finetuning", "true", "--max_steps", "1", "--output_dir", run]
+        train_labels("--model", models["llama"], *toy_options(toy_files), *full)
+    folder = run / ("model" if kind == "full" else "adapter")
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
+    assert "common" not in code and "plainlora" not in code
+    names: dict = {}
+    exec(code.replace("THIS_FOLDER", str(folder)), names)
+    assert len(names["tokenizer"]) > 100
+    loaded = names["model"].state_dict()
+    saved = weights(folder)
+    found = [key for key in saved if torch.equal(loaded[key.replace("lora_A", "lora_A.default")
+             .replace("lora_B", "lora_B.default").replace("score.", "score.modules_to_save.default.")], saved[key])]
+    assert sorted(found) == sorted(saved)
 
 
 # --- what a run leaves, and a base model

@@ -10,8 +10,8 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from common.data.files import Row, columns_of, require_columns, row_ids, text_columns
-from common.data.splits import DEMO_FOLDERS, SPLITS, Sources, complete_splits, count_copies, read_splits
+from common.data.splits import DEMO_FOLDERS, SPLITS, Sources, complete_splits, count_copies, random_rows, read_splits
 from common.disk import read_text
 from common.errors import InputError
 from common.options import ClassificationConfig, ClassificationDataConfig, TextConfig
@@ -64,36 +64,52 @@ def load_classification(config: ClassificationDataConfig, training: bool = True)
         source = next(iter(sources.values()))["name"]
         raise InputError(f"{source}: no row has a label. Is --label_column right?")
     _check_labels(labels, multi_label, config)
-
-    report: dict[str, Any] = {"files": sources, "labels": labels, "multi_label": multi_label, "rows": {}}
-    splits: dict[str, list[Example]] = {}
-    for split, rows in tables.items():
-        source = sources[split]["name"]
-        examples = unlabeled_rows(rows, row_ids(rows, source, config.id_column), source, config)
-        indices = _indices(names[split], labels, source)
-        examples = [Example(row.id, row.text, found) for row, found in zip(examples, indices, strict=True)]
-        if split == "train":  # an empty text teaches nothing; but every row to be evaluated gets an answer
-            examples = [example for example in examples if example.text]
-        if not examples:
-            raise InputError(f"{source}: no row has any text. Is --text_fields right?")
-        splits[split] = examples
-        report["rows"][split] = {"read": len(rows), "dropped_empty_text": len(rows) - len(examples)}
-    if "train" in splits:
-        used = {label for example in splits["train"] for label in example.labels}
+    indices = {split: _indices(rows, labels, sources[split]["name"]) for split, rows in names.items()}
+    data = assemble(tables, indices, sources, config, labels, multi_label, draw=stratified_sample)
+    if train := data.splits["train"]:
+        used = {label for example in train for label in example.labels}
         if len(used) < (1 if multi_label else 2):
             option = "--label_columns" if config.label_columns else "--label_column"
             what = f"have the label {labels[used.pop()]!r}" if used else "are without a label"
             raise InputError(
-                f"{sources['train']['name']}: all {len(splits['train'])} rows {what}, so there is nothing to tell "
+                f"{sources['train']['name']}: all {len(train)} training rows {what}, so there is nothing to tell "
                 f"apart. Is {option} right?"
             )
-    splits = complete_splits(splits, config, report, stratified_sample)
     if training:  # a file of weights is checked right now
-        class_weights(config.class_weights, splits["train"], labels, multi_label)
+        class_weights(config.class_weights, train, labels, multi_label)
+    data.report |= {"labels": labels, "multi_label": multi_label}
+    for split, entry in data.report["rows"].items():
+        counts = Counter(label for example in data.splits[split] for label in example.labels)
+        entry["label_counts"] = {label: counts[i] for i, label in enumerate(labels)}
+    return data
+
+
+def assemble(
+    tables: dict[str, list[Row]],
+    targets: dict[str, list[tuple]],
+    sources: Sources,
+    config: ClassificationDataConfig,
+    labels: list[str],
+    multi_label: bool,
+    draw: Callable[[Sequence[Example], int, int], list[int]] = random_rows,
+) -> ClassificationData:
+    """The rows as examples in three splits; cut from the training rows, by `draw`, where no file gives a split.
+
+    targets: of each split, what every row's `Example.labels` shall be. Training rows without a text teach nothing and
+    are left out. Raises InputError where no row has a text.
+    """
+    report: dict[str, Any] = {"files": sources, "rows": {}}
+    splits = {}
+    for split, rows in tables.items():
+        source = sources[split]["name"]
+        examples = unlabeled_rows(rows, row_ids(rows, source, config.id_column), source, config)
+        examples = [replace(row, labels=found) for row, found in zip(examples, targets[split], strict=True)]
+        splits[split] = [example for example in examples if example.text or split != "train"]
+        if not splits[split]:
+            raise InputError(f"{source}: no row has any text. Is --text_fields right?")
+        report["rows"][split] = {"read": len(rows), "dropped_empty_text": len(rows) - len(splits[split])}
+    splits = complete_splits(splits, config, report, draw)
     count_copies(splits, report, attrgetter("text"), attrgetter("text"))
-    for split, examples in splits.items():
-        counts = Counter(label for example in examples for label in example.labels)
-        report["rows"][split]["label_counts"] = {label: counts[i] for i, label in enumerate(labels)}
     splits = {split: splits.get(split, []) for split in SPLITS}
     return ClassificationData(splits, labels, multi_label, sources, report)
 

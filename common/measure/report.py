@@ -77,8 +77,7 @@ def write_classification(
         figures.draw_confusion(folder / "confusion_matrix.png", matrix, labels, multi_label)
     _write_predictions(folder, _predictions(classifier, examples, answers))
     metrics = {**metrics, "confusion_matrix": matrix.tolist()}
-    shown = results_table(results, split, headlines(CLASSIFICATION))
-    return _write_report(folder, metrics, shown, "rows", per_label, outside, *picture)
+    return write(folder, metrics, results, split, CLASSIFICATION, per_label, outside, *picture)
 
 
 def write_causal_lm(
@@ -95,9 +94,8 @@ def write_causal_lm(
     picture = ["![perplexity](perplexity.png)"] if figures.can_draw() else []
     if picture:
         figures.draw_bars(folder / "perplexity.png", results, "perplexity")
-    shown = results_table(results, split, headlines(CAUSAL_LM))
     sampled = ["A sample, the prompt included:", _quoted(sample)] if sample else []
-    return _write_report(folder, metrics, shown, "blocks", *picture, *sampled)
+    return write(folder, metrics, results, split, CAUSAL_LM, *picture, *sampled, unit="blocks")
 
 
 def write_chat(
@@ -115,18 +113,22 @@ def write_chat(
         for row in answers[:: -(-len(answers) // SAMPLES)]:
             prompt, gold, prediction = (_quoted(row[name]) for name in ("prompt", "gold", "prediction"))
             parts += [f"### {row['id']}", prompt, "reference:", gold, "answer:", prediction]
-    return _write_report(folder, metrics, results_table(results, split, headlines(CHAT)), "rows", *parts)
+    return write(folder, metrics, results, split, CHAT, *parts)
 
 
-def _write_report(folder: Path, metrics: Metrics, results: str, unit: str, *parts: str) -> str:
-    """metrics.json, and report.md: the results table (returned), and below it the parts.
+def write(
+    folder: Path, metrics: Metrics, results: Results, split: str, task: str, *parts: str, unit: str = "rows"
+) -> str:
+    """metrics.json, and report.md: the table of the task's headline metrics (returned), and below it the parts.
 
     unit: what the bootstrap of the intervals draws.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    shown = results_table(results, split, headlines(task))
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
-    text = ["# Evaluation", results, f"95 % intervals: bootstrap over the {unit}.", *parts]
+    text = ["# Evaluation", shown, f"95 % intervals: bootstrap over the {unit}.", *parts]
     (folder / "report.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
-    return results
+    return shown
 
 
 def _write_predictions(folder: Path, rows: Iterable[tuple[dict[str, Any], dict[str, Any]]]) -> None:

@@ -5,7 +5,7 @@ likeliest branches first and as far as they can matter (common/measure/label_tri
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Literal
@@ -58,17 +58,37 @@ def predict(
     Processes share the rows, and results are gathered by row number, so that none is counted twice.
     what: the progress bar's caption.
     """
+    answer = partial(classify, classifier, decode=decode, probabilities=probabilities)
+    return _share_out(answer, examples, accelerator, batch_size, what)
+
+
+def predict_outputs(
+    classifier: Classifier, examples: Sequence[Example], accelerator: Accelerator, batch_size: int, what: str
+) -> torch.Tensor:
+    """What a head puts out for `examples`, in their order, on every process: fp32 [rows, outputs], as for `predict`."""
+
+    model: Any = classifier.model
+
+    def outputs(some: Sequence[Example], **options: Any) -> torch.Tensor:
+        prompts = [classifier.prompt.prompt(example.text).ids for example in some]
+        return head_outputs(model, prompts, classifier.tokenizer.pad_token_id, **options)
+
+    return torch.stack(_share_out(outputs, examples, accelerator, batch_size, what))
+
+
+def _share_out(
+    answer: Callable[..., Iterable[Any]],
+    examples: Sequence[Example],
+    accelerator: Accelerator,
+    batch_size: int,
+    what: str,
+) -> list[Any]:
+    """`answer` of all examples, in their order, on every process, each of which answers its share of them."""
     share = range(accelerator.process_index, len(examples), accelerator.num_processes)
+    progress = Progress(accelerator, what, len(share))
     with accelerator.autocast():
-        answers = classify(
-            classifier,
-            [examples[i] for i in share],
-            device=accelerator.device,
-            batch_size=batch_size,
-            progress=Progress(accelerator, what, len(share)),
-            decode=decode,
-            probabilities=probabilities,
-        )
+        answers = answer([examples[i] for i in share], device=accelerator.device, batch_size=batch_size,
+                         progress=progress)  # fmt: skip
     gathered = gather_object(list(zip(share, answers, strict=True)))
     return [answer for _, answer in sorted(gathered, key=lambda pair: pair[0])]
 

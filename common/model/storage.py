@@ -99,10 +99,10 @@ def save_trained(
         "model_options": {item.name: getattr(config, item.name) for item in fields(ModelConfig)},
     }
     (folder / TASK_FILE).write_text(json.dumps(task, indent=2, ensure_ascii=False), encoding="utf-8")
-    (folder / "README.md").write_text(_model_card(task["task"], use, config), encoding="utf-8")
+    (folder / "README.md").write_text(_model_card(model, task["task"], use, config), encoding="utf-8")
 
 
-def _model_card(task: str, use: str, config: Any) -> str:
+def _model_card(model: nn.Module, task: str, use: str, config: Any) -> str:
     """What the weights are and how to use them; figures are in the run's eval folder, where they were measured."""
     quantized = "8-bit " if config.load_in_8bit else f"4-bit {config.bnb_4bit_quant_type} " * config.load_in_4bit
     trained = (
@@ -111,11 +111,21 @@ def _model_card(task: str, use: str, config: Any) -> str:
         else f"Trained with LoRA (r {config.lora_r}, alpha {config.lora_alpha:g}) on its {quantized}weights; this "
         "folder holds the adapter alone."
     )
-    tag = {CLASSIFICATION: "text-classification"}.get(task, "text-generation")
+    head = isinstance(model, HeadClassifier)
+    tag = "text-classification" if head or task == CLASSIFICATION else "text-generation"
+    package, auto = ("transformers", "AutoModelFor") if config.full_finetuning else ("peft", "AutoPeftModelFor")
+    auto += "SequenceClassification" if head else "CausalLM"
+    outputs = f", num_labels={stored_model(model).config.num_labels}" if head else ""
+    loading = (
+        f"from {package} import {auto}\nfrom transformers import AutoTokenizer\n\n"
+        f'model = {auto}.from_pretrained("THIS_FOLDER"{outputs}).eval()\n'
+        'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")'
+    )
     return (
         f"---\nbase_model: {json.dumps(config.model)}\ntags: [{tag}, plainlora]\n---\n"
         f"# {config.model}, fine-tuned\n\n{trained} Learning rate {config.learning_rate:g}, seed {config.seed}; all "
-        f"options are in `config.yaml` of the run folder, the measured quality in `eval/`.\n\n{use}\n"
+        f"options are in `config.yaml` of the run folder, the measured quality in `eval/`.\n\n{use}\n\n"
+        f"Load it without plainlora:\n\n```python\n{loading}\n```\n"
     )
 
 

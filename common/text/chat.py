@@ -43,6 +43,7 @@ FOLDER = Path(__file__).parents[2] / "data" / "chat_templates"
 TEMPLATES = {  # for base models, whose tokenizers have none
     name: (FOLDER / f"{name}.jinja").read_text(encoding="utf-8").rstrip("\n") for name in ("chatml", "alpaca", "plain")
 }
+FITTED = ("in_several_rows", "without_early_turns", "shortened", "cut_answers")  # counts of the data report
 PINNED = "{%- macro strftime_now(form)"  # how a template begins whose date has been fixed
 DATE = date(2024, 7, 26)  # what Llama's templates write where they cannot tell the day
 

@@ -23,6 +23,7 @@ from common.options import (
     BASE_CHANGING_INITS,
     CAUSAL_LM,
     CHAT,
+    CHAT_LENGTH,
     CLASSIFICATION,
     TrainingConfig,
     check_task,
@@ -79,13 +80,15 @@ class Run:
         return cls(**{name: value for name, value in values.items() if name in known})
 
     def options_for_rows(self, given: dict[str, Any]) -> dict[str, Any]:
-        """The options of the training that decide which rows are read again, and how; empty for a base model.
+        """The options of the training that decide which rows are read again, and how; few for a base model.
 
         given: --test_file replaces all of the run's files; of a --split, only the files that it comes from are read.
         Raises InputError for a --test_file with another --split.
         """
         changed = ("output_dir", "mixed_precision", "chat_template")  # the template is saved with the weights
         options = {name: value for name, value in self.options.items() if name not in changed}
+        if self.folder is None and self.task == CHAT:
+            options["max_length"] = CHAT_LENGTH
         if "labels" in self.trained and "label_columns" not in {**options, **given}:
             options["labels"] = self.trained["labels"]
         split = given.get("split", "test")

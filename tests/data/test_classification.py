@@ -315,12 +315,12 @@ def test_bad_multi_label_cells_are_named(tmp_path):
     path = save_jsonl(tmp_path / "v.jsonl", [{"text": "t", "label": []}])
     assert "no row has a label" in problem(train_file=path)
     path = str(write_csv(tmp_path / "w.csv", [{"text": "t", "x": "0", "y": "0"}]))
-    assert "all 1 rows are without a label" in problem(train_file=path, label_columns=["x", "y"])
+    assert "all 1 training rows are without a label" in problem(train_file=path, label_columns=["x", "y"])
 
 
 def test_labels_that_cannot_be_told_apart_are_refused(tmp_path):
     path = str(write_csv(tmp_path / "t.csv", [{"text": "t", "label": v} for v in "aaa"]))
-    assert "t.csv: all 3 rows have the label 'a'" in problem(train_file=path)
+    assert "t.csv: all 3 training rows have the label 'a'" in problem(train_file=path)
     path = str(write_csv(tmp_path / "u.csv", [{"text": "t", "label": v} for v in "ab"]))
     assert "--labels names 'a' twice" in problem(train_file=path, labels=["a", "b", "a"])
     assert "'a ' is blank, or begins or ends with a space" in problem(train_file=path, labels=["a ", "b"])

@@ -103,10 +103,11 @@ def timeless(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def weights(folder: Path) -> dict[str, Any]:
-    """The tensors of an adapter folder."""
+    """The tensors of an adapter folder, or of the folder of a full model."""
     from safetensors.torch import load_file
 
-    return load_file(folder / "adapter_model.safetensors")
+    (file,) = folder.glob("*.safetensors")
+    return load_file(file)
 
 
 def assert_same_updates(one: Path, other: Path) -> None:
