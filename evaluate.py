@@ -11,7 +11,6 @@ Without --run: the newest run under outputs/, else the embedded model on the dem
 A classification head cannot generate.
 """
 
-import importlib.util
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -21,11 +20,12 @@ from typing import Any, Literal
 from common.data.classification import draw_few_shot, load_classification
 from common.data.conversations import load_conversations
 from common.data.corpus import load_corpus_once, open_sources
-from common.disk import OUTPUTS, read_json, train_figures
+from common.data.splits import Sources, origin
+from common.disk import read_json, train_figures
 from common.errors import InputError, cli_errors
 from common.hub import resolve_model
 from common.log import evaluation_cost, say
-from common.measure.metrics import perplexity_metrics, summarize, text_overlap
+from common.measure.metrics import perplexity_metrics, require_overlap_packages, summarize, text_overlap
 from common.options import (
     CAUSAL_LM,
     CHAT,
@@ -74,35 +74,27 @@ def read_options(given: dict[str, Any]) -> tuple[Config, Run, bool]:
     """
     run = open_run(given.get("run"), given.get("task"))
     defaults = run.options_for_rows(given)
-    if run.folder is None and given.get("approach") == "head":
-        raise InputError(f"--approach head: {run.name} is a base model, whose head would be random. Drop it.")
     config = run.configure(Config, given, defaults)
     check(config)
     return config, run, run.folder is None or "test_file" in given
 
 
 def results_of(
-    config: Config, run: Run, other_rows: bool, metrics: dict[str, Any], name: str, usual: bool = True
+    config: Config, run: Run, sources: Sources, other_rows: bool, metrics: dict[str, Any], name: str, usual: bool = True
 ) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """The folder of the results, the metrics with those of the training, and the results table's rows.
 
     name: of the folder; other rows have their file's name in it. usual: the rows were read as after training, so that
     its figures and baselines stand beside these.
     """
+    metrics |= origin(sources, config.split, run.folder)
     results = {"this run" if run.folder else "untrained base": metrics}
     if run.folder and other_rows:
         name += f"-{Path(config.test_file).stem}"
-    home = run.run_folder if run.folder else OUTPUTS / Path(config.model).name
     if run.folder and usual and not other_rows:
-        results |= read_json(home / "eval" / config.split / "baselines.json")
-        metrics = {**train_figures(home), **metrics}
-    return Path(config.output_dir) if config.output_dir else home / "eval" / name, metrics, results
-
-
-def weights_of(config: Config) -> str:
-    """What the base was loaded as; a 4-bit one gives other figures than a 16-bit one."""
-    bits = "4-bit" if config.load_in_4bit else "8-bit" if config.load_in_8bit else "unquantized"
-    return f"{bits} base, mixed precision {config.mixed_precision}"
+        results |= read_json(run.home / "eval" / config.split / "baselines.json")
+        metrics = {**train_figures(run.home), **metrics}
+    return Path(config.output_dir) if config.output_dir else run.home / "eval" / name, metrics, results
 
 
 def evaluate_classifier(config: Config, run: Run, other_rows: bool) -> None:
@@ -124,7 +116,8 @@ def evaluate_classifier(config: Config, run: Run, other_rows: bool) -> None:
             raise InputError("--decode generate: this run has a classification head and writes no text.")
 
     from common.measure import report
-    from common.measure.scoring import predict
+    from common.measure.partial_results import measure_in_chunks
+    from common.measure.scoring import Answer, predict
     from common.train import loop
 
     run.resolve(config)
@@ -132,18 +125,22 @@ def evaluate_classifier(config: Config, run: Run, other_rows: bool) -> None:
     shots, _ = draw_few_shot(data, config) if run.folder is None else ([], [])
     classifier = run.load_classifier(config, accelerator.device, data.multi_label, examples, shots).classifier
     started = time.perf_counter()
-    answers = predict(classifier, examples, accelerator, config.per_device_eval_batch_size, config.split, config.decode)
+    measure = partial(predict, classifier, accelerator=accelerator, batch_size=config.per_device_eval_batch_size,
+                      decode=config.decode)  # fmt: skip
+    answers = measure_in_chunks(measure, examples, what=config.split, restore=Answer.restored,
+                                **run.partial_results(config, data.sources, accelerator))  # fmt: skip
     metrics = summarize(answers, [example.labels for example in examples], data.labels)
     metrics |= evaluation_cost(len(examples), started)
     if accelerator.is_main_process:
         name = config.split if config.decode == "score" else f"{config.split}-generate"
-        target, metrics, results = results_of(config, run, other_rows, metrics, name)
+        target, metrics, results = results_of(config, run, data.sources, other_rows, metrics, name)
         say(accelerator, report.write_classification(
-            target, metrics, results, config.split, classifier=classifier, examples=examples, answers=answers
+            target, metrics, results, config.split, classifier=classifier, examples=examples, answers=answers,
+            decode=config.decode,
         ))  # fmt: skip
         outside = f"{metrics['outside_label_set']} of {metrics['rows']} answers outside the label set"
         speed = f"{metrics['examples_per_second']:.1f} examples/s"
-        say(accelerator, f"\n{outside}; {speed}; {weights_of(config)}\nWritten to {target}")
+        say(accelerator, f"\n{outside}; {speed}; {run.loaded_as(config)}\nWritten to {target}")
     loop.finish(accelerator)
 
 
@@ -156,6 +153,7 @@ def evaluate_text(config: Config, run: Run, other_rows: bool) -> None:
     path = str(run.folder or resolve_model(config.model, config.revision))
 
     from common.measure import report
+    from common.measure.partial_results import measure_in_chunks
     from common.measure.perplexity import continue_text, row_losses
     from common.model import attention, base_model
     from common.model.generation import positions
@@ -180,8 +178,10 @@ def evaluate_text(config: Config, run: Run, other_rows: bool) -> None:
     started = time.perf_counter()
     collate = partial(collate_blocks, start=start, end_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
                       document_masking=config.document_masking)  # fmt: skip
-    losses = row_losses(TokenLosses(model), blocks, collate=collate, accelerator=accelerator,
-                        batch_size=config.per_device_eval_batch_size, what=config.split)  # fmt: skip
+    measure = partial(row_losses, TokenLosses(model), collate=collate, accelerator=accelerator,
+                      batch_size=config.per_device_eval_batch_size)  # fmt: skip
+    losses = measure_in_chunks(measure, blocks, what=config.split, restore=tuple,
+                               **run.partial_results(config, data.sources, accelerator))  # fmt: skip
     metrics = perplexity_metrics(losses, data.per_token[config.split]) | evaluation_cost(len(blocks), started)
     sample = continue_text(model, tokenizer, config.sample_prompt, accelerator, seed=42)
     if accelerator.is_main_process:
@@ -189,20 +189,18 @@ def evaluate_text(config: Config, run: Run, other_rows: bool) -> None:
         usual = all(getattr(config, x) == trained.get(x) for x in ("block_size", "stride")) or run.folder is None
         windows = f"{config.block_size}-{config.stride or config.block_size}"
         name = config.split if usual else f"{config.split}-windows-{windows}"
-        target, metrics, results = results_of(config, run, other_rows, metrics, name, usual)
+        target, metrics, results = results_of(config, run, data.sources, other_rows, metrics, name, usual)
         say(accelerator, report.write_causal_lm(target, metrics, results, config.split, blocks=losses, sample=sample))
         before = f"after {tokenizer.decode(start)}" if start else "without a BOS token before them"
         apart = f"windows of {config.block_size} tokens, {config.stride or config.block_size} apart, {before}"
-        say(accelerator, f"\n{apart}: {metrics['predicted_tokens']:,} tokens predicted; {weights_of(config)}")
+        say(accelerator, f"\n{apart}: {metrics['predicted_tokens']:,} tokens predicted; {run.loaded_as(config)}")
         say(accelerator, f"A sample: {sample}\n\nWritten to {target}")
     loop.finish(accelerator)
 
 
 def evaluate_chat(config: Config, run: Run, other_rows: bool) -> None:
     """Loss of the reference answers, and greedy answers of the model beside them."""
-    for package in ("sacrebleu", "rouge_score"):
-        if not importlib.util.find_spec(package):
-            raise InputError(f"{package} is not installed. Run `pip install sacrebleu rouge-score`.")
+    require_overlap_packages()
     data = load_conversations(config, training=False)
     if not data.splits[config.split]:
         raise InputError(f"There are no {config.split} rows: name some with --test_file.")
@@ -210,7 +208,8 @@ def evaluate_chat(config: Config, run: Run, other_rows: bool) -> None:
         run.check_unchanged(data.sources, config.split)
 
     from common.measure import report
-    from common.measure.answers import answer_conversations
+    from common.measure.answers import answer_conversations, answer_length
+    from common.measure.partial_results import measure_in_chunks
     from common.measure.perplexity import row_losses
     from common.model import base_model
     from common.model.token_losses import TokenLosses
@@ -229,20 +228,22 @@ def evaluate_chat(config: Config, run: Run, other_rows: bool) -> None:
     collate = partial(collate_chat, pad_id=chat.tokenizer.pad_token_id)
     losses = row_losses(TokenLosses(chat.model), rows, collate=collate, accelerator=accelerator,
                         batch_size=batch_size, what=config.split)  # fmt: skip
-    answers = answer_conversations(
-        chat.model, chat.tokenizer, chat.template, data.splits[config.split], accelerator,
-        max_length=config.max_length, max_new_tokens=config.max_new_tokens, batch_size=batch_size,
-    )  # fmt: skip
+    conversations = data.splits[config.split]
+    most = config.max_new_tokens or answer_length(chat.tokenizer, conversations, config.max_length)
+    measure = partial(answer_conversations, chat.model, chat.tokenizer, chat.template, accelerator=accelerator,
+                      max_length=config.max_length, max_new_tokens=most, batch_size=batch_size)  # fmt: skip
+    answers = measure_in_chunks(measure, conversations, what="answers", restore=dict,
+                                **run.partial_results(config, data.sources, accelerator))  # fmt: skip
     metrics = perplexity_metrics(losses)
     overlap = text_overlap([row["prediction"] for row in answers], [row["gold"] for row in answers])
     overlap["intervals_95"] |= metrics["intervals_95"]
     metrics |= overlap | {"stopped": sum(row["stopped"] for row in answers) / len(answers), "answers": len(answers)}
     metrics |= evaluation_cost(len(answers), started)
     if accelerator.is_main_process:
-        target, metrics, results = results_of(config, run, other_rows, metrics, config.split)
+        target, metrics, results = results_of(config, run, data.sources, other_rows, metrics, config.split)
         say(accelerator, report.write_chat(target, metrics, results, config.split, answers=answers))
         speed = f"{metrics['examples_per_second']:.1f} examples/s"
-        say(accelerator, f"\n{speed}; {weights_of(config)}; samples in {target / 'report.md'}")
+        say(accelerator, f"\n{speed}; {run.loaded_as(config)}; samples in {target / 'report.md'}")
         fitted = [f"{name.replace('_', ' ')} {data.report['rows'][config.split][name]}" for name in FITTED]
         say(accelerator, f"Rows made to fit --max_length {config.max_length}: {', '.join(fitted)}")
     loop.finish(accelerator)
@@ -255,5 +256,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with cli_errors():
+    with cli_errors("The same command continues with the rows that are left."):
         main()

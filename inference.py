@@ -138,10 +138,9 @@ def given_instruction(config: Config) -> str | None:
     """The instruction of the command line or, for `-`, all that comes through the pipe."""
     text = config.prompt
     if text == "-":
-        try:
-            text = sys.stdin.read().strip()
-        except UnicodeDecodeError:
-            raise InputError("What comes through the pipe is not UTF-8.") from None
+        text = terminal.read_all().strip()
+    if text is not None:
+        terminal.require_utf8(text, "The instruction")
     if text is not None and not text.strip():
         raise InputError("The instruction is empty: give one, or leave it out for a chat.")
     return text
@@ -183,12 +182,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with cli_errors():
+    with cli_errors("With an --output_file, the same command continues with the rows that are left."):
         try:
             main()
-        except KeyboardInterrupt:
-            print("\nStopped by Ctrl-C. Rows that are in an --output_file stay; the same command continues from there.",
-                  file=sys.stderr)  # fmt: skip
-            sys.exit(130)
         except BrokenPipeError:  # whoever reads the answers has enough of them
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -10,13 +10,14 @@ LoRA on a 4-bit NF4 base by default; `--help` lists the options. Not supported: 
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from common.data.corpus import Blocks, Source, load_corpus_once, open_sources
+from common.data.corpus import Block, Source, load_corpus_once, open_sources
 from common.data.report import corpus_report
+from common.data.splits import origin
 from common.errors import RESUME_HINT, InputError, cli_errors
 from common.hub import resolve_model
 from common.log import RunLog, chosen_trackers, evaluation_cost, say
@@ -53,7 +54,7 @@ def loss_of(model: "torch.nn.Module", batch: "Batch") -> "torch.Tensor":
 
 
 def evaluate(
-    row_losses: Callable[..., list[tuple[float, int]]], blocks: Blocks, per_token: dict[str, float], what: str
+    row_losses: Callable[..., list[tuple[float, int]]], blocks: Sequence[Block], per_token: dict[str, float], what: str
 ) -> tuple[list[tuple[float, int]], dict[str, Any]]:
     """(loss sum in nats, predicted tokens) of every block, and their metrics: sums and counts over all ranks.
 
@@ -114,16 +115,16 @@ def train(config: Config, sources: dict[str, Source], path: str, last: bool = Tr
     scheduler = loop.make_scheduler(optimizer, config, total)
     flops = loop.flops_per_token(module)
     model, optimizer = loop.prepare(accelerator, module, optimizer, scheduler, config)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     say(accelerator, loop.describe_plan(accelerator, total, rows_per_update, "blocks"))
     if config.dry_run:
         loop.finish(accelerator, model, optimizer, last=last)
         return {}
 
-    # --- run folder, baseline, resume
+    # --- run folder, resume
     run.start(
         accelerator,
         data,
+        path,
         splits={"pieces cut from train": data.cut},
         data_report=report_text,
         census=census,
@@ -136,31 +137,28 @@ def train(config: Config, sources: dict[str, Source], path: str, last: bool = Tr
         pad_id=tokenizer.pad_token_id,
         document_masking=config.document_masking,
     )
-    losses_of = partial(row_losses, model, collate=collate, accelerator=accelerator,
-                        batch_size=config.per_device_eval_batch_size)  # fmt: skip
-
-    def measure(split: str, what: str) -> tuple[list[tuple[float, int]], dict[str, Any]]:
-        return evaluate(losses_of, data.splits[split], data.per_token[split], what)
-
-    results = {}
-    if config.baselines and test:
-        file = run.path / "eval" / "test" / "baselines.json"
-        results = baselines.untrained(file, base, config, accelerator, lambda: measure("test", baselines.UNTRAINED)[1])
-    set_seed(config.seed, device_specific=True)  # dropout differs between ranks, and a baseline changes nothing
+    set_seed(config.seed, device_specific=True)  # dropout differs between ranks
     state = load_state(accelerator, run)
     log = RunLog(run.path, accelerator, config, total, state.update)
 
+    def measure(
+        blocks: Sequence[Block], what: str, model: torch.nn.Module = model, split: str = "test"
+    ) -> tuple[list[tuple[float, int]], dict[str, Any]]:
+        losses_of = partial(row_losses, model, collate=collate, accelerator=accelerator,
+                            batch_size=config.per_device_eval_batch_size)  # fmt: skip
+        return evaluate(losses_of, blocks, data.per_token[split], what)
+
     def validate() -> dict[str, Any]:
-        return measure("validation", "validation")[1]
+        return measure(data.splits["validation"], "validation", split="validation")[1]
 
-    def keep_best() -> None:
-        save_best(accelerator, run, partial(storage.save_language_model, model=base, tokenizer=tokenizer,
-                                            start=start, config=config))  # fmt: skip
-
+    write = partial(storage.save_language_model, model=base, tokenizer=tokenizer, start=start, config=config)
+    keep_best = partial(save_best, accelerator, run, write)
+    save = partial(save_checkpoint, accelerator, run, state, config.save_total_limit)
+    updates = loop.until_stopped(plan.updates(state.update, total), accelerator, save)
     # A batch of R rows with T target tokens (common/text/batches.py): input_ids, attention_mask, position_ids
     # [R, length]; positions [T], where in the flattened batch the targets are predicted; targets, weights, rows [T].
     # --- loop
-    for numbers in plan.updates(state.update, total):  # the row numbers of one update, the same on every rank
+    for numbers in updates:  # the row numbers of one update, the same on every rank
         if config.early_stopping_patience and state.stale_evaluations >= config.early_stopping_patience:
             break
         started = time.perf_counter()
@@ -174,7 +172,7 @@ def train(config: Config, sources: dict[str, Source], path: str, last: bool = Tr
                 accelerator.backward(loss * accelerator.num_processes / target_count)  # DDP averages; undo it
             loss_sum += loss.detach()
         loss_sum = accelerator.reduce(loss_sum, "sum")
-        norm = accelerator.clip_grad_norm_(trainable, config.max_grad_norm or math.inf)
+        norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
         ids = [examples[i].id for i in numbers]
         mean_loss = loop.finite_mean(loss_sum, target_count, norm, accelerator, state.update, ids)
         rates = loop.learning_rates(scheduler)
@@ -189,7 +187,7 @@ def train(config: Config, sources: dict[str, Source], path: str, last: bool = Tr
             if state.improves(config.metric_for_best_model, metrics):
                 keep_best()
         if loop.is_due(config.save_strategy, config.save_steps, state.update, plan.updates_per_epoch, total):
-            save_checkpoint(accelerator, run, state, config.save_total_limit)
+            save()
     # --- end loop
 
     log.close()
@@ -198,14 +196,17 @@ def train(config: Config, sources: dict[str, Source], path: str, last: bool = Tr
     storage.load_weights(base, run.best)  # what was saved is what is measured
     figures = {"epochs": state.update / plan.updates_per_epoch, **state.summary(flops)}
     log.write(state.update, figures)
-    losses, metrics = measure("test", "test") if test else ([], {})
+    losses, metrics = measure(test, "test") if test else ([], {})
+    results = {"this run": metrics}
+    if config.baselines and test:
+        file = run.path / "eval" / "test" / "baselines.json"
+        results |= baselines.untrained(file, base, path, config, accelerator, test, lambda *a, **k: measure(*a, **k)[1])
     sample = continue_text(base, tokenizer, config.sample_prompt, accelerator, config.seed)
     if accelerator.is_main_process:
         if test:
-            results = {"this run": metrics, **results}
-            metrics = {**figures, **metrics}
-            folder = run.path / "eval" / "test"
-            table = report.write_causal_lm(folder, metrics, results, "test", blocks=losses, sample=sample)
+            metrics |= origin(data.sources, "test", run.best)
+            table = report.write_causal_lm(run.path / "eval" / "test", {**figures, **metrics}, results, "test",
+                                           blocks=losses, sample=sample)  # fmt: skip
             say(accelerator, f"\n{table}")
         say(accelerator, f"\nA sample: {sample}")
         draw_learning_curve(run.path, TASKS[CAUSAL_LM].curve)
@@ -218,7 +219,6 @@ def train(config: Config, sources: dict[str, Source], path: str, last: bool = Tr
 def main() -> None:
     config = parse_config(Config)
     runs = configs_per_seed(config)
-    chosen_trackers(config.report_to)
     sources = open_sources(config)
     if config.eval_strategy != "no" and "validation" not in sources and not config.validation_fraction:
         raise InputError("--eval_strategy needs validation text: set --validation_fraction, or --eval_strategy no.")

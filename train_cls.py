@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.data.classification import ClassificationData, Example, class_weights, draw_few_shot, load_classification
 from common.data.report import data_report
+from common.data.splits import origin
 from common.errors import RESUME_HINT, InputError, cli_errors
 from common.hub import resolve_model
 from common.log import RunLog, chosen_trackers, evaluation_cost, say
@@ -64,8 +65,7 @@ def evaluate(
 ) -> "tuple[list[Answer], dict[str, Any]]":
     """Answers to `examples` in their order, and their metrics: sums and counts over all ranks, no means of means.
 
-    predict: `common.measure.scoring.predict`. probabilities: of every label, which the metrics do not need and which
-    cost most of the time.
+    predict: `common.measure.scoring.predict`. probabilities: of every label, too, which takes most of the time.
     """
     started = time.perf_counter()
     answers = predict(classifier, examples, what=what, probabilities=probabilities)
@@ -130,7 +130,6 @@ def train(config: Config, data: ClassificationData, path: str, last: bool = True
     scheduler = loop.make_scheduler(optimizer, config, total)
     flops = loop.flops_per_token(module)
     model, optimizer = loop.prepare(accelerator, module, optimizer, scheduler, config)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     classifier = Classifier(module if head else base, prompt, tokenizer, [0.5] * len(data.labels))
     prefix = batches.describe_prefix([row.prompt for row in rows], lengths, batch_size, shared_prefix)
     say(accelerator, f"{loop.describe_plan(accelerator, total, rows_per_update)}; {prefix}")
@@ -138,22 +137,20 @@ def train(config: Config, data: ClassificationData, path: str, last: bool = True
         loop.finish(accelerator, model, optimizer, last=last)
         return {}
 
-    # --- run folder, baselines, resume
-    split_ids = {split: [example.id for example in part] for split, part in data.splits.items()}
+    # --- run folder, resume
+    trained = {**data.splits, "train": examples}
+    split_ids = {split: [example.id for example in part] for split, part in trained.items()}
     run.start(
         accelerator,
         data,
+        path,
         splits={"ids": split_ids, "few_shot": [text for text, _ in shots]},
         data_report=report_text,
         census=census,
         fingerprint={"rows_per_update": rows_per_update, "prompt": prompt.hash, "weights of the labels": weights},
     )
     measure = partial(evaluate, partial(predict, accelerator=accelerator, batch_size=config.per_device_eval_batch_size))
-    results = {}
-    if config.baselines and test:
-        results = baselines.measure(run.path / "eval" / "test" / "baselines.json", classifier=classifier, data=data,
-                                    path=path, config=config, accelerator=accelerator, evaluate=measure)  # fmt: skip
-    set_seed(config.seed, device_specific=True)  # dropout differs between ranks, and baselines change nothing
+    set_seed(config.seed, device_specific=True)  # dropout differs between ranks
     state = load_state(accelerator, run)
     log = RunLog(run.path, accelerator, config, total, state.update)
     collate = partial(batches.collate_rows, pad_id=tokenizer.pad_token_id, encoder=encoder,
@@ -162,15 +159,16 @@ def train(config: Config, data: ClassificationData, path: str, last: bool = True
     def validate() -> dict[str, Any]:
         return measure(classifier, validation, what="validation")[1]
 
-    def keep_best() -> None:
-        save_best(accelerator, run, partial(storage.save_classifier, classifier=classifier, config=config))
-
+    write = partial(storage.save_classifier, classifier=classifier, config=config)
+    keep_best = partial(save_best, accelerator, run, write)
+    save = partial(save_checkpoint, accelerator, run, state, config.save_total_limit)
+    updates = loop.until_stopped(plan.updates(state.update, total), accelerator, save)
     # A batch of R rows with T target tokens (common/text/batches.py): input_ids, attention_mask, position_ids
     # [R, length]; positions [T], where in the flattened batch the targets are predicted; targets, weights, rows [T].
     # In a shared-prefix pack: input_ids [1, prefix + R x row].
     # For a classification head: positions [R], the last tokens; targets, weights [R], or [R, labels] if multi-label.
     # --- loop
-    for numbers in plan.updates(state.update, total):  # the row numbers of one update, the same on every rank
+    for numbers in updates:  # the row numbers of one update, the same on every rank
         if config.early_stopping_patience and state.stale_evaluations >= config.early_stopping_patience:
             break
         started = time.perf_counter()
@@ -184,7 +182,7 @@ def train(config: Config, data: ClassificationData, path: str, last: bool = True
                 accelerator.backward(loss * accelerator.num_processes / target_count)  # DDP averages; undo it
             loss_sum += loss.detach()
         loss_sum = accelerator.reduce(loss_sum, "sum")
-        norm = accelerator.clip_grad_norm_(trainable, config.max_grad_norm or math.inf)
+        norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
         ids = [examples[i].id for i in numbers]
         mean_loss = loop.finite_mean(loss_sum, target_count, norm, accelerator, state.update, ids)
         rates = loop.learning_rates(scheduler)
@@ -199,7 +197,7 @@ def train(config: Config, data: ClassificationData, path: str, last: bool = True
             if state.improves(config.metric_for_best_model, metrics):
                 keep_best()
         if loop.is_due(config.save_strategy, config.save_steps, state.update, plan.updates_per_epoch, total):
-            save_checkpoint(accelerator, run, state, config.save_total_limit)
+            save()
     # --- end loop
 
     log.close()
@@ -209,12 +207,15 @@ def train(config: Config, data: ClassificationData, path: str, last: bool = True
     figures = {"epochs": state.update / plan.updates_per_epoch, **state.summary(flops)}
     log.write(state.update, figures)
     answers, metrics = measure(classifier, test, what="test", probabilities=True) if test else ([], {})
+    results = {"this run": metrics}
+    if config.baselines and test:
+        results |= baselines.measure(run.path / "eval" / "test" / "baselines.json", classifier=classifier, data=data,
+                                     path=path, config=config, accelerator=accelerator, evaluate=measure)  # fmt: skip
     if accelerator.is_main_process:
         if test:
-            table = report.write_classification(
-                run.path / "eval" / "test", {**figures, **metrics}, {"this run": metrics, **results}, "test",
-                classifier=classifier, examples=test, answers=answers,
-            )  # fmt: skip
+            metrics |= origin(data.sources, "test", run.best)
+            table = report.write_classification(run.path / "eval" / "test", {**figures, **metrics}, results, "test",
+                                                classifier=classifier, examples=test, answers=answers)  # fmt: skip
             say(accelerator, f"\n{table}")
         draw_learning_curve(run.path, TASKS[CLASSIFICATION].curve)
         run.finish()
@@ -226,7 +227,6 @@ def train(config: Config, data: ClassificationData, path: str, last: bool = True
 def main() -> None:
     config = parse_config(Config)
     runs = configs_per_seed(config)
-    chosen_trackers(config.report_to)
     data = load_classification(config)
     if config.eval_strategy != "no" and not data.splits["validation"]:
         raise InputError("--eval_strategy needs validation rows: set --validation_fraction, or --eval_strategy no.")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.data.conversations import ChatData, load_conversations
 from common.data.report import data_report
+from common.data.splits import origin
 from common.errors import RESUME_HINT, InputError, cli_errors
 from common.hub import resolve_model
 from common.log import RunLog, chosen_trackers, evaluation_cost, say
@@ -121,7 +122,6 @@ def train(config: Config, data: ChatData, path: str, last: bool = True) -> dict[
     scheduler = loop.make_scheduler(optimizer, config, total)
     flops = loop.flops_per_token(module)
     model, optimizer = loop.prepare(accelerator, module, optimizer, scheduler, config)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     prefix = batches.describe_prefix([row.prompt for row in rows], lengths, batch_size, shared_prefix)
     say(accelerator, f"{loop.describe_plan(accelerator, total, rows_per_update)}; {prefix}"
         f"{'; batches without padding' if config.packing else ''}")  # fmt: skip
@@ -129,10 +129,11 @@ def train(config: Config, data: ChatData, path: str, last: bool = True) -> dict[
         loop.finish(accelerator, model, optimizer, last=last)
         return {}
 
-    # --- run folder, baseline, resume
+    # --- run folder, resume
     run.start(
         accelerator,
         data,
+        path,
         splits={"ids": {split: [row.id for row in rows] for split, rows in data.splits.items()}},
         data_report=report_text,
         census=census,
@@ -141,30 +142,27 @@ def train(config: Config, data: ChatData, path: str, last: bool = True) -> dict[
     collate = partial(
         batches.collate_chat, pad_id=tokenizer.pad_token_id, shared_prefix=shared_prefix, packing=config.packing
     )
-    losses_of = partial(row_losses, model, collate=collate, accelerator=accelerator,
-                        batch_size=config.per_device_eval_batch_size)  # fmt: skip
-    results = {}
-    if config.baselines and test:
-        file = run.path / "eval" / "test" / "baselines.json"
-        results = baselines.untrained(
-            file, base, config, accelerator, lambda: evaluate(losses_of, test, baselines.UNTRAINED)
-        )
-    set_seed(config.seed, device_specific=True)  # dropout differs between ranks, and a baseline changes nothing
+    set_seed(config.seed, device_specific=True)  # dropout differs between ranks
     state = load_state(accelerator, run)
     log = RunLog(run.path, accelerator, config, total, state.update)
 
+    def measure(rows: Sequence[ChatRow], what: str, model: torch.nn.Module = model) -> dict[str, Any]:
+        losses_of = partial(row_losses, model, collate=collate, accelerator=accelerator,
+                            batch_size=config.per_device_eval_batch_size)  # fmt: skip
+        return evaluate(losses_of, rows, what)
+
     def validate() -> dict[str, Any]:
-        return evaluate(losses_of, splits["validation"], "validation")
+        return measure(splits["validation"], "validation")
 
-    def keep_best() -> None:
-        save_best(accelerator, run, partial(storage.save_chat_model, model=base, tokenizer=tokenizer,
-                                            template=template, config=config))  # fmt: skip
-
+    write = partial(storage.save_chat_model, model=base, tokenizer=tokenizer, template=template, config=config)
+    keep_best = partial(save_best, accelerator, run, write)
+    save = partial(save_checkpoint, accelerator, run, state, config.save_total_limit)
+    updates = loop.until_stopped(plan.updates(state.update, total), accelerator, save)
     # A batch of R rows with T target tokens (common/text/batches.py): input_ids, attention_mask, position_ids
     # [R, length]; positions [T], where in the flattened batch the targets are predicted; targets, weights, rows [T].
     # In a shared-prefix pack: input_ids [1, prefix + R x row]. Without padding: input_ids [1, tokens].
     # --- loop
-    for numbers in plan.updates(state.update, total):  # the row numbers of one update, the same on every rank
+    for numbers in updates:  # the row numbers of one update, the same on every rank
         if config.early_stopping_patience and state.stale_evaluations >= config.early_stopping_patience:
             break
         started = time.perf_counter()
@@ -178,7 +176,7 @@ def train(config: Config, data: ChatData, path: str, last: bool = True) -> dict[
                 accelerator.backward(loss * accelerator.num_processes / target_count)  # DDP averages; undo it
             loss_sum += loss.detach()
         loss_sum = accelerator.reduce(loss_sum, "sum")
-        norm = accelerator.clip_grad_norm_(trainable, config.max_grad_norm or math.inf)
+        norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
         ids = [examples[i].id for i in numbers]
         mean_loss = loop.finite_mean(loss_sum, target_count, norm, accelerator, state.update, ids)
         rates = loop.learning_rates(scheduler)
@@ -193,7 +191,7 @@ def train(config: Config, data: ChatData, path: str, last: bool = True) -> dict[
             if state.improves(config.metric_for_best_model, metrics):
                 keep_best()
         if loop.is_due(config.save_strategy, config.save_steps, state.update, plan.updates_per_epoch, total):
-            save_checkpoint(accelerator, run, state, config.save_total_limit)
+            save()
     # --- end loop
 
     log.close()
@@ -202,12 +200,15 @@ def train(config: Config, data: ChatData, path: str, last: bool = True) -> dict[
     storage.load_weights(base, run.best)  # what was saved is what is measured
     figures = {"epochs": state.update / plan.updates_per_epoch, **state.summary(flops)}
     log.write(state.update, figures)
-    metrics = evaluate(losses_of, test, "test") if test else {}
+    metrics = measure(test, "test") if test else {}
+    results = {"this run": metrics}
+    if config.baselines and test:
+        file = run.path / "eval" / "test" / "baselines.json"
+        results |= baselines.untrained(file, base, path, config, accelerator, test, measure)
     if accelerator.is_main_process:
         if test:
-            results = {"this run": metrics, **results}
-            metrics = {**figures, **metrics}
-            table = report.write_chat(run.path / "eval" / "test", metrics, results, "test")
+            metrics |= origin(data.sources, "test", run.best)
+            table = report.write_chat(run.path / "eval" / "test", {**figures, **metrics}, results, "test")
             say(accelerator, f"\n{table}")
         draw_learning_curve(run.path, TASKS[CHAT].curve)
         run.finish()
@@ -220,7 +221,6 @@ def train(config: Config, data: ChatData, path: str, last: bool = True) -> dict[
 def main() -> None:
     config = parse_config(Config)
     runs = configs_per_seed(config)
-    chosen_trackers(config.report_to)
     data = load_conversations(config)
     if config.eval_strategy != "no" and not data.splits["validation"]:
         raise InputError("--eval_strategy needs validation rows: set --validation_fraction, or --eval_strategy no.")

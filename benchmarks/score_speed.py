@@ -36,7 +36,8 @@ sys.path.insert(0, str(ROOT))
 
 import evaluate  # noqa: E402
 from benchmarks import turns  # noqa: E402
-from common.data.classification import Example, draw_few_shot, load_classification, stratified_sample  # noqa: E402
+from common.data.classification import Example, draw_few_shot, load_classification  # noqa: E402
+from common.data.splits import stratified_sample  # noqa: E402
 from common.errors import InputError, cli_errors  # noqa: E402
 from common.hub import EMBEDDED  # noqa: E402
 from common.log import peak_memory  # noqa: E402
@@ -138,10 +139,10 @@ def measure(config: Config, run: Run) -> dict[str, Any]:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     model, examples = load(config, run)
     classifier, size = model.classifier, int(os.environ["BATCH_SIZE"])
-    rows = stratified_sample(examples, min(config.rows, len(examples)), config.split_seed)
+    rows = stratified_sample([row.labels for row in examples], min(config.rows, len(examples)), config.split_seed)
     if config.worker in SLOW:
-        slow = stratified_sample([examples[i] for i in rows], min(config.slow_rows, len(rows)), config.split_seed)
-        rows = [rows[i] for i in slow]
+        labels = [examples[i].labels for i in rows]
+        rows = [rows[i] for i in stratified_sample(labels, min(config.slow_rows, len(rows)), config.split_seed)]
     examples = [examples[i] for i in rows]
     peer = not config.worker.startswith("plainlora")
     quantized = getattr(classifier.model.config, "quantization_config", None)

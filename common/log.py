@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tqdm import tqdm
 
-from common.errors import InputError
+from common.disk import to_json
+from common.errors import InputError, printable
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 # bitsandbytes reports at its import that an optional kernel package is missing, which changes nothing for a user.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warn about it in every forked process
+BAR = {"dynamic_ncols": True, "mininterval": 0.1 if sys.stderr.isatty() else 30}  # seconds; in a file each is a line
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "scikit-learn", "numpy")
 
 
@@ -49,10 +51,21 @@ def chosen_trackers(report_to: list[str] | None) -> list[str]:
     return names
 
 
+def is_first_process() -> bool:
+    """Whether this is the first of the processes that a launcher started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def warn(text: str) -> None:
+    """Prints a warning to stderr, once whatever the number of processes."""
+    if is_first_process():
+        print(printable(f"warning: {text}"), file=sys.stderr, flush=True)
+
+
 def say(accelerator: "Accelerator", text: str = "") -> None:
     """Prints once, whatever the number of processes, above a progress bar if there is one."""
     if accelerator.is_main_process:
-        tqdm.write(text, file=sys.stdout)
+        tqdm.write(printable(text), file=sys.stdout)
         sys.stdout.flush()
 
 
@@ -71,7 +84,7 @@ class RunLog:
         accelerator.project_configuration.set_directories(str(run_dir))
         accelerator.project_configuration.logging_dir = str(run_dir / "logs")
         accelerator.init_trackers(config.run_name or "")
-        self.bar = tqdm(total=total, initial=start, desc="train", unit="update", disable=not main, dynamic_ncols=True)
+        self.bar = tqdm(total=total, initial=start, desc="train", unit="update", disable=not main, **BAR)
 
     def update(self, state: Training, loss: float, **values: float) -> None:
         """After each update: the bar shows its loss; every --logging_steps, a line has the mean since the last one."""
@@ -85,7 +98,7 @@ class RunLog:
         """A line of metrics.jsonl; its numbers go to the trackers, too."""
         if self.accelerator.is_main_process:
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"update": update, **values}) + "\n")
+                file.write(to_json({"update": update, **values}) + "\n")
         self.accelerator.log({k: v for k, v in values.items() if isinstance(v, int | float)}, step=update)
 
     def close(self) -> None:
@@ -96,7 +109,7 @@ class Progress:
     """A bar for a pass over rows, on the first process; call it with the number of rows done."""
 
     def __init__(self, accelerator: "Accelerator", what: str, total: int, unit: str = "row") -> None:
-        style = {"unit": unit, "unit_scale": unit != "row", "leave": False, "dynamic_ncols": True}
+        style = {"unit": unit, "unit_scale": unit != "row", "leave": False, **BAR}
         self.bar = tqdm(total=total, desc=what, disable=not accelerator.is_main_process, **style)
 
     def __call__(self, rows: int) -> None:

@@ -72,7 +72,7 @@ class ModelConfig:
     attn_implementation: str | None = option(
         None, "eager, sdpa, flash_attention_2, ...; unset: sdpa, and our shared-prefix packs", settled=True
     )
-    trust_remote_code: bool = option(False, "run code that comes with a hub model", settled=True)
+    trust_remote_code: bool = option(False, "run code that comes with a hub model; on the command line alone")
 
     def broken_rules(self) -> Iterator[str]:
         if self.load_in_4bit and self.load_in_8bit:
@@ -111,9 +111,9 @@ class LoopConfig:
     learning_rate: float = option(1e-3, "peak learning rate", at_least=0)
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay", at_least=0)
     warmup_ratio: float = option(0.1, "share of the updates with a rising learning rate", at_least=0, at_most=1)
-    lr_scheduler_type: Literal[
-        "cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial", "inverse_sqrt"
-    ] = option("cosine", "learning-rate schedule after the warm-up; constant has no warm-up")
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = (
+        option("cosine", "learning-rate schedule after the warm-up; constant has no warm-up")
+    )
     max_grad_norm: float = option(1.0, "clip the gradient's norm to this", at_least=0)
     optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit"] = option("adamw_torch", "optimizer")
     gradient_checkpointing: bool = option(False, "less memory for about 1.8 times the time")
@@ -151,6 +151,9 @@ class LoopConfig:
         "also measure the untrained base; for labels also majority and TF-IDF + logistic regression",
         binds=False,
     )
+    max_baseline_samples: int = option(
+        500, "measure the untrained base on this many test rows, drawn by --split_seed", at_least=1, binds=False
+    )
     resume_from_checkpoint: str | None = option(None, "`latest`, a run folder or a checkpoint folder", binds=False)
     dry_run: bool = option(False, "check and report data and model, then stop", binds=False)
 
@@ -165,6 +168,8 @@ class LoopConfig:
             yield "--resume_from_checkpoint resumes one run: give its --seed instead of --seeds"
         if self.seeds and len(set(self.seeds)) < len(self.seeds):
             yield "--seeds names a seed twice: one run per seed"
+        if self.run_name and ("/" in self.run_name or "\\" in self.run_name or self.run_name in (".", "..")):
+            yield f"--run_name {self.run_name}: trackers make a folder of this name, so it cannot be a path"
         if not (self.max_steps or self.num_train_epochs):
             yield "--num_train_epochs 0 trains nothing: use `evaluate.py` for an untrained model"
 
@@ -395,8 +400,15 @@ def parse_given(cls: type, argv: Sequence[str] | None = None) -> dict[str, Any]:
     if unknown:
         raise InputError(_unknown(unknown[0], seen))
     texts = vars(found)
-    if path := texts.pop("config", None):
-        texts = {**_read_yaml(path, seen), **texts}
+    if "config" in texts:
+        path = _convert("config", str, texts.pop("config"))
+        saved = _read_yaml(path, seen)
+        if saved.get("trust_remote_code", "false") != "false" and "trust_remote_code" not in texts:
+            raise InputError(
+                f"--config {path}: no file can turn on trust_remote_code, which runs the code of a model's authors: "
+                "give it on the command line."
+            )
+        texts = {**saved, **texts}
     word = {positional[0]: texts[positional[0]]} if positional and positional[0] in texts else {}
     return convert(cls, texts) | word
 
@@ -412,9 +424,13 @@ def convert(cls: type, texts: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_saved(run: Path) -> dict[str, Any]:
-    """The options in a run folder's config.yaml, in their types; empty where there is none, as in a copied adapter."""
+    """The options in a run folder's config.yaml, in their types; empty where there is none, as in a copied adapter.
+
+    Without trust_remote_code: a folder from elsewhere does not decide that its code is run.
+    """
     path = run / "config.yaml"
-    return convert(TrainingConfig, _read_yaml(path)) if path.is_file() else {}
+    texts = _read_yaml(path) if path.is_file() else {}
+    return convert(TrainingConfig, {name: text for name, text in texts.items() if name != "trust_remote_code"})
 
 
 def dump_config(config: Any) -> str:
@@ -517,6 +533,8 @@ def _unknown(name: str, known: set[str]) -> str:
 
 def _convert(name: str, hint: Any, value: Any, choices: Sequence[str] = ()) -> Any:
     hint = _unwrap(hint)
+    if value == "":
+        raise InputError(f"--{name}: the value is empty. Give one, or leave the option out.")
     if get_origin(hint) is list:
         items = value if isinstance(value, list) else [value]
         if not items:
@@ -524,7 +542,7 @@ def _convert(name: str, hint: Any, value: Any, choices: Sequence[str] = ()) -> A
         return [_convert(name, get_args(hint)[0], item, choices) for item in items]
     kinds = {int: "a whole number", float: "a number", str: "a text"}
     expected = " or ".join(choices) or kinds.get(hint) or _choices(hint).replace("|", " or ")
-    problem = InputError(f"--{name} {value or repr(value)}: expected {expected}.")
+    problem = InputError(f"--{name} {value}: expected {expected}.")
     if not isinstance(value, str):
         raise problem
     allowed = choices or (get_args(hint) if get_origin(hint) is Literal else ())

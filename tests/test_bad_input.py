@@ -77,7 +77,7 @@ CASES = {
     ),
     "all rows one label": (
         ["--train_file", "one.csv"],
-        ["one.csv: all 20 rows have the label 'spam'", "Is --label_column right?"],
+        ["one.csv: all 16 training rows have the label 'spam'", "Is --label_column right?"],
     ),
     "non-UTF-8 bytes": (
         ["--train_file", "latin.csv"],
@@ -139,7 +139,7 @@ CASES = {
     ),
     "more --few_shot than rows": (
         [*GOOD, "--few_shot", "30"],
-        ["--few_shot 30 leaves none of the 21 training rows. Use a smaller number."],
+        ["--few_shot 30: only 18 of the 21 training rows can be spared", "Use a smaller number."],
     ),
     "missing template": (
         [*GOOD, "--prompt_template", "none.txt"],

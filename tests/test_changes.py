@@ -264,7 +264,7 @@ def test_regression(changed, models, tmp_path, monkeypatch):
     rows = number_rows(18)
     files = ["--train_file", write_csv(tmp_path / "train.csv", rows), "--label_column", "stars", "--validation_file",
              write_csv(tmp_path / "validation.csv", number_rows(4, start=30)), "--test_fraction", "0.2"]  # fmt: skip
-    options = ["--model", models["llama"], "--learning_rate", LR, "--num_train_epochs", "9", "--seeds", "1", "2"]
+    options = ["--model", models["llama"], "--learning_rate", LR, "--num_train_epochs", "16", "--seeds", "1", "2"]
     folder = run(module, tmp_path / "runs", *PLAIN, *files, *options)
     ids = json.loads((folder / "seed_1" / "splits.json").read_text())["ids"]
     train, test = ([float(rows[int(id)]["stars"]) for id in ids[split]] for split in ("train", "test"))
@@ -274,10 +274,17 @@ def test_regression(changed, models, tmp_path, monkeypatch):
         found = json.loads((folder / f"seed_{seed}" / "eval" / "test" / "metrics.json").read_text())
         assert found["mae"] < 0.5 * naive and found["r2"] > 0.5
         lines = log_lines(folder / f"seed_{seed}", "mae")
-        assert len(lines) == 9 and lines[-1]["mae"] < lines[0]["mae"]
+        assert len(lines) == 16 and lines[-1]["mae"] < lines[0]["mae"]
     shown = (folder / "seed_1" / "data_report.md").read_text()
     assert re.search(r"\[\[target -?0\.\d{1,3}\]\]", shown) and "test: 11 rows cut" in shown
     assert re.search(r"^\| seed .* mean absolute error .* R squared ", (folder / "seeds.md").read_text(), re.M)
+
+    (snippet,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+    *lines, last = snippet.replace("RUN", str(folder / "seed_2")).splitlines()
+    names: dict[str, Any] = {}
+    exec("\n".join(lines), names)
+    (number,) = eval(last, names)
+    assert math.isfinite(number)
 
     for name in ("mae", "r2"):
         monkeypatch.delitem(metrics.METRICS, name)

@@ -24,7 +24,7 @@ from helpers.scripts import expect_error, run_alone, run_script
 
 import inference
 from common.data.conversations import Conversation, read_question
-from common.errors import InputError
+from common.errors import InputError, printable
 from common.model import base_model, storage
 from common.options import Sampling
 from common.text.chat import ChatTemplate
@@ -49,7 +49,7 @@ def talks(models, tmp_path_factory) -> dict[str, Path]:
     options = ["--learning_rate", 1e-2, "--num_train_epochs", 8]
     for family in FAMILIES:
         train_chat("--model", models[family], *files, *options, "--output_dir", base / family)
-    system = ["--system_prompt", "You coach", "--lora_r", 2, "--seed", 7]
+    system = ["--system_prompt", "You coach", "--lora_r", 2, "--seed", 7, "--num_train_epochs", 3]
     train_chat("--model", models["llama"], *files, *options, *system, "--output_dir", base / "other")
     train_chat("--model", models["qwen"], *files, *options, "--full_finetuning", "true", "--output_dir", base / "full")
     quantized = ["--load_in_4bit", "true", "--mixed_precision", "bf16"]
@@ -98,7 +98,7 @@ def test_one_greedy_answer_everywhere(talks, family, tmp_path, capsys):
     asked = [row["messages"] for row in chats(7, 30)]
     single = next(i for i, messages in enumerate(asked) if len(messages) == 2)
     run(asked[single][0]["content"], "--run", run_dir, *more)
-    assert capsys.readouterr().out == answers[single]["answer"] + "\n"
+    assert capsys.readouterr().out == printable(answers[single]["answer"]) + "\n"
 
     task = json.loads(
         (run_dir / "adapter" / "task.json").read_text()
@@ -184,7 +184,7 @@ def test_runs_side_by_side_are_what_each_is_alone(talks, capsys):
         run("--compare", talks["llama"], "base", talks["other"], talks["llama"], "--prompt", question, *more)
     assert len(calls) == 1
     answers = [part.split("]\n", 1)[1].strip() for part in capsys.readouterr().out.split("\n[")[1:]]
-    assert answers == [alone[0], untrained, alone[1], alone[0]] and len(set(answers)) == 3
+    assert answers == [alone[0], printable(untrained), alone[1], alone[0]] and len(set(answers)) == 3
     run("--run", talks["llama"], "--demo", *more)
     shown = capsys.readouterr().out
     assert shown.count("\n[base]\n") == shown.count("\n[this run]\n") == 5
@@ -218,9 +218,32 @@ def test_running_text_goes_on(texts_run, tmp_path, capsys):
     out = tmp_path / "out.jsonl"
     run("--run", texts_run, "--input_file", rows, "--output_file", out, "--id_column", "n", "--max_new_tokens", 8)
     found = read_jsonl(out)
-    assert [row["id"] for row in found] == ["7", "8"] and found[0]["answer"] + "\n" == alone
+    assert [row["id"] for row in found] == ["7", "8"] and printable(found[0]["answer"]) + "\n" == alone
     run("--run", texts_run, "--demo", "--max_new_tokens", 3)
     assert capsys.readouterr().out.count("[this run]") == 3
+
+
+@pytest.mark.parametrize("kind", ["chat", "text", "labels"])
+def test_a_row_without_an_answer_says_why(kind, talks, texts_run, trained, tmp_path, capsys):
+    """In a line of its own; the other rows are answered as without it."""
+    many = "word " * 3000
+    runs = {"chat": talks["llama"], "text": texts_run, "labels": trained("qwen", "generative", "single")}
+    rows = {
+        "chat": [{"system": system, "instruction": "goal team"} for system in ("short", many, "short")],
+        "text": [{"text": text} for text in ("goal team", "", "goal team")],
+        "labels": [{"text": text} for text in ("goal team", " ", "goal team")],
+    }[kind]
+    reason = {"chat": "room", "text": "no text", "labels": "no text"}[kind]
+    more = ["--max_new_tokens", 4, "--do_sample", "false"] if kind != "labels" else []
+    for name, some in (("all", rows), ("good", rows[::2])):
+        file = write_jsonl(tmp_path / f"{name}.jsonl", some)
+        run("--run", runs[kind], "--input_file", file, "--output_file", tmp_path / f"{name}.out.jsonl", *more)
+    first, bad, last = read_jsonl(tmp_path / "all.out.jsonl")
+    answer = "prediction" if kind == "labels" else "answer"
+    assert bad["id"] == "1" and bad[answer] is None and reason in bad["error"] and "--" not in bad["error"]
+    expected = read_jsonl(tmp_path / "good.out.jsonl")
+    assert [row[answer] for row in (first, last)] == [row[answer] for row in expected] and "error" not in first
+    assert "1 rows could not be answered" in capsys.readouterr().out
 
 
 # --- labels
@@ -368,6 +391,7 @@ def test_evaluation_by_two_processes_is_that_of_one(talks, tmp_path, rows):
     run_script(str(script), processes=2, timeout=120)
     one, two = (timeless(json.loads((tmp_path / name / "metrics.json").read_text())) for name in ("one", "two"))
     assert one.keys() == two.keys() and one["answers"] == rows
+    assert [one.pop(name) for name in ("source", "weights")] == [two[name] for name in ("source", "weights")]
     for name, intervals in one.pop("intervals_95").items():
         assert two["intervals_95"][name] == pytest.approx(intervals, rel=1e-5)
     assert {name: two[name] for name in one} == pytest.approx(one, rel=1e-5)

@@ -17,6 +17,7 @@ from helpers.models import FAMILIES, build_model
 from helpers.rows import toy_options
 from helpers.runs import train as train_labels
 from helpers.runs import train_chat, train_text, weights
+from helpers.templates import KINDS, build
 
 import evaluate
 import inference
@@ -28,6 +29,7 @@ from common.data import builders
 from common.data.classification import load_classification
 from common.data.conversations import read_row
 from common.measure.label_trie import TrieSearch, build_trie
+from common.model.classifier import classification_prompt
 from common.model.prompt_cache import Node
 from common.model.storage import load_classifier
 from common.options import CHAT, CLASSIFICATION, check, check_task, parse_config, parse_given
@@ -305,8 +307,8 @@ def test_prompts_are_as_shown():
     assert GENERATIVE_TEMPLATE in plain
     (template,) = [content for content in plain if "{label}" in content and content != GENERATIVE_TEMPLATE]
     prompt = ClassificationPrompt(
-        lambda text, plain: list(text.encode()), labels=["a", "b"], multi_label=False, template=template, start=[],
-        end=[0], max_length=200,
+        lambda texts, plain: [list(text.encode()) for text in texts], labels=["a", "b"], multi_label=False,
+        template=template, start=[], end=[0], max_length=200,
     )  # fmt: skip
     assert (
         prompt.text_of("It broke.") == "You sort support tickets. Answer with one of: a, b.\nTicket: It broke.\nQueue:"
@@ -489,6 +491,19 @@ def test_adapters_load_without_plainlora(runs):
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     weights = [tensor for name, tensor in names["model"].named_parameters() if "lora_B" in name]
     assert weights and all(tensor.any() for tensor in weights)  # the trained adapter, not a new one
+
+
+@pytest.mark.parametrize("template", [GENERATIVE_TEMPLATE, "{text}\nOne of {labels}: {label}"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_without_plainlora_are_ours(kind, template):
+    """The snippet of docs/runs.md tokenizes as we do, whether or not a tokenizer puts a space in front of a text."""
+    _, code = snippets("docs/runs.md")
+    code = code[code.index("template = ") : code.index("inputs = ")]
+    tokenizer, task = build(kind, "mistral"), {"labels": ["music", "sport"], "template": template}
+    names = {"tokenizer": tokenizer, "task": task}
+    exec(code, names)
+    prompt = classification_prompt(tokenizer, False, **task, multi_label=False, max_length=500)
+    assert names["ids"] == prompt.prompt("Cannot log in.").ids
 
 
 @pytest.mark.parametrize("kind", ["generative", "head", "full", "chat"])

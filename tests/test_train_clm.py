@@ -261,7 +261,7 @@ def test_runs_side_by_side(models, texts, tmp_path):
 def test_a_copied_adapter_is_measured_as_its_run(models, texts, tmp_path):
     """task.json tells what training settled; results on other rows or windows leave the run's own alone."""
     options = ["--model", models["llama"], *text_options(texts), "--max_steps", 2, "--document_masking", "true"]
-    train(*options, "--baselines", "true", "--output_dir", tmp_path / "run", "--sample_prompt=")
+    train(*options, "--baselines", "true", "--output_dir", tmp_path / "run")
     shutil.copytree(tmp_path / "run" / "adapter", tmp_path / "copy")
     before = (tmp_path / "run/eval/test/metrics.json").read_bytes()
     run_evaluate("--run", tmp_path / "run", "--test_file", texts["validation"])

@@ -11,13 +11,14 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.data.classification import Example, stratified_sample
+from common.data.classification import Example
 from common.data.conversations import read_row
 from common.data.files import Row
-from common.data.splits import SPLITS, open_hub
+from common.data.splits import SPLITS, cut, open_hub, stratified_sample
 from common.errors import InputError
 
 if TYPE_CHECKING:
@@ -181,16 +182,15 @@ def draw(
     total = sum(map(len, splits.values()))
     if max_rows is not None and max_rows < total:
         for split, examples in splits.items():
-            chosen = stratified_sample(examples, max_rows * len(examples) // total, seed)
-            splits[split] = [examples[i] for i in chosen]
+            count = max_rows * len(examples) // total
+            splits[split] = [examples[i] for i in stratified_sample([row.labels for row in examples], count, seed)]
         print(f"kept a sample of {sum(map(len, splits.values()))} of these {total} rows")
-    train, count = splits["train"], round(HELD_OUT * len(splits["train"]))
-    for split in [split for split in ("test", "validation") if split not in splits]:
-        held_out = set(stratified_sample(train, count, seed))
-        splits[split] = [row for i, row in enumerate(train) if i in held_out]
-        train = [row for i, row in enumerate(train) if i not in held_out]
-        print(f"{split}: {count} rows cut from train")
-    splits["train"], known = train, {label for row in train for label in row.labels}
+    count = round(HELD_OUT * len(splits["train"]))
+    cuts = {split: count for split in ("test", "validation") if split not in splits}
+    splits |= cut(splits["train"], cuts, seed, attrgetter("labels"))
+    for split in cuts:
+        print(f"{split}: {len(splits[split])} rows cut from train")
+    known = {label for row in splits["train"] for label in row.labels}
     for split in ("validation", "test"):  # the trainer refuses labels that it never trains on
         trained = [row for row in splits[split] if known.issuperset(row.labels)]
         if dropped := len(splits[split]) - len(trained):
@@ -266,5 +266,6 @@ def write(prepared: Prepared, folder: Path, source: dict[str, Any]) -> None:
             else:  # minimal quoting would leave a lone carriage return bare, which ends the row when it is read
                 table.to_csv(path, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
         source = source | {"rows": {split: len(table) for split, table in prepared.tables.items()}} | prepared.facts
+        (partial / ".gitignore").write_text("*\n")  # the data can be fetched again, so they stay out of a commit
         (partial / "SOURCE.json").write_text(json.dumps(source, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         partial.replace(folder)

@@ -6,28 +6,43 @@
 Imports neither torch nor transformers: whatever is wrong with the data is reported before a model is loaded.
 """
 
-import json
 import math
 import re
+import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from common.data.files import Row, columns_of, require_columns, row_ids, text_columns
-from common.data.splits import DEMO_FOLDERS, SPLITS, Sources, complete_splits, count_copies, random_rows, read_splits
+from common.data.files import Row, columns_of, parse_json, require_columns, row_ids, text_columns, text_in
+from common.data.labels import (
+    SHOWN,
+    is_multi_label,
+    label_indices,
+    label_notes,
+    label_set,
+    label_text,
+    read_labels,
+)
+from common.data.splits import (
+    DEMO_FOLDERS,
+    SPLITS,
+    Sources,
+    complete_splits,
+    count_copies,
+    read_splits,
+    stratified_sample,
+)
 from common.disk import read_text
 from common.errors import InputError
 from common.options import ClassificationConfig, ClassificationDataConfig, TextConfig
 
 DEMO = DEMO_FOLDERS / ClassificationConfig.demo
+FACTORS = (0.01, 100.0)  # bounds of negatives / positives, which would be 0 for a label that every row has
+END_MARK = re.compile("FULL STOP|QUESTION MARK|EXCLAMATION|ELLIPSIS|DANDA|SIGN SECTION|SIGN KHAN")  # Unicode's names
 SEPARATOR = ", "  # between the labels of an instruction, and of a multi-label answer
-MIN_COMBINATION = 10  # rows; rarer label combinations are one stratum when a split is cut
-LabelNames = tuple[str, ...]  # of one row
 
 
 @dataclass(frozen=True)
@@ -57,15 +72,16 @@ def load_classification(config: ClassificationDataConfig, training: bool = True)
     Raises InputError that names file, row and column for whatever cannot be used.
     """
     tables, sources = read_splits(config, DEMO, training)
-    multi_label = _is_multi_label(tables, config)
-    names = {split: _read_labels(rows, sources[split]["name"], config) for split, rows in tables.items()}
-    labels = config.labels or config.label_columns or _label_set(names)
+    multi_label = is_multi_label(tables, sources, config)
+    names = {split: read_labels(rows, sources[split]["name"], config) for split, rows in tables.items()}
+    given = config.labels or config.label_columns
+    labels = [label_text(name) for name in given] if given else label_set(names)
     if not labels:
         source = next(iter(sources.values()))["name"]
         raise InputError(f"{source}: no row has a label. Is --label_column right?")
     _check_labels(labels, multi_label, config)
-    indices = {split: _indices(rows, labels, sources[split]["name"]) for split, rows in names.items()}
-    data = assemble(tables, indices, sources, config, labels, multi_label, draw=stratified_sample)
+    indices = {split: label_indices(rows, labels, sources[split]["name"]) for split, rows in names.items()}
+    data = assemble(tables, indices, sources, config, labels, multi_label, stratified=True)
     if train := data.splits["train"]:
         used = {label for example in train for label in example.labels}
         if len(used) < (1 if multi_label else 2):
@@ -75,12 +91,15 @@ def load_classification(config: ClassificationDataConfig, training: bool = True)
                 f"{sources['train']['name']}: all {len(train)} training rows {what}, so there is nothing to tell "
                 f"apart. Is {option} right?"
             )
-    if training:  # a file of weights is checked right now
-        class_weights(config.class_weights, train, labels, multi_label)
     data.report |= {"labels": labels, "multi_label": multi_label}
     for split, entry in data.report["rows"].items():
-        counts = Counter(label for example in data.splits[split] for label in example.labels)
-        entry["label_counts"] = {label: counts[i] for i, label in enumerate(labels)}
+        entry["label_counts"] = _label_counts(data.splits[split], labels)
+    notes = [] if given else label_notes(names.get("train", []))
+    weights = class_weights(config.class_weights, train, labels, multi_label) if training else None  # checks a file
+    if weights and multi_label:
+        notes += _weight_notes(weights, data.report["rows"]["train"]["label_counts"], len(train))
+    if notes:
+        data.report["notes"] = notes
     return data
 
 
@@ -91,24 +110,24 @@ def assemble(
     config: ClassificationDataConfig,
     labels: list[str],
     multi_label: bool,
-    draw: Callable[[Sequence[Example], int, int], list[int]] = random_rows,
+    stratified: bool = False,
 ) -> ClassificationData:
-    """The rows as examples in three splits; cut from the training rows, by `draw`, where no file gives a split.
+    """The rows as examples in three splits; cut from the training rows where no file gives a split.
 
-    targets: of each split, what every row's `Example.labels` shall be. Training rows without a text teach nothing and
-    are left out. Raises InputError where no row has a text.
+    targets: of each split, what every row's `Example.labels` shall be. stratified: splits and samples keep their
+    proportions. Training rows without a text teach nothing and are left out. Raises InputError where no row has a text.
     """
     report: dict[str, Any] = {"files": sources, "rows": {}}
     splits = {}
     for split, rows in tables.items():
         source = sources[split]["name"]
         examples = unlabeled_rows(rows, row_ids(rows, source, config.id_column), source, config)
-        examples = [replace(row, labels=found) for row, found in zip(examples, targets[split], strict=True)]
+        examples = [Example(row.id, row.text, found) for row, found in zip(examples, targets[split], strict=True)]
         splits[split] = [example for example in examples if example.text or split != "train"]
         if not splits[split]:
             raise InputError(f"{source}: no row has any text. Is --text_fields right?")
         report["rows"][split] = {"read": len(rows), "dropped_empty_text": len(rows) - len(splits[split])}
-    splits = complete_splits(splits, config, report, draw)
+    splits = complete_splits(splits, config, report, lambda row: row.labels if stratified else ())
     count_copies(splits, report, attrgetter("text"), attrgetter("text"))
     splits = {split: splits.get(split, []) for split in SPLITS}
     return ClassificationData(splits, labels, multi_label, sources, report)
@@ -119,28 +138,54 @@ def unlabeled_rows(rows: Sequence[Row], ids: Sequence[str], source: str, config:
     columns = columns_of(rows)
     names = text_columns(columns, config.text_fields)
     require_columns(names, columns, source, "--text_fields")
-    return [Example(id, join_fields(row, names), ()) for id, row in zip(ids, rows, strict=True)]
+    return [
+        Example(id, join_fields(row, names, f"{source}, data row {number}"), ())
+        for number, (id, row) in enumerate(zip(ids, rows, strict=True), 1)
+    ]
 
 
 def draw_few_shot(
     data: ClassificationData, config: ClassificationDataConfig
 ) -> tuple[list[tuple[str, tuple[int, ...]]], list[Example]]:
-    """--few_shot stratified (text, labels) pairs for the prompt, and the training rows without them."""
+    """--few_shot stratified (text, labels) pairs for the prompt, and the training rows whose texts are none of these.
+
+    The data report counts the rows whose text is in the prompt; those of validation and test stay.
+    """
     rows, count = data.splits["train"], config.few_shot
-    if count and count >= len(rows):
-        raise InputError(f"--few_shot {count} leaves none of the {len(rows)} training rows. Use a smaller number.")
-    chosen = set(stratified_sample(rows, count, config.split_seed))
-    shots = [(row.text, row.labels) for i, row in enumerate(rows) if i in chosen]
-    if count:
-        data.report["rows"]["train"] |= {"few_shot": count, "used": len(rows) - count}
-    return shots, [row for i, row in enumerate(rows) if i not in chosen]
+    if not count:
+        return [], list(rows)
+    distinct = list({row.text: row for row in reversed(rows)}.values())[::-1]  # of equal texts the first
+    drawn = stratified_sample([row.labels for row in distinct], count, config.split_seed, leave=1)
+    if len(drawn) < count:
+        raise InputError(
+            f"--few_shot {count}: only {len(drawn)} of the {len(rows)} training rows can be spared, since one of every "
+            "label stays. Use a smaller number."
+        )
+    chosen = [distinct[i] for i in drawn]
+    texts = {row.text for row in chosen}
+    rest = [row for row in rows if row.text not in texts]
+    for split, examples in data.splits.items():
+        if examples:
+            data.report["rows"][split]["also_few_shot"] = sum(row.text in texts for row in examples)
+    copies = len(rows) - len(rest) - count
+    data.report["rows"]["train"] |= {
+        "few_shot": count, "also_few_shot": copies, "used": len(rest), "label_counts": _label_counts(rest, data.labels)
+    }  # fmt: skip
+    return [(row.text, row.labels) for row in chosen], rest
+
+
+def _label_counts(rows: Sequence[Example], labels: Sequence[str]) -> dict[str, int]:
+    """label -> the rows that have it."""
+    counts = Counter(label for row in rows for label in row.labels)
+    return {label: counts[i] for i, label in enumerate(labels)}
 
 
 def class_weights(option: str, rows: Sequence[Example], labels: Sequence[str], multi_label: bool) -> list[float] | None:
     """The weights of `--class_weights`, one per label, or None.
 
     balanced: n / (K n_k) for a row of label k (as scikit-learn); for multi-label rows negatives / positives, the
-    `pos_weight` of binary cross-entropy. A label without a row counts as if it had one. A file: JSON {label: weight}.
+    `pos_weight` of binary cross-entropy, within FACTORS. A label without a row counts as if it had one. A file: JSON
+    {label: weight}.
     """
     if option == "none":
         return None
@@ -149,18 +194,33 @@ def class_weights(option: str, rows: Sequence[Example], labels: Sequence[str], m
     counts = Counter(label for row in rows for label in row.labels)
     sizes = [max(1, counts[k]) for k in range(len(labels))]
     if multi_label:
-        return [(len(rows) - size) / size for size in sizes]
+        return [min(max((len(rows) - size) / size, FACTORS[0]), FACTORS[1]) for size in sizes]
     return [len(rows) / (len(labels) * size) for size in sizes]
+
+
+def _weight_notes(weights: Sequence[float], counts: dict[str, int], rows: int) -> list[str]:
+    """A line about the labels whose balanced weight is at a bound, or that no training row has, if there are any."""
+    found = [
+        f"{label!r} in {n}" for (label, n), x in zip(counts.items(), weights, strict=True) if x in FACTORS or not n
+    ]
+    if not found:
+        return []
+    shown = ", ".join(found[:SHOWN]) + (", ..." if len(found) > SHOWN else "")
+    bounds = " to ".join(f"{factor:g}" for factor in FACTORS)
+    return [
+        f"--class_weights balanced has factors from {bounds}. Labels at a bound, or without a row, of {rows} training "
+        f"rows: {shown}"
+    ]
 
 
 def _read_weights(path: str, labels: Sequence[str]) -> list[float]:
     text = read_text(Path(path), f"--class_weights {path}", ". Give none, balanced, or a JSON file {label: weight}")
     try:
-        given = json.loads(text)
+        given = {label_text(label): weight for label, weight in parse_json(text).items()}
         weights = [float(given[label]) for label in labels]
     except KeyError as error:
         raise InputError(f"--class_weights {path}: the file has no weight for the label {error}. Add it.") from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(f"--class_weights {path}: not a JSON object {{label: weight}}: {error}.") from None
     for label, weight in zip(labels, weights, strict=True):
         if not 0 <= weight < math.inf:
@@ -168,97 +228,21 @@ def _read_weights(path: str, labels: Sequence[str]) -> list[float]:
     return weights
 
 
-def join_fields(row: Row, names: Sequence[str]) -> str:
-    """The fields as a sequence of sentences: blank ones skipped, a period after each that lacks an end mark."""
-    cells = (row.get(name) for name in names)
-    texts = [" ".join(str(cell).split()) for cell in cells if cell is not None and cell == cell]  # NaN is not itself
-    return " ".join(text if text[-1] in ".!?" else f"{text}." for text in texts if text)
+def join_fields(row: Row, names: Sequence[str], where: str = "the row") -> str:
+    """The fields as a sequence of sentences: blank ones skipped, a period after each that lacks an end mark.
 
-
-def stratified_sample(examples: Sequence[Example], count: int, seed: int) -> list[int]:
-    """`count` row numbers, ascending, with the strata in proportion (largest remainders), drawn by `seed`.
-
-    Strata are the labels; of multi-label rows the label combinations with at least MIN_COMBINATION rows.
+    where: what an InputError calls the row, if a cell is no text.
     """
-    sizes = Counter(example.labels for example in examples)
-    strata: dict[tuple, list[int]] = {}
-    for number, example in enumerate(examples):
-        rare = len(example.labels) != 1 and sizes[example.labels] < MIN_COMBINATION
-        strata.setdefault(("rare",) if rare else example.labels, []).append(number)
-    keys = sorted(strata, key=str)
-    shares = [count * len(strata[key]) / len(examples) for key in keys]
-    take = [math.floor(share) for share in shares]
-    for i in sorted(range(len(keys)), key=lambda i: (take[i] - shares[i], i))[: count - sum(take)]:
-        take[i] += 1
-    rng = np.random.default_rng(seed)
-    return sorted(int(number) for key, n in zip(keys, take, strict=True) for number in rng.permutation(strata[key])[:n])
+    texts = [" ".join(text_in(row.get(name), f"{where}, column {name!r}").split()) for name in names]
+    return " ".join(text if _ends_a_sentence(text) else f"{text}." for text in texts if text)
 
 
-def _is_multi_label(tables: dict[str, list[Row]], config: ClassificationConfig) -> bool:
-    column = config.label_column or "label"
-    lists = any(isinstance(row.get(column), list) for rows in tables.values() for row in rows)
-    detected = bool(config.label_columns or config.label_delimiter or lists)
-    if config.problem_type and detected != (config.problem_type == "multi_label_classification"):
-        raise InputError(
-            f"--problem_type {config.problem_type} does not fit the labels: several labels per row come from "
-            "--label_columns, from --label_delimiter or from JSON lists, and only from those."
-        )
-    return detected
-
-
-def _read_labels(rows: Sequence[Row], source: str, config: ClassificationConfig) -> list[LabelNames]:
-    """The label names of every row."""
-    where, several = f"{source}, data row", config.label_columns
-    column = config.label_column or "label"
-    require_columns(several or [column], columns_of(rows), source, "--label_columns" if several else "--label_column")
-    if several:
-        return [
-            tuple(name for name in several if _is_set(row.get(name), f"{where} {number}, column {name!r}"))
-            for number, row in enumerate(rows, 1)
-        ]
-    return [
-        _labels_in(row.get(column), f"{where} {number}, column {column!r}", config.label_delimiter)
-        for number, row in enumerate(rows, 1)
-    ]
-
-
-def _is_set(cell: Any, where: str) -> bool:
-    text = str(cell).strip().lower()
-    if text in ("1", "1.0", "true"):
-        return True
-    if text in ("0", "0.0", "false"):
-        return False
-    raise InputError(f"{where}: {cell!r} is not 0 or 1. Correct the cell.")
-
-
-def _labels_in(cell: Any, where: str, delimiter: str | None) -> LabelNames:
-    if isinstance(cell, list):
-        names = [_label_name(item) for item in cell]
-    elif delimiter and isinstance(cell, str):
-        names = [name.strip() for name in cell.split(delimiter) if name.strip()]
-    else:
-        names = [_label_name(cell)]
-    if any(name.lower() in ("", "nan") for name in names):
-        raise InputError(f"{where}: the label is missing (empty or NaN). Fill it in or delete the row.")
-    if len(set(names)) != len(names):
-        raise InputError(f"{where}: a label occurs twice in {cell!r}. Name each label once.")
-    return tuple(names)
-
-
-def _label_name(value: Any) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)  # integer labels with a gap are stored as floats by many tools
-    return str(value).strip()
-
-
-def _label_set(names: dict[str, list[LabelNames]]) -> list[str]:
-    """The labels of the training rows (of all rows if there are none), sorted; whole numbers by their value."""
-    rows = names["train"] if "train" in names else [row for rows in names.values() for row in rows]
-    labels = {name for row in rows for name in row}
-    numeric = all(re.fullmatch(r"-?[0-9]+", name) for name in labels)
-    return sorted(labels, key=lambda name: (int(name), name)) if numeric else sorted(labels)  # 1 and 01 are two labels
+def _ends_a_sentence(text: str) -> bool:
+    """Whether the last character, but for closing quotes and brackets, is an end mark of some script."""
+    end = len(text) - 1
+    while end > 0 and (text[end] in "\"'" or unicodedata.category(text[end]) in ("Pe", "Pf", "Pi")):
+        end -= 1
+    return unicodedata.category(text[end]) == "Po" and END_MARK.search(unicodedata.name(text[end])) is not None
 
 
 def _check_labels(labels: list[str], multi_label: bool, config: ClassificationConfig) -> None:
@@ -266,25 +250,11 @@ def _check_labels(labels: list[str], multi_label: bool, config: ClassificationCo
     for label, count in Counter(labels).items():
         if count > 1:
             raise InputError(f"{option} names {label!r} twice. Name each label once.")
-        if label != label.strip() or not label:
-            raise InputError(f"{option}: the label {label!r} is blank, or begins or ends with a space. Rename it.")
+        if not label:
+            raise InputError(f"{option}: a label is blank. Name it.")
         if multi_label and SEPARATOR.strip() in label:
             raise InputError(f"The label {label!r} contains a comma, which separates labels in an answer. Rename it.")
     if multi_label and config.class_weights not in ("none", "balanced"):
         raise InputError("--class_weights takes a file for one label per row only; for several, use balanced.")
     if multi_label and config.class_weights == "balanced" and config.approach == "generative":
         raise InputError("--class_weights with several labels per row needs --approach head: an answer has no weight.")
-
-
-def _indices(names: Sequence[LabelNames], labels: Sequence[str], source: str) -> list[tuple[int, ...]]:
-    """The label names of every row as indices in the label set, ascending."""
-    index = {label: i for i, label in enumerate(labels)}
-    for number, row in enumerate(names, 1):
-        for name in row:
-            if name not in index:
-                known = ", ".join(labels[:10]) + (" ..." if len(labels) > 10 else "")
-                raise InputError(
-                    f"{source}, data row {number}: the label {name!r} is not among the labels ({known}). "
-                    "Correct the row, or list every label with --labels."
-                )
-    return [tuple(sorted(index[name] for name in row)) for row in names]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from common.data.files import Row, columns_of, require_columns, row_ids
+from common.data.files import Row, columns_of, parse_json, require_columns, row_ids, text_in
 from common.data.splits import DEMO_FOLDERS, SPLITS, Sources, complete_splits, count_copies, read_splits
 from common.errors import InputError
 from common.options import ChatDataConfig, InstructionConfig
@@ -195,7 +195,7 @@ def _turns_in(cell: Any, where: str) -> list[Message]:
         place = f"{where}, turn {number}"
         role_key, text_key = ("from", "value") if "from" in turn else ("role", "content")
         given = turn.get(role_key)
-        if given not in ROLES:
+        if not isinstance(given, str) or given not in ROLES:
             raise InputError(f"{place}: the role {given!r} is unknown; use one of {', '.join(ROLES)}.")
         role, content = ROLES[given], _text_in(turn.get(text_key), place)
         _check_fields(turn, place)
@@ -216,8 +216,8 @@ def _check_fields(turn: dict[str, Any], where: str) -> None:
     for name in ("reasoning_content", "reasoning", "thinking"):
         if not _is_empty(turn.get(name)):
             raise InputError(f"{where}: {name!r} is not read. Write it into the turn's text, or delete it.")
-    if turn.get("weight") == 0 or turn.get("train") is False:
-        raise InputError(f"{where}: single turns cannot be left out of training. Delete 'weight' or 'train'.")
+    if turn.get("weight") not in (None, 1) or turn.get("train") is False:
+        raise InputError(f"{where}: all turns weigh the same in training. Delete 'weight' or 'train'.")
 
 
 def _calls_in(cell: Any, where: str) -> list[str]:
@@ -258,11 +258,13 @@ def _add_instructions(turns: list[Message], row: Row, where: str, system_prompt:
 
 
 def _parse_json(cell: Any, problem: str) -> Any:
-    """The value that a text in a cell spells as JSON, None if it is blank; a cell that is no text is the value."""
+    """The value that a text in a cell spells as JSON, None if it is blank; a list or an object is the value itself."""
+    if isinstance(cell, bytes):
+        raise InputError(f"{problem} (bytes). Write it as text.")
     try:
-        return (json.loads(cell) if cell.strip() else None) if isinstance(cell, str) else cell
-    except json.JSONDecodeError as error:
-        raise InputError(f"{problem} ({error.msg}). Correct it.") from None
+        return (parse_json(cell) if cell.strip() else None) if isinstance(cell, str) else cell
+    except ValueError as error:
+        raise InputError(f"{problem} ({getattr(error, 'msg', error)}). Correct it.") from None
 
 
 def _is_empty(cell: Any) -> bool:
@@ -270,11 +272,13 @@ def _is_empty(cell: Any) -> bool:
 
 
 def _text_in(cell: Any, where: str) -> str:
-    if isinstance(cell, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in cell):
-        return "".join(part["text"] for part in cell)  # OpenAI's content parts
-    if isinstance(cell, list | dict):
-        raise InputError(f"{where}: expected a text, not {json.dumps(cell, default=str)[:60]}. Only text can be read.")
-    return "" if _is_empty(cell) else str(cell).encode("utf-8", "replace").decode()  # half a surrogate pair, from JSON
+    if not isinstance(cell, list) or not all(isinstance(part, dict) for part in cell):
+        return text_in(cell, where)
+    for part in cell:  # OpenAI's content parts
+        kind = str(part.get("type") or "text")
+        if "text" not in kind or not isinstance(part.get("text"), str):
+            raise InputError(f"{where}: a part of the type {kind!r}; only text can be read. Delete it, or the row.")
+    return "".join(part["text"] for part in cell)
 
 
 def _questions(row: Conversation) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from common.data.files import Row, file_hash, iterate_rows, reading, require_columns, text_columns
+from common.data.files import Row, file_hash, iterate_rows, reading, require_columns, text_columns, text_in
 from common.data.splits import SPLITS, Sources, given_files, open_hub, require_training_rows
 from common.disk import cached_folder
 from common.errors import InputError
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 SMALLEST_PIECE, LARGEST_PIECE = 2**10, 2**16  # characters
+FORMAT = 2  # of what is kept in the cache: raise it where the pieces of the same text get other fields
 AT_ONCE = 2**22  # characters that are tokenized together
 # No tokenizer joins what is on both sides: before a space and its word; in a text without spaces, at a line's start.
 CUTS = (re.compile(r"(?<=\S)(?= \S)"), re.compile(r"(?<=\S\n)(?=\S)"))
@@ -212,9 +213,8 @@ def _row_parts(rows: Iterable[Row], source: str, config: TextConfig) -> Parts:
         fields = fields or text_columns(list(row), config.text_fields)
         if number == ROWS_LOOKED_AT or seen.keys().isdisjoint(fields):
             require_columns(fields, list(seen), source, "--text_fields")
-        cells = [row.get(name) for name in fields]
-        text = "\n".join(str(cell) for cell in cells if cell is not None and cell == cell)  # NaN is not itself
-        text = text.encode("utf-8", "replace").decode()  # JSON can hold halves of a surrogate pair
+        cells = (text_in(row.get(name), f"{source}, data row {number}, column {name!r}") for name in fields)
+        text = "\n".join(filter(None, cells))
         if not text and is_line:
             text = "\n"
         is_line = text.endswith("\n") and "\n" not in text[:-1]
@@ -267,7 +267,7 @@ def tokenize(source: Source, tokenizer: "Tokenizer", progress: Callable[[int], N
     same tokenizer has tokenized the same text before. progress: called with characters done.
     """
     cuts = (SMALLEST_PIECE, LARGEST_PIECE, *(cut.pattern for cut in CUTS))
-    key = (source.sha256, source.read_as, _tokenizer_hash(tokenizer), tokenizer.eos_token_id, cuts, PIECE.names)
+    key = (FORMAT, source.sha256, source.read_as, _tokenizer_hash(tokenizer), tokenizer.eos_token_id, cuts, PIECE.names)
     name = f"tokens/{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}"
     folder = cached_folder(name, lambda new: _write_tokens(new, source, tokenizer, progress))
     return np.memmap(folder / "tokens.bin", dtype=np.uint32, mode="r"), np.load(folder / "pieces.npy")
@@ -287,6 +287,7 @@ def _write_tokens(folder: Path, source: Source, tokenizer: "Tokenizer", progress
     table = array.array("q")  # the fields of one PIECE after another
     (lead,) = encode([LEAD])
     start = document = 0
+    last = " "  # character of the piece before
     folder.mkdir()
     with open(folder / "tokens.bin", "wb") as file:
         for batch in _batches(_pieces(source)):
@@ -297,8 +298,9 @@ def _write_tokens(folder: Path, source: Source, tokenizer: "Tokenizer", progress
                 if ends:
                     ids = [*ids, tokenizer.eos_token_id]
                 np.asarray(ids, dtype=np.uint32).tofile(file)
-                table.extend((start, len(ids), len(text.encode()), len(text.split()), document, ends))
-                start, document = start + len(ids), document + ends
+                words = len(text.split()) - (continues and not last.isspace() and not text[0].isspace())
+                table.extend((start, len(ids), len(text.encode()), words, document, ends))
+                start, document, last = start + len(ids), document + ends, text[-1]
             progress(sum(len(piece.text) for piece in batch))
     np.save(folder / "pieces.npy", np.frombuffer(table, dtype=PIECE))
 

@@ -7,6 +7,7 @@ import contextlib
 import csv
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,14 @@ from typing import Any
 from common.errors import InputError, why_unreadable
 
 Row = dict[str, Any]  # column -> cell
+UTF_16 = "UTF-16. Save it as UTF-8, for example with `iconv -f utf-16 -t utf-8 {name}`"
+OTHER_KINDS = {  # first bytes -> what the file is, and the remedy
+    b"\xff\xfe": UTF_16,
+    b"\xfe\xff": UTF_16,
+    b"\x1f\x8b": "compressed by gzip. Unpack it, for example with `gzip -dc {name}`",
+    b"PK\x03\x04": "a ZIP archive or a workbook (.xlsx). Unpack it, or save the sheet as CSV in UTF-8",
+    b"PAR1": "Parquet. Rename it, ending in .parquet",
+}
 
 
 def read_rows(path: str | Path) -> list[Row]:
@@ -61,6 +70,16 @@ def text_columns(columns: Sequence[str], text_fields: list[str] | None) -> list[
     return ["title", "abstract"] if {"title", "abstract"} <= set(columns) and "text" not in columns else ["text"]
 
 
+def text_in(cell: Any, where: str) -> str:
+    """The text of a cell; "" for None and NaN. Raises InputError for bytes, lists and objects."""
+    if isinstance(cell, str):
+        return cell
+    if isinstance(cell, bytes | list | dict):
+        kind = {bytes: "bytes", list: "a list", dict: "an object"}[type(cell)]
+        raise InputError(f"{where}: expected a text, not {kind}. Write it as text, or name another column.")
+    return "" if cell is None or cell != cell else str(cell)  # NaN is not itself
+
+
 def row_ids(rows: Sequence[Row], source: str, id_column: str | None) -> list[str]:
     """The cells of --id_column, each of which must occur once; without it, the numbers of the rows from 0."""
     if id_column is None:
@@ -68,12 +87,14 @@ def row_ids(rows: Sequence[Row], source: str, id_column: str | None) -> list[str
     require_columns([id_column], columns_of(rows), source, "--id_column")
     ids: dict[str, None] = {}
     for number, row in enumerate(rows, 1):
-        if row.get(id_column) in (None, "") or str(row[id_column]) in ids:
+        where = f"{source}, data row {number}, column {id_column!r}"
+        id = text_in(row.get(id_column), where)
+        if not id or id in ids:
             raise InputError(
-                f"{source}, data row {number}, column {id_column!r}: the id is missing or occurs in an earlier row. "
-                "Give every row an id of its own, or drop --id_column."
+                f"{where}: the id is missing or occurs in an earlier row. Give every row an id of its own, or drop "
+                "--id_column."
             )
-        ids[str(row[id_column])] = None
+        ids[id] = None
     return list(ids)
 
 
@@ -87,7 +108,8 @@ def file_hash(path: str | Path) -> str:
 def reading(path: Path) -> Iterator[None]:
     """Turns a failure to read a file into an InputError that names file and line."""
     try:
-        open(path, "rb").close()
+        with open(path, "rb") as file:
+            _check_kind(path, file.read(4))
         yield
     except OSError as error:
         raise InputError(f"{path}: {why_unreadable(error)}.") from None
@@ -95,6 +117,13 @@ def reading(path: Path) -> Iterator[None]:
         line, byte = _first_not_utf8(path)
         remedy = f"Save the file as UTF-8, for example with `iconv -f latin1 -t utf-8 {path.name}`."
         raise InputError(f"{path}, line {line}: byte 0x{byte:02x} is not UTF-8. {remedy}") from None
+
+
+def _check_kind(path: Path, start: bytes) -> None:
+    """Refuses a file of text that begins like one of another kind."""
+    for mark, kind in OTHER_KINDS.items():
+        if start.startswith(mark) and path.suffix.lower() != ".parquet":
+            raise InputError(f"{path}: the file is {kind.format(name=path.name)}.")
 
 
 def _first_not_utf8(path: Path) -> tuple[int, int]:
@@ -117,8 +146,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
         line = 1
         try:
             header = reader.fieldnames or []
-            if len(set(header)) != len(header):
-                raise InputError(f"{path}, line 1: two columns have the same name. Rename one: {', '.join(header)}.")
+            _check_header(header, f"{path}, line 1")
             line = 2
             for row in reader:
                 line = reader.line_num + 1
@@ -133,29 +161,66 @@ def _read_csv(path: Path) -> Iterator[Row]:
             raise InputError(f"{path}, line {line}: not readable as CSV: {error}. {remedy}") from None
 
 
+def _check_header(names: Sequence[str], where: str) -> None:
+    if len(set(names)) != len(names):
+        raise InputError(f"{where}: two columns have the same name. Rename one: {', '.join(names)}.")
+
+
 def _read_json(path: Path) -> list[Row]:
     text = path.read_bytes().decode("utf-8-sig")
-    rows = _parse_json(text, path) if text.strip() else []
+    try:
+        rows = parse_json(text) if text.strip() else []
+    except json.JSONDecodeError as error:
+        remedy = "Name a file with one object per line .jsonl." if error.msg == "Extra data" else "Correct it there."
+        raise InputError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}. {remedy}") from None
+    except ValueError as error:
+        raise InputError(f"{path}, data row {_first_bad_row(text)}: {error}. Correct the row.") from None
     _check_rows(rows, path)
     return rows
+
+
+def _first_bad_row(text: str) -> int:
+    """Where `parse_json` fails in a list of objects."""
+    decoder, number, start = json.JSONDecoder(), 1, 0
+    while True:
+        begin = re.compile(r"[\s,\[]*").match(text, start).end()
+        try:
+            start = decoder.raw_decode(text, begin)[1]
+            parse_json(text[begin:start])
+        except (ValueError, RecursionError):
+            return number
+        number += 1
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
     with open(path, encoding="utf-8-sig", newline="\n") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                row = _parse_json(line, path, number)
+                try:
+                    row = parse_json(line)
+                except json.JSONDecodeError as error:
+                    raise InputError(f"{path}, line {number}: not valid JSON: {error.msg}. Correct it there.") from None
+                except ValueError as error:
+                    raise InputError(f"{path}, line {number}: {error}. Correct it there.") from None
                 _check_rows([row], path)
                 yield row
 
 
-def _parse_json(text: str, path: Path, line: int | None = None) -> Any:
+def parse_json(text: str) -> Any:
+    """The value that a text spells. Raises ValueError with the reason: of JSON that is not valid, a JSONDecodeError."""
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        extra = error.msg == "Extra data"
-        remedy = "Name a file with one object per line .jsonl." if extra else "Correct it there."
-        raise InputError(f"{path}, line {line or error.lineno}: not valid JSON: {error.msg}. {remedy}") from None
+        value = json.loads(text)
+        if re.search(r"\\u[dD][89a-fA-F]", text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except json.JSONDecodeError:
+        raise
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair, which is no character") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except ValueError:  # of Python's own limit
+        raise ValueError("a number has too many digits") from None
+    return value
 
 
 def _check_rows(rows: Any, path: Path) -> None:
@@ -168,7 +233,9 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     import pyarrow.parquet
 
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
+        file = pyarrow.parquet.ParquetFile(path)
+        _check_header(file.schema_arrow.names, str(path))
+        for batch in file.iter_batches(batch_size=256):
             yield from batch.to_pylist()
     except pyarrow.ArrowInvalid as error:
         reason = " ".join(str(error).split())

@@ -3,8 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
+from common.data.labels import SHOWN
+from common.errors import printable
+
 ROW_COLUMNS = {  # key in the report -> title; those that no split has are left out
     "read": "read", "dropped_empty_text": "dropped: no text", "few_shot": "in the prompt",
+    "also_few_shot": "copies of these",
     "dropped_unanswered": "turns dropped: no answer", "with_tools": "with tools, in the system turn",
     "used": "used", "answers": "answers", "in_several_rows": "too long for one row",
     "without_early_turns": "rows without early turns", "shortened": "shortened", "cut_answers": "answers cut",
@@ -13,9 +17,14 @@ ROW_COLUMNS = {  # key in the report -> title; those that no split has are left 
 CORPUS_COLUMNS = ("documents", "bytes", "words", "tokens", "blocks", "used")
 
 
+def markdown(text: str) -> str:
+    """A text within a line of Markdown: shown as it is, whatever it contains."""
+    return printable(text).replace("\n", r"\n").replace("|", r"\|").replace("<", r"\<")
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table with aligned columns: the first to the left, the others to the right."""
-    header, *rows = [[str(cell).replace("|", r"\|") for cell in row] for row in (header, *rows)]
+    header, *rows = [[markdown(str(cell)) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
@@ -37,16 +46,28 @@ def data_report(report: dict[str, Any], example: str) -> str:
     if template := report.get("chat_template"):
         facts.append(f"{template['source']} (sha256 {template['sha256'][:12]}); answers end with {template['end']}")
         facts += template["notes"]
+    facts += map(markdown, report.get("notes", ()))
     entries = report["rows"]
     columns = {key: title for key, title in ROW_COLUMNS.items() if any(key in entry for entry in entries.values())}
     rows = [[split, *(str(entry.get(key, "-")) for key in columns)] for split, entry in entries.items()]
     parts = [table(["rows", *columns.values()], rows)]
     if "labels" in report:
+        facts += _labels_without_a_row(entries)
         counts = [
             [label, *(str(entry["label_counts"][label]) for entry in entries.values())] for label in report["labels"]
         ]
         parts.append(table(["label", *entries], counts))
     return _markdown(report, facts, parts, "One training row; what is trained on is in [[ ]]:", example)
+
+
+def _labels_without_a_row(entries: dict[str, dict[str, Any]]) -> list[str]:
+    """A line about the labels that some split lacks, if any does."""
+    lacking = []
+    for split, entry in entries.items():
+        names = [markdown(label) for label, count in entry["label_counts"].items() if not count]
+        more = ", ..." if len(names) > SHOWN else ""
+        lacking += [f"{split} {len(names)} ({', '.join(names[:SHOWN])}{more})"] if names else []
+    return [f"labels without a row: {'; '.join(lacking)}"] if lacking else []
 
 
 def corpus_report(report: dict[str, Any], start: str, wrapped: bool, block: str) -> str:
@@ -75,4 +96,4 @@ def _markdown(report: dict[str, Any], facts: Sequence[str], parts: Sequence[str]
     files = [f"{split}: {file['name']} (sha256 {file['sha256'][:12]})" for split, file in report["files"].items()]
     listed = "\n".join(f"- {fact}" for fact in (*files, *facts))
     indented = "\n".join(f"    {line}" for line in example.splitlines())
-    return "\n\n".join(["# Data report", listed, *parts, shown, indented]) + "\n"
+    return printable("\n\n".join(["# Data report", listed, *parts, shown, indented]) + "\n")

@@ -9,6 +9,7 @@ Imports neither torch nor transformers.
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,10 +25,12 @@ if TYPE_CHECKING:
     import datasets
 
 T = TypeVar("T")  # an example, or a conversation
+Labels = tuple[Any, ...]  # of one row
 Sources = dict[str, dict[str, str]]  # split -> name (file, or `data set [split]`) and sha256 of what it is read from
 
 DEMO_FOLDERS = Path(__file__).parents[2] / "data"
 SPLITS = ("train", "validation", "test")
+MIN_COMBINATION = 10  # rows; rarer label combinations are one stratum when a split is cut
 HUB_NAMES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 
 
@@ -83,6 +86,16 @@ def open_hub(
     return {split: loaded[aliases[0]] for split, aliases in found.items() if aliases}
 
 
+def origin(sources: Sources, split: str, weights: Path | None) -> dict[str, Any]:
+    """What figures are of, for a metrics.json: the file of the rows, and the SHA-256 of the trained weights.
+
+    sources: a split that is not among them was cut from the training rows. weights: their folder; None: an untrained
+    base.
+    """
+    files = sorted(weights.glob("*.safetensors")) if weights else []
+    return {"source": sources.get(split) or sources["train"], "weights": {file.name: file_hash(file) for file in files}}
+
+
 def _read_hub(name: str, configuration: str | None) -> tuple[dict[str, list[Row]], Sources]:
     parts = open_hub(name, configuration)
     from datasets import ClassLabel  # after the check in open_hub: at its import it notes whether there is a network
@@ -107,43 +120,105 @@ def _class_names(cell: Any, names: list[str]) -> Any:
     return names[cell] if cell is not None and cell >= 0 else None
 
 
-def random_rows(rows: Sequence[Any], count: int, seed: int) -> list[int]:
-    """`count` row numbers, ascending, drawn by `seed`."""
-    return sorted(int(i) for i in np.random.default_rng(seed).permutation(len(rows))[:count])
-
-
 def complete_splits(
     splits: dict[str, list[T]],
     config: DataConfig,
     report: dict[str, Any],
-    draw: Callable[[Sequence[T], int, int], list[int]] = random_rows,
+    labels_of: Callable[[T], Labels] = lambda row: (),
 ) -> dict[str, list[T]]:
     """Cuts the splits that no file gives from the training rows, then draws the rows that --max_..._samples leaves.
 
-    draw(rows, count, seed): the numbers of the rows to take, ascending. The counts are noted in `report`.
+    labels_of(row): the labels that these splits and samples are stratified by. The counts are noted in `report`.
     """
-    splits, seed = dict(splits), config.split_seed
+    splits, seed, rows = dict(splits), config.split_seed, splits.get("train", [])
     fractions = {"test": config.test_fraction, "validation": config.validation_fraction}
-    rows = splits.get("train", [])
-    total = len(rows)
-    for split, fraction in fractions.items() if "train" in splits else ():
-        if split in splits or not fraction:
-            continue
-        count = round(total * fraction)
-        if not 0 < count < len(rows):
+    fractions = {split: fraction for split, fraction in fractions.items() if fraction and split not in splits and rows}
+    counts = {split: round(len(rows) * fraction) for split, fraction in fractions.items()}
+    parts = cut(rows, counts, seed, labels_of)
+    for split, fraction in fractions.items():
+        if not parts[split] or not parts["train"]:
             raise InputError(
-                f"{report['files']['train']['name']}: {total} rows are too few to cut {fraction:.0%} for {split}: "
+                f"{report['files']['train']['name']}: {len(rows)} rows are too few to cut {fraction:.0%} for {split}: "
                 f"give --{split}_file, or set --{split}_fraction 0."
             )
-        chosen = set(draw(rows, count, seed))
-        splits[split] = [row for i, row in enumerate(rows) if i in chosen]
-        splits["train"] = rows = [row for i, row in enumerate(rows) if i not in chosen]
-        report.setdefault("cut_from_train", {})[split] = count
+        report.setdefault("cut_from_train", {})[split] = len(parts[split])
+    splits |= parts if rows else {}
     for split, limit in (("train", config.max_train_samples), ("validation", config.max_eval_samples)):
         rows = splits.get(split, [])
         if limit and len(rows) > limit:
-            splits[split] = [rows[i] for i in draw(rows, limit, seed)]
+            splits[split] = [rows[i] for i in stratified_sample([labels_of(row) for row in rows], limit, seed)]
     return splits
+
+
+def cut(rows: Sequence[T], counts: dict[str, int], seed: int, labels_of: Callable[[T], Labels]) -> dict[str, list[T]]:
+    """The rows in splits of (at most) these sizes, and the rest, `train`; no label loses its last row there."""
+    whole, parts = [labels_of(row) for row in rows], dict[str, list[T]]()
+    for number, (split, count) in enumerate(counts.items()):
+        labels = [labels_of(row) for row in rows]
+        chosen = set(stratified_sample(labels, count, seed, leave=len(counts) - number, whole=whole))
+        parts[split] = [row for i, row in enumerate(rows) if i in chosen]
+        rows = [row for i, row in enumerate(rows) if i not in chosen]
+    return {**parts, "train": list(rows)}
+
+
+def stratified_sample(
+    labels: Sequence[Labels], count: int, seed: int, leave: int = 0, whole: Sequence[Labels] = ()
+) -> list[int]:
+    """`count` row numbers, ascending, drawn by `seed`, with the strata in proportion.
+
+    A label with more than `leave` rows is drawn at least once, if `count` is enough for all of these.
+
+    labels: of each row. leave: so many rows of every label stay for other splits, of one with fewer rows all but one; a
+    label's only row is never drawn, so there may be fewer than `count`. With 0, none need stay. whole: as `labels`, of
+    the rows whose proportions count, if these are the rest of them.
+    """
+    counts = Counter(label for row in labels for label in row)
+    spare = {label: n - max(1, min(leave, n - 1)) if leave else n for label, n in counts.items()}
+    missing = {label for label, n in counts.items() if n > leave}
+    order = _in_proportion(labels, count, seed, whole or labels)
+    chosen: set[int] = set()
+    for completing in (True, False) if len(missing) <= count else (False,):
+        for number in order:
+            row = labels[number]
+            if len(chosen) == count:
+                break
+            if number in chosen or any(not spare[label] for label in row) or completing and missing.isdisjoint(row):
+                continue
+            chosen.add(number)
+            missing.difference_update(row)
+            for label in row:
+                spare[label] -= 1
+    return sorted(chosen)
+
+
+def _in_proportion(labels: Sequence[Labels], count: int, seed: int, whole: Sequence[Labels]) -> list[int]:
+    """All row numbers, such that the first `count` are a stratified sample (largest remainders; `seed` breaks ties).
+
+    Strata are the labels; of rows with any number of labels, the combinations with at least MIN_COMBINATION rows.
+    Within the sample, and after it, the strata take turns in proportion to their rows.
+    """
+    combinations = Counter(whole)
+
+    def stratum(row: Labels) -> Labels:
+        return ("rare",) if len(row) != 1 and combinations[row] < MIN_COMBINATION else row
+
+    sizes = Counter[Labels]()
+    for row, n in combinations.items():
+        sizes[stratum(row)] += n
+    strata: dict[Labels, list[int]] = {}
+    for number, row in enumerate(labels):
+        strata.setdefault(stratum(row), []).append(number)
+    rng = np.random.default_rng(seed)
+    place = np.empty(len(labels))  # of a row in its stratum, from 0 to 1
+    excess = np.empty(len(labels), dtype=np.int64)  # of its stratum, drawn up to this row, over its share x len(whole)
+    for key in sorted(strata, key=str):
+        rows, ranks = rng.permutation(strata[key]), np.arange(len(strata[key]))
+        place[rows] = (ranks + 0.5) / len(rows)
+        excess[rows] = (ranks + 1) * len(whole) - count * sizes[key]
+    tie = rng.random(len(labels))
+    outside = np.ones(len(labels), dtype=bool)
+    outside[np.lexsort((tie, excess))[:count]] = False
+    return np.lexsort((tie, place, outside)).tolist()
 
 
 def count_copies(

@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+def answer_length(
+    tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[Conversation], max_length: int
+) -> int:
+    """Tokens for the answers: NEW_TOKENS, or as many as the longest reference has, up to max_length."""
+    gold = [conversation.messages[-1]["content"] for conversation in conversations]
+    return max(NEW_TOKENS, min(max(map(len, tokenizer(gold)["input_ids"])) + 1, max_length))
+
+
 def answer_conversations(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -25,24 +33,23 @@ def answer_conversations(
     accelerator: Accelerator,
     *,
     max_length: int,
-    max_new_tokens: int | None,
+    max_new_tokens: int,
     batch_size: int,
+    what: str,
 ) -> list[dict[str, Any]]:
     """What the model answers in place of each conversation's last answer, in their order, on every process.
 
-    max_length: tokens of a prompt at most. max_new_tokens: of an answer; None: NEW_TOKENS, or the longest reference's
-    up to max_length. Returns id, prompt (as text), gold, prediction, stopped (it ended by itself), truncated (turns or
-    text of the prompt were left out).
+    max_length: tokens of a prompt at most. max_new_tokens: of an answer. what: the progress bar's caption. Returns id,
+    prompt (as text), gold, prediction, stopped (it ended by itself), truncated (turns or text of the prompt were left
+    out).
     """
     questions = [conversation.messages[:-1] for conversation in conversations]
     gold = [conversation.messages[-1]["content"] for conversation in conversations]
-    longest = max(map(len, tokenizer(gold)["input_ids"]))
-    most = max_new_tokens or max(NEW_TOKENS, min(longest + 1, max_length))
-    sampling = Sampling(do_sample=False, max_new_tokens=most)
+    sampling = Sampling(do_sample=False, max_new_tokens=max_new_tokens)
     room = min(max_length, prompt_room(model, sampling) or max_length)
     prompts = [template.prompt(messages, room) for messages in questions]
     share = range(accelerator.process_index, len(prompts), accelerator.num_processes)
-    ids, progress = [prompts[i].ids for i in share], Progress(accelerator, "answers", len(share))
+    ids, progress = [prompts[i].ids for i in share], Progress(accelerator, what, len(share))
     with accelerator.autocast():
         answers = answer_prompts(model, tokenizer, template, ids, sampling, batch_size, accelerator.device, progress)
     gathered = sorted(gather_object(list(zip(share, answers, strict=True))), key=itemgetter(0))

@@ -3,7 +3,7 @@
 import contextlib
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from common.errors import InputError
 from common.measure.metrics import classification_metrics, indicator
 from common.measure.scoring import Answer
 from common.model import base_model, lora
-from common.model.classifier import Classifier, classification_prompt
-from common.options import BASE_CHANGING_INITS, LoraArguments
-from common.text.prompts import GENERATIVE_TEMPLATE
+from common.model.classifier import Classifier, HeadClassifier, classification_prompt
+from common.model.token_losses import TokenLosses
+from common.options import BASE_CHANGING_INITS
+from common.text.prompts import GENERATIVE_TEMPLATE, ClassificationPrompt
 
 UNTRAINED = "untrained base"
 TFIDF = "TF-IDF + logistic regression"
@@ -28,17 +29,46 @@ ZERO_SHOT = "untrained base, zero-shot"
 
 
 def untrained(
-    file: Path, model: nn.Module, config: LoraArguments, accelerator: Accelerator, measure: Callable[[], dict[str, Any]]
+    file: Path,
+    model: nn.Module,
+    path: str,
+    config: Any,
+    accelerator: Accelerator,
+    rows: Sequence[Any],
+    evaluate: Callable[..., dict[str, Any]],
 ) -> dict[str, Any]:
-    """What `measure` finds before the first update, with the adapter switched off; kept in `file`."""
+    """The untrained base of a trained `model` on some of the test rows, name -> metrics; kept in `file`.
+
+    path: of the base. config: a script's. evaluate: (rows, what=..., model=a TokenLosses) -> metrics.
+    """
 
     def measured() -> dict[str, Any]:
-        # An adapter at its start changes nothing; one that starts as a part of the base must be on.
-        on = config.init_lora_weights in BASE_CHANGING_INITS
-        with contextlib.nullcontext() if on else lora.without_adapter(model):
-            return {UNTRAINED: measure()}
+        some = _some(rows, config)
+        with _untrained(model, path, config, accelerator) as base:
+            return {_named(UNTRAINED, some, rows): evaluate(some, what=UNTRAINED, model=TokenLosses(base))}
 
     return _kept(file, accelerator, measured)
+
+
+@contextlib.contextmanager
+def _untrained(model: nn.Module, path: str, config: Any, accelerator: Accelerator) -> Iterator[nn.Module]:
+    """The base of a trained model: without its adapter, or loaded again where it is not in there any more."""
+    changed = config.full_finetuning or config.init_lora_weights in BASE_CHANGING_INITS
+    if changed or isinstance(model, HeadClassifier):
+        yield base_model.load_base(path, config, device=accelerator.device)[0].eval()
+    else:
+        with lora.without_adapter(model):
+            yield model
+
+
+def _some(rows: Sequence[Any], config: Any) -> list[Any]:
+    """As many of the rows as --max_baseline_samples says, in their order."""
+    order = np.random.default_rng(config.split_seed).permutation(len(rows))
+    return [rows[i] for i in sorted(order[: config.max_baseline_samples].tolist())]
+
+
+def _named(method: str, some: Sequence[Any], rows: Sequence[Any]) -> str:
+    return method if len(some) == len(rows) else f"{method} ({len(some)} of {len(rows)} rows)"
 
 
 def measure(
@@ -53,7 +83,8 @@ def measure(
 ) -> dict[str, Any]:
     """All baselines of a classifier on the test split, name -> metrics or "n/a"; kept in `file`.
 
-    path: of the base model. evaluate: (classifier, examples, what=...) -> answers, metrics.
+    path: of the base model, which is measured on --max_baseline_samples rows. evaluate: (classifier, examples,
+    what=...) -> answers, metrics.
     """
     train, test, labels = data.splits["train"], data.splits["test"], data.labels
     gold = [example.labels for example in test]
@@ -64,31 +95,28 @@ def measure(
         with contextlib.suppress(ValueError):  # scikit-learn's, for texts without words, or one label in a small sample
             found = tfidf_logistic_regression(train, test, len(labels), data.multi_label)
             results[TFIDF] = classification_metrics(gold, found, labels)
-        if base := None if classifier.encoder else _prompted_base(classifier, data, path, config, accelerator):
-            with lora.without_adapter(base.model):
-                results[ZERO_SHOT] = evaluate(base, test, what=ZERO_SHOT)[1]
+        if prompt := None if classifier.encoder else _zero_shot_prompt(classifier, data, config):
+            some = _some(test, config)
+            del results[ZERO_SHOT]
+            with _untrained(classifier.model, path, config, accelerator) as model:
+                base = replace(classifier, model=model, prompt=prompt)
+                results[_named(ZERO_SHOT, some, test)] = evaluate(base, some, what=ZERO_SHOT)[1]
         return results
 
     return _kept(file, accelerator, measured)
 
 
-def _prompted_base(
-    classifier: Classifier, data: ClassificationData, path: str, config: Any, accelerator: Accelerator
-) -> Classifier | None:
-    """The base model with the default prompt, whatever the run's own; the adapter is to be switched off.
-
-    None where --max_length is too short for the instruction, as it may be for a head.
-    """
+def _zero_shot_prompt(
+    classifier: Classifier, data: ClassificationData, config: Any
+) -> ClassificationPrompt | None:
+    """The default prompt, whatever the run's own; None where it does not fit into --max_length, as a head's may not."""
     kind: dict[str, Any] = {"labels": data.labels, "multi_label": data.multi_label, "max_length": config.max_length}
     try:
         prompt = classification_prompt(classifier.tokenizer, False, template=GENERATIVE_TEMPLATE, **kind)
         prompt.reserve(data.splits["train"])
     except InputError:
         return None
-    model = classifier.model
-    if classifier.head or config.init_lora_weights in BASE_CHANGING_INITS:
-        model = base_model.load_base(path, config, device=accelerator.device)[0]
-    return replace(classifier, model=model, prompt=prompt)
+    return prompt
 
 
 def _kept(file: Path, accelerator: Accelerator, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 Imports numpy alone, so that the scripts can offer the metrics as values of an option.
 """
 
+import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -193,6 +194,13 @@ def perplexity_metrics(
         "rows": len(nats),
         "predicted_tokens": int(tokens.sum()),
     }
+
+
+def require_overlap_packages() -> None:
+    """Raises InputError if a package that `text_overlap` needs is not installed."""
+    for package in ("sacrebleu", "rouge_score"):
+        if not importlib.util.find_spec(package):
+            raise InputError(f"{package} is not installed. Run `pip install sacrebleu rouge-score`.")
 
 
 def text_overlap(answers: Sequence[str], references: Sequence[str], seed: int = 0) -> dict[str, Any]:

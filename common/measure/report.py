@@ -1,13 +1,15 @@
 """The results of an evaluation as files: metrics.json, predictions, pictures and report.md."""
 
+import contextlib
 import csv
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.data.classification import SEPARATOR, Example
-from common.data.report import table
+from common.data.report import markdown, table
+from common.disk import to_json, write_json
+from common.errors import printable
 from common.measure import figures
 from common.measure.metrics import Metric, confusion_matrix, headlines, interval
 from common.options import CAUSAL_LM, CHAT, CLASSIFICATION
@@ -57,6 +59,7 @@ def write_classification(
     classifier: "Classifier",
     examples: Sequence[Example],
     answers: Sequence["Answer"],
+    decode: str = "score",
 ) -> str:
     """predictions.jsonl and .csv, metrics.json, confusion_matrix.png and report.md; returns the results table.
 
@@ -76,7 +79,7 @@ def write_classification(
     if picture:
         figures.draw_confusion(folder / "confusion_matrix.png", matrix, labels, multi_label)
     _write_predictions(folder, _predictions(classifier, examples, answers))
-    metrics = {**metrics, "confusion_matrix": matrix.tolist()}
+    metrics = {**metrics, "decode": "head" if classifier.head else decode, "confusion_matrix": matrix.tolist()}
     return write(folder, metrics, results, split, CLASSIFICATION, per_label, outside, *picture)
 
 
@@ -90,7 +93,7 @@ def write_causal_lm(
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "blocks.jsonl", "w", encoding="utf-8") as file:
         for number, (nats, tokens) in enumerate(blocks):
-            file.write(json.dumps({"block": number, "nats": nats, "predicted_tokens": tokens}) + "\n")
+            file.write(to_json({"block": number, "nats": nats, "predicted_tokens": tokens}) + "\n")
     picture = ["![perplexity](perplexity.png)"] if figures.can_draw() else []
     if picture:
         figures.draw_bars(folder / "perplexity.png", results, "perplexity")
@@ -125,9 +128,9 @@ def write(
     """
     folder.mkdir(parents=True, exist_ok=True)
     shown = results_table(results, split, headlines(task))
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
+    write_json(folder / "metrics.json", metrics)
     text = ["# Evaluation", shown, f"95 % intervals: bootstrap over the {unit}.", *parts]
-    (folder / "report.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
+    (folder / "report.md").write_text(printable("\n\n".join(text) + "\n"), encoding="utf-8")
     return shown
 
 
@@ -140,9 +143,19 @@ def _write_predictions(folder: Path, rows: Iterable[tuple[dict[str, Any], dict[s
         writer = csv.writer(sheet)
         for number, (row, cells) in enumerate(rows):
             if number == 0:
-                writer.writerow(cells)
-            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
-            writer.writerow(cells.values())
+                writer.writerow(map(_cell, cells))
+            lines.write(to_json(row) + "\n")
+            writer.writerow(map(_cell, cells.values()))
+
+
+def _cell(value: Any) -> Any:
+    """A cell that no spreadsheet takes for a formula: a text that would begin one gets an apostrophe before it."""
+    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
+        with contextlib.suppress(ValueError):
+            float(value)
+            return value
+        return f"'{value}"
+    return value
 
 
 def _predictions(
@@ -168,4 +181,4 @@ def _predictions(
 
 
 def _quoted(text: str) -> str:
-    return "\n".join(f"> {line}" for line in text.splitlines() or [""])
+    return "\n".join(f"> {markdown(line)}" for line in text.splitlines() or [""])

@@ -5,7 +5,7 @@ likeliest branches first and as far as they can matter (common/measure/label_tri
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Literal
@@ -43,6 +43,12 @@ class Answer:
     targets: int = 0
     text: str | None = None
 
+    @classmethod
+    def restored(cls, values: dict[str, Any]) -> "Answer":
+        """The answer whose fields have gone through JSON."""
+        labels = values["labels"]
+        return cls(**{**values, "labels": None if labels is None else tuple(labels)})
+
 
 def predict(
     classifier: Classifier,
@@ -70,7 +76,7 @@ def predict_outputs(
     model: Any = classifier.model
 
     def outputs(some: Sequence[Example], **options: Any) -> torch.Tensor:
-        prompts = [classifier.prompt.prompt(example.text).ids for example in some]
+        prompts = _rendered(classifier, some)
         return head_outputs(model, prompts, classifier.tokenizer.pad_token_id, **options)
 
     return torch.stack(_share_out(outputs, examples, accelerator, batch_size, what))
@@ -111,7 +117,7 @@ def classify(
     """
     model: Any = classifier.model
     prompt, pad_id = classifier.prompt, classifier.tokenizer.pad_token_id
-    prompts = [prompt.prompt(example.text).ids for example in examples]
+    prompts = _rendered(classifier, examples)
     gold = [example.labels for example in examples] if labeled else None
     options: dict[str, Any] = {"batch_size": batch_size, "device": device, "progress": progress}
     if classifier.head:
@@ -122,17 +128,31 @@ def classify(
     return score_labels(classifier, prompts, gold=gold, tolerance=TOLERANCE if probabilities else math.inf, **options)
 
 
-def batches(lengths: Sequence[int], size: int, longest: int | None = None) -> Iterator[list[int]]:
+def _rendered(classifier: Classifier, examples: Sequence[Example]) -> list[list[int]]:
+    return [rendered.ids for rendered in classifier.prompt.prompts([example.text for example in examples])]
+
+
+def batches(
+    lengths: Sequence[int], size: int, longest: int | None = None, apart: Collection[int] = ()
+) -> Iterator[list[int]]:
     """Row numbers in batches of similar length, longest first.
 
     A batch has up to 8 x size rows and, padded, the tokens of `size` rows of length `longest` (unset: the greatest).
+    apart: rows that are never in a batch with others.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    while order:
-        longest = longest or lengths[order[0]]
-        rows = max(1, min(8 * size, size * longest // max(1, lengths[order[0]])))
-        yield order[:rows]
-        order = order[rows:]
+    longest = longest or max(lengths, default=0)
+    for some in ([i for i in order if i in apart], [i for i in order if i not in apart]):
+        while some:
+            rows = max(1, min(8 * size, size * longest // max(1, lengths[some[0]])))
+            yield some[:rows]
+            some = some[rows:]
+
+
+def _beyond(model: Any, prompts: Sequence[list[int]], answer_tokens: int = 0) -> set[int]:
+    """The rows whose tokens, in a batch with others, would change the rotary embeddings of the others."""
+    border = attention.rotary_border(model)
+    return {i for i, ids in enumerate(prompts) if len(ids) + answer_tokens > border}
 
 
 @torch.inference_mode()
@@ -175,10 +195,11 @@ def score_labels(
     # Rows that want fewer are padded: on a CPU that costs what tokens cost, on a GPU less than another pass.
     width = NODES_AT_ONCE if packs and torch.device(device).type == "cpu" else most
     likely = min(most, 4 * BUDGET) if packs else most  # if there are more, `run_searches` halves the batch
+    beyond = _beyond(model, prompts, answer_tokens)
     answers: dict[int, Answer] = {}
-    for rows in batches([len(ids) - shared + likely for ids in prompts], batch_size, longest):
-        some = [prompts[i] for i in rows]
-        batch = PromptCache(scorer, some, prefix) if packs else PaddedPrompts(scorer, some, keep_keys)
+    for rows in batches([len(ids) - shared + likely for ids in prompts], batch_size, longest, beyond):
+        some, positions = [prompts[i] for i in rows], attention.rotary_border(model) + 1 if rows[0] in beyond else 0
+        batch = PromptCache(scorer, some, prefix) if packs else PaddedPrompts(scorer, some, keep_keys, positions)
         gold_ids = [prompt.label_ids(gold[i] if gold is not None else ()) for i in rows]
         searches = [new_search(root, also=ids) for root, ids in zip(batch.roots, gold_ids, strict=True)]
         run_searches(batch, searches, width, batch_size * longest)
@@ -241,7 +262,7 @@ def head_outputs(
     """
     config: Any = model.eval().model.config
     outputs = torch.zeros(len(prompts), config.num_labels)
-    for rows in batches([len(ids) for ids in prompts], batch_size):
+    for rows in batches([len(ids) for ids in prompts], batch_size, apart=_beyond(model.model, prompts)):
         some = [(HeadRow(prompts[i], target=0), True) for i in rows]  # nothing reads the target
         batch = collate_head(some, pad_id, encoder=model.encoder).to(device)
         outputs[rows] = model(**batch.inputs).float().cpu()
@@ -296,7 +317,8 @@ def generate_answers(
     prompt, tokenizer = classifier.prompt, classifier.tokenizer
     model: Any = classifier.model.eval()
     answers: dict[int, Answer] = {}
-    for rows in batches([len(ids) for ids in prompts], batch_size):
+    beyond = _beyond(model, prompts, prompt.answer_tokens)
+    for rows in batches([len(ids) for ids in prompts], batch_size, apart=beyond):
         inputs = pad_left([prompts[i] for i in rows], tokenizer.pad_token_id)
         output = model.generate(
             input_ids=inputs["input_ids"].to(device),

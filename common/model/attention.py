@@ -31,6 +31,7 @@ Long sequences stay with torch's kernel.
 """
 
 import logging
+import sys
 from typing import Any, cast
 
 import torch
@@ -312,15 +313,20 @@ def takes_packs(model: PreTrainedModel, length: int) -> bool:
 
 
 def keeps_keys(model: PreTrainedModel, length: int) -> bool:
-    """Whether the keys and values of one pass serve the next, in sequences up to `length`.
+    """Whether the keys and values of one pass serve the next, in sequences up to `length`."""
+    return length <= rotary_border(model) and _is_usual(model) and model.config._attn_implementation != ALONE
 
-    Some rotary embeddings change with the largest position of a pass, and passes must agree.
+
+def rotary_border(model: PreTrainedModel) -> int:
+    """How many positions a pass may have so that its rotary embeddings are those of every other pass.
+
+    In a pass with more, those of all tokens are others with some models (longrope: Phi-3's; dynamic).
     """
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
-    known = rope.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", length)
-    changing = rope.get("rope_type") in ("longrope", "dynamic") and length > known
-    return not changing and _is_usual(model) and model.config._attn_implementation != ALONE
+    if rope.get("rope_type") not in ("longrope", "dynamic"):
+        return sys.maxsize
+    return rope.get("original_max_position_embeddings") or config.max_position_embeddings
 
 
 def check_masks(model: PreTrainedModel, config: Any, option: str, length: int) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import warnings
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import transformers
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from common.disk import damage_named
 from common.errors import InputError
 from common.model import attention
 from common.options import ModelConfig
@@ -49,9 +51,10 @@ def resolve_options(config: Any, encoder: bool, head: bool = False) -> None:
 
 def read_config(path: str, config: ModelConfig) -> transformers.PretrainedConfig:
     """The config.json of a base model or a run."""
-    return transformers.AutoConfig.from_pretrained(
-        path, revision=config.revision, trust_remote_code=config.trust_remote_code
-    )
+    with damage_named(Path(path)):
+        return transformers.AutoConfig.from_pretrained(
+            path, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
 
 
 def is_encoder(path: str, config: ModelConfig) -> bool:
@@ -61,9 +64,10 @@ def is_encoder(path: str, config: ModelConfig) -> bool:
 
 def load_tokenizer(path: str, config: ModelConfig) -> transformers.PreTrainedTokenizerBase:
     """The tokenizer of a base model or a run; one without a pad token pads with the end token, masked by position."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
-        path, revision=config.revision, trust_remote_code=config.trust_remote_code
-    )
+    with damage_named(Path(path)):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            path, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -107,7 +111,7 @@ def load_base(
     if getattr(read_config(path, config), "quantization_config", None):
         if labels:
             raise InputError(
-                f"--model {config.model} is stored quantized, and its settings would quantise the new head as well. "
+                f"--model {config.model} is stored quantized, and its settings would quantize the new head as well. "
                 "Use the unquantized model: --load_in_4bit true quantizes it while loading."
             )
     elif quantized:
@@ -122,7 +126,8 @@ def load_base(
         options["device_map"] = {"": device or "cpu"}
     kind: Any = transformers.AutoModelForSequenceClassification if labels else transformers.AutoModelForCausalLM
     try:
-        model, info = kind.from_pretrained(path, **options)
+        with damage_named(Path(path)):
+            model, info = kind.from_pretrained(path, **options)
     except (ImportError, OSError, ValueError) as error:  # a missing package or weight file, an unknown architecture
         raise InputError(f"--model {config.model} could not be loaded: {error}") from error
     model.config.use_cache = False
@@ -152,13 +157,13 @@ def unpacked_size(parameter: nn.Parameter) -> int:
 
 
 def census(model: nn.Module) -> dict[str, Any]:
-    """Parameters by group (base, LoRA, trained whole) and dtype; 4-bit weights are counted unpacked."""
+    """Parameters by group (base, LoRA, trained in full) and dtype; 4-bit weights are counted unpacked."""
     counts: Counter[tuple[str, str]] = Counter()
     trainable = 0
     for name, parameter in model.named_parameters():
         packed = getattr(parameter, "quant_state", None)
         number = unpacked_size(parameter)
-        kind = "LoRA" if "lora_" in name else "trained whole" if parameter.requires_grad else "base"
+        kind = "LoRA" if "lora_" in name else "trained in full" if parameter.requires_grad else "base"
         dtype = packed.quant_type if packed is not None else str(parameter.dtype).removeprefix("torch.")
         counts[kind, dtype] += number
         trainable += number * parameter.requires_grad

@@ -1,5 +1,6 @@
 """A classifier: a model, the renderer of its prompts, and the thresholds of its answers; a classification head."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,8 +51,8 @@ def classification_prompt(tokenizer: PreTrainedTokenizerBase, encoder: bool, **f
             raise InputError("The tokenizer has no end token (eos), so an answer could not end.")
         start, end = start_ids(tokenizer), [tokenizer.eos_token_id]
 
-    def encode(text: str, plain: bool) -> list[int]:
-        return tokenizer(text, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
+    def encode(texts: Sequence[str], plain: bool) -> list[list[int]]:
+        return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=plain)["input_ids"]
 
     return ClassificationPrompt(encode, start=start, end=end, **fields)
 

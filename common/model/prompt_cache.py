@@ -220,14 +220,18 @@ def fill_rows(lengths: Sequence[int]) -> list[list[int]]:
 class PaddedPrompts:
     """PromptCache for models that take no packs: every branch is a padded row of its own.
 
-    keep_keys: the prompts' keys and values are kept; else a branch is computed with its prompt.
+    keep_keys: the prompts' keys and values are kept; else a branch is computed with its prompt. positions: as many at
+    least has every pass, some of them of padding, so that all passes have the same rotary embeddings.
     """
 
-    def __init__(self, scorer: TokenScorer, prompts: Sequence[Sequence[int]], keep_keys: bool) -> None:
-        self.scorer, self.keep_keys = scorer, keep_keys
+    def __init__(
+        self, scorer: TokenScorer, prompts: Sequence[Sequence[int]], keep_keys: bool, positions: int = 0
+    ) -> None:
+        self.scorer, self.keep_keys, self.positions = scorer, keep_keys, positions
         self.states: KeyValues = []
         self.rows, self.roots = list(range(len(prompts))), [Node() for _ in prompts]
-        self.prompts = pad_left(prompts, scorer.pad_id)
+        longer = [[scorer.pad_id] * (max(map(len, prompts)) + 1)] if positions else []  # so that all rows have padding
+        self.prompts = pad_left([*prompts, *longer], scorer.pad_id)
         self._run([(row, []) for row in self.rows])
 
     def split(self, wanted: dict[int, list[Node]], most: int) -> None:
@@ -249,12 +253,12 @@ class PaddedPrompts:
         new = torch.tensor(tokens, dtype=torch.long)  # padded on the right, which no token sees
         ids = torch.cat([self.prompts["input_ids"][rows], new], 1)
         mask = torch.cat([self.prompts["attention_mask"][rows], torch.ones_like(new)], 1)
-        start = ids.shape[1] - longest if self.states else 0
+        start, last = ids.shape[1] - longest if self.states else 0, max(0, self.positions - 1)
         cache: Any = DynamicCache([(key[rows], value[rows]) for key, value in self.states]) if self.keep_keys else None
         logits = self.scorer.model(
             input_ids=ids[:, start:].to(self.scorer.device),
             attention_mask=mask.to(self.scorer.device),
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, start:].to(self.scorer.device),
+            position_ids=(mask.cumsum(1) - 1).masked_fill(mask == 0, last)[:, start:].to(self.scorer.device),
             past_key_values=cache,
             use_cache=self.keep_keys,
             logits_to_keep=max(1, longest),

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,11 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from common.disk import TASK_FILE, load_task
-from common.errors import InputError
-from common.hub import resolve_model
+from common.data.report import markdown
+from common.disk import TASK_FILE, damage_named, load_task, write_json
+from common.errors import InputError, printable
+from common.hub import EMBEDDED, EMBEDDED_ID, resolve_model, weights_fingerprint
+from common.log import warn
 from common.model.base_model import load_base, load_tokenizer
 from common.model.classifier import Classifier, HeadClassifier, classification_prompt
 from common.model.generation import end_ids
@@ -30,17 +31,30 @@ def stored_model(model: Any) -> Any:
     return model.model if isinstance(model, HeadClassifier | TokenLosses) else model
 
 
+LARGEST = 1e15  # of a weight; fp32 ends at 3e38, and products of products must fit
+SAVED_OPTIONS = [item.name for item in fields(ModelConfig) if item.name != "trust_remote_code"]  # no file turns it on
+
+
 @dataclass
 class TrainedOptions(ModelConfig):
     """How a trained model is loaded again."""
 
     mixed_precision: str = "no"
     full_finetuning: bool = False
+    base_fingerprint: str = ""  # of the base that an adapter was trained on
 
 
 def save_weights(model: Any, folder: Path) -> None:
-    """The adapter (with the modules trained in full), or the full model, as safetensors in the library's own format."""
+    """The adapter (with the modules trained in full), or the full model, as safetensors in the library's own format.
+
+    Raises FloatingPointError for trained weights that are not finite, or whose products would not be.
+    """
     model = stored_model(model)
+    if not all((parameter.abs() < LARGEST).all() for parameter in model.parameters() if parameter.requires_grad):
+        raise FloatingPointError(
+            "The training diverged: after the last update weights are not finite or beyond 1e15, so none are saved. "
+            "Try a lower --learning_rate, a longer --warmup_ratio or --mixed_precision no."
+        )
     if isinstance(model, peft.PeftModel):
         model.save_pretrained(str(folder), save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
@@ -54,7 +68,10 @@ def load_weights(model: Any, folder: Path) -> None:
     if isinstance(model, peft.PeftModel):
         _check_complete(model, folder)
         weights = peft.load_peft_weights(str(folder), device="cpu")
-        peft.set_peft_model_state_dict(model, weights)
+        try:
+            peft.set_peft_model_state_dict(model, weights)
+        except RuntimeError as error:  # of another shape
+            raise InputError(f"{folder}: the adapter does not fit the base: {error}") from error
     else:
         from safetensors.torch import load_file
 
@@ -89,6 +106,12 @@ def save_trained(
     """
     folder.mkdir(parents=True)
     save_weights(model, folder)
+    if not config.full_finetuning:
+        adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        base = adapter["base_model_name_or_path"]
+        task["base_fingerprint"] = weights_fingerprint(base, config.revision)
+        adapter["base_model_name_or_path"] = EMBEDDED_ID if config.model == EMBEDDED else config.model
+        write_json(folder / "adapter_config.json", adapter)
     tokenizer.save_pretrained(folder)
     kept = {name: getattr(config, name) for name in names(type(config), "kept") if name not in task}
     task = {
@@ -96,7 +119,7 @@ def save_trained(
         **kept,
         "full_finetuning": config.full_finetuning,
         "mixed_precision": config.mixed_precision,
-        "model_options": {item.name: getattr(config, item.name) for item in fields(ModelConfig)},
+        "model_options": {name: getattr(config, name) for name in SAVED_OPTIONS},
     }
     (folder / TASK_FILE).write_text(json.dumps(task, indent=2, ensure_ascii=False), encoding="utf-8")
     (folder / "README.md").write_text(_model_card(model, task["task"], use, config), encoding="utf-8")
@@ -112,6 +135,7 @@ def _model_card(model: nn.Module, task: str, use: str, config: Any) -> str:
         "folder holds the adapter alone."
     )
     head = isinstance(model, HeadClassifier)
+    base = EMBEDDED_ID if config.model == EMBEDDED else config.model
     tag = "text-classification" if head or task == CLASSIFICATION else "text-generation"
     package, auto = ("transformers", "AutoModelFor") if config.full_finetuning else ("peft", "AutoPeftModelFor")
     auto += "SequenceClassification" if head else "CausalLM"
@@ -122,19 +146,23 @@ def _model_card(model: nn.Module, task: str, use: str, config: Any) -> str:
         'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")'
     )
     return (
-        f"---\nbase_model: {json.dumps(config.model)}\ntags: [{tag}, plainlora]\n---\n"
+        f"---\nbase_model: {json.dumps(base)}\ntags: [{tag}, plainlora]\n---\n"
         f"# {config.model}, fine-tuned\n\n{trained} Learning rate {config.learning_rate:g}, seed {config.seed}; all "
         f"options are in `config.yaml` of the run folder, the measured quality in `eval/`.\n\n{use}\n\n"
         f"Load it without plainlora:\n\n```python\n{loading}\n```\n"
     )
 
 
-def trained_options(task: dict[str, Any], mixed_precision: str | None = None) -> TrainedOptions:
+def trained_options(
+    task: dict[str, Any], mixed_precision: str | None = None, trust_remote_code: bool = False
+) -> TrainedOptions:
     """The options to load a trained model with; mixed_precision: unset, as trained."""
     return TrainedOptions(
-        **task["model_options"],
+        **{name: task["model_options"][name] for name in SAVED_OPTIONS},
+        trust_remote_code=trust_remote_code,
         mixed_precision=mixed_precision or task["mixed_precision"],
         full_finetuning=task["full_finetuning"],
+        base_fingerprint=task.get("base_fingerprint", ""),
     )
 
 
@@ -148,10 +176,13 @@ def load_model(
         if missing:
             raise InputError(f"{folder}: the trained weights of {', '.join(missing)} are missing.")
         return model
-    lora = peft.PeftConfig.from_pretrained(str(folder))
-    lora.base_model_name_or_path = None  # where the base was when it was trained
-    adapted = peft.get_peft_model(model, lora)
-    load_weights(adapted, folder)
+    if options.base_fingerprint not in ("", weights_fingerprint(path, options.revision)):
+        warn(f"{options.model} has other weights than when {folder} was trained, so the results may be worse.")
+    with damage_named(folder):
+        lora = peft.PeftConfig.from_pretrained(str(folder))
+        lora.base_model_name_or_path = None  # where the base was when it was trained
+        adapted = peft.get_peft_model(model, lora)
+        load_weights(adapted, folder)
     return leave_casts_to_autocast(adapted)
 
 
@@ -168,10 +199,13 @@ def save_language_model(
 
 
 def load_language_model(
-    folder: Path, device: torch.device | None = None, mixed_precision: str | None = None
+    folder: Path,
+    device: torch.device | None = None,
+    mixed_precision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A trained causal language model and its tokenizer; mixed_precision: unset, as trained."""
-    options = trained_options(load_task(folder), mixed_precision)
+    options = trained_options(load_task(folder), mixed_precision, trust_remote_code)
     return load_model(folder, options, device).eval(), load_tokenizer(str(folder), options)
 
 
@@ -201,26 +235,24 @@ def load_chat_model(
     device: torch.device | None = None,
     mixed_precision: str | None = None,
     chat_template: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ChatTemplate]:
     """A model trained on conversations, its tokenizer, and the template it was trained with.
 
     chat_template: another one, as `--chat_template` names it; a warning on stderr says so, as answers may suffer.
     """
     task = load_task(folder)
-    options = trained_options(task, mixed_precision)
+    options = trained_options(task, mixed_precision, trust_remote_code)
     tokenizer = load_tokenizer(str(folder), options)
     template = ChatTemplate(tokenizer, task["chat_template"], f"the chat template of {folder}")
     if chat_template or tokenizer.chat_template != task["chat_template"]:
         other = choose_template(tokenizer, chat_template)
         if other.hash != task["chat_template_hash"]:
-            print(
-                f"warning: {other.source} is not the chat template that {folder} was trained with, so answers may be "
-                "worse.",
-                file=sys.stderr,
-            )
+            warn(f"{other.source} is not the chat template that {folder} was trained with, so answers may be worse.")
             template = other
     model = load_model(folder, options, device).eval()
-    model.generation_config = transformers.GenerationConfig.from_pretrained(str(folder))
+    with damage_named(folder):
+        model.generation_config = transformers.GenerationConfig.from_pretrained(str(folder))
     model.generation_config.eos_token_id = end_ids(model, template)
     return model, tokenizer, template
 
@@ -241,11 +273,11 @@ def add_adapter(model: Any, folder: Path, name: str) -> None:
     leave_casts_to_autocast(model).eval()
 
 
-def save_classifier(folder: Path, classifier: Classifier, config: Any) -> None:
+def save_classifier(folder: Path, classifier: Classifier, config: Any, task_name: str = CLASSIFICATION) -> None:
     """A trained classifier, as `load_classifier` reads it."""
     prompt = classifier.prompt
     task = {
-        "task": CLASSIFICATION,
+        "task": task_name,
         "approach": "head" if classifier.head else "generative",
         "encoder": classifier.encoder,
         "labels": prompt.labels,
@@ -259,8 +291,8 @@ def save_classifier(folder: Path, classifier: Classifier, config: Any) -> None:
     }
     answer = "any number of labels" if prompt.multi_label else "one label"
     way = "with a classification head" if classifier.head else "by writing its labels after the prompt below"
-    labels = "\n".join(f"- {label}" for label in prompt.labels)
-    shown = "\n".join(f"    {line}" for line in prompt.template.splitlines())
+    labels = "\n".join(f"- {markdown(label)}" for label in prompt.labels)
+    shown = "\n".join(f"    {printable(line)}" for line in prompt.template.splitlines())
     use = (
         f"Answers a text with {answer}, {way}.\n\nLabels:\n\n{labels}\n\nPrompt:\n\n{shown}\n\n"
         "Evaluate it on a file with the same columns:\n\n    python evaluate.py --run THIS_FOLDER --test_file FILE"
@@ -268,13 +300,18 @@ def save_classifier(folder: Path, classifier: Classifier, config: Any) -> None:
     save_trained(folder, classifier.model, classifier.tokenizer, task, use, config)
 
 
-def load_classifier(folder: Path, device: torch.device | None = None, mixed_precision: str | None = None) -> Classifier:
+def load_classifier(
+    folder: Path,
+    device: torch.device | None = None,
+    mixed_precision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Classifier:
     """A trained classifier for inference; mixed_precision: unset, as trained.
 
     Raises InputError where trained weights are missing, or labels or prompt were changed after training.
     """
     task = load_task(folder)
-    options = trained_options(task, mixed_precision)
+    options = trained_options(task, mixed_precision, trust_remote_code)
     head, encoder = task["approach"] == "head", task["encoder"]
     tokenizer = load_tokenizer(str(folder), options)
     fields_of_prompt = ("labels", "multi_label", "template", "few_shot", "max_length", "answer_tokens")

@@ -17,24 +17,19 @@ The first three lines are also the prompt that asks for `Ciao` in a chat: the sa
 ids. Imports neither torch nor transformers; a tokenizer comes in.
 """
 
-import functools
-import hashlib
-import os
-import re
 import sys
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import date
 from itertools import chain, groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
-
-from jinja2.exceptions import TemplateError
+from typing import TYPE_CHECKING, TypeVar
 
 from common.data.conversations import ChatData, Conversation, Message
 from common.disk import read_text
 from common.errors import InputError
-from common.text.pieces import PieceEncoder, any_of, special_names, unmark
+from common.text.answers import Answers, Exchanges
+from common.text.turns import TurnTemplate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,9 +38,21 @@ FOLDER = Path(__file__).parents[2] / "data" / "chat_templates"
 TEMPLATES = {  # for base models, whose tokenizers have none
     name: (FOLDER / f"{name}.jinja").read_text(encoding="utf-8").rstrip("\n") for name in ("chatml", "alpaca", "plain")
 }
+FEW = 16  # turns; up to as many, rendering every answer with all turns before it is the faster way
+T = TypeVar("T")
+Search = Callable[[Sequence[int], Callable[[int], bool]], int | None]
 FITTED = ("in_several_rows", "without_early_turns", "shortened", "cut_answers")  # counts of the data report
-PINNED = "{%- macro strftime_now(form)"  # how a template begins whose date has been fixed
-DATE = date(2024, 7, 26)  # what Llama's templates write where they cannot tell the day
+
+
+class NoRoom(InputError):
+    """What a conversation has besides the texts of user and tools is too long; `least` tokens."""
+
+    def __init__(self, max_length: int, least: int) -> None:
+        self.least = least
+        super().__init__(
+            f"--max_length {max_length} is too short: all but the texts of user and tools (system turn, template, "
+            f"calls) takes {least} tokens, which leaves no room. Set it to at least {least + 64}."
+        )
 
 
 @dataclass(frozen=True)
@@ -73,57 +80,23 @@ class ChatRow:
         return self.ids[: self.mask.index(1)]
 
 
-class Answered(NamedTuple):
-    """The text of a conversation up to an answer, and the text that ends with this answer and its end token."""
-
-    prompt: str
-    text: str
-
-
-class ChatTemplate:
-    """Renders conversations with one chat template.
-
-    text: the template. source: where it comes from, for people.
-    notes: what the template does not take, by role, and how that is rendered instead; and a date that was fixed.
-    answer_prefix: what the template writes before every answer without asking for it, blanks aside (Qwen3's empty
-    thinking). end, end_id: the token that ends an answer. stop_ids: the ids at which generation stops.
-    Raises InputError where the template cannot be trained with.
-    """
-
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", text: str, source: str) -> None:
-        self.tokenizer, self.source = tokenizer, source
-        self.notes: dict[str, str] = {}
-        self.text = self._pin_date(text)
-        self.answer_prefix, self._answer_end, self._after_end, self.end = self._find_end()
-        self.end_id = tokenizer.convert_tokens_to_ids(self.end)
-        eos = tokenizer.eos_token_id
-        self.stop_ids = [self.end_id] if eos in (None, self.end_id) else [self.end_id, eos]
-        self.encoder = PieceEncoder(tokenizer, self.end)
-        roles = ("system", "user", "tool", "assistant")
-        system, user, tool, answer = ({"role": role, "content": f"x{role}x"} for role in roles)
-        self._takes_system = self._takes([system, user])
-        self._takes_tool = self._takes([user, {**answer, "content": "xcallx"}, tool, answer])
-        if not self._takes_system:
-            self.notes["system"] = "the chat template takes no system turn: it is put before the first user turn"
-        if not self._takes_tool:
-            self.notes["tool"] = "the chat template takes no tool turn: it is given as a user turn"
-
-    @property
-    def hash(self) -> str:
-        """SHA-256 of the template's text."""
-        return hashlib.sha256(self.text.encode()).hexdigest()
-
-    def text_of(self, messages: Sequence[Message], generation: bool = True) -> str:
-        """The conversation as text, for people; generation: up to where the next answer begins."""
-        return unmark(self._render(self._prepare(messages), generation))
+class ChatTemplate(TurnTemplate):
+    """Renders conversations with one chat template, as TurnTemplate says, to token ids."""
 
     def prompt(self, messages: Sequence[Message], max_length: int | None = None) -> ChatRow:
         """Everything before the next answer; to fit, early turns are dropped, then the last texts shortened."""
-        first = _first_question(messages)
         limit = sys.maxsize if max_length is None else max_length
-        start, pieces, shortened, _ = self._fit(messages, first, len(messages), limit, self._answers_from(messages))
-        ids = list(chain(*pieces))
-        return ChatRow(ids, [0] * len(ids), dropped_turns=start - first, shortened=shortened)
+
+        def fit(answers: Answers) -> ChatRow:
+            last = len(answers.ends) - 1
+            search = _one_by_one if isinstance(answers, Exchanges) else _by_halves  # a trial takes long
+            start, pieces, shortened, _ = self._fit(answers, answers.first, last, limit, search)
+            if not shortened:
+                answers.check(start, last)
+            ids = list(chain(*pieces))
+            return ChatRow(ids, [0] * len(ids), dropped_turns=start - answers.first, shortened=shortened)
+
+        return self._rendered(messages, limit, fit)
 
     def rows(self, conversation: Conversation, max_length: int, loss_on: str = "assistant") -> list[ChatRow]:
         """The training rows of a conversation: every answer is trained on once, after what a chat would show before it.
@@ -133,51 +106,61 @@ class ChatTemplate:
         loss_on: `assistant`, the answers with their end token; or `all`.
         Raises InputError where the template refuses the conversation, or --max_length leaves no room for text.
         """
+
+        def fit(answers: Answers) -> list[ChatRow]:
+            return list(self._rows(answers, conversation.id, max_length, loss_on == "all"))
+
         try:
-            return list(self._rows(conversation, max_length, loss_on == "all"))
+            return self._rendered(conversation.messages, max_length, fit)
         except InputError as error:
             raise InputError(f"the row with id {conversation.id}: {error}") from None
 
-    def _rows(self, conversation: Conversation, max_length: int, train_on_all: bool) -> Iterator[ChatRow]:
-        messages = conversation.messages
-        start = first = _first_question(messages)
-        ends = [i + 1 for i, turn in enumerate(messages) if turn["role"] == "assistant"]
-        answers_from = self._answers_from(messages)
-        number = -len(ends)  # of the first answer without a row, counted from the end
-        while number < 0:
-            start, pieces, shortened, cut = self._fit(messages, start, ends[number], max_length, answers_from)
+    def _rendered(self, messages: Sequence[Message], max_length: int, use: Callable[[Answers], T]) -> T:
+        """What `use` makes of a conversation's answers, rendered in the faster way that is right."""
+        if len(messages) > FEW:
+            try:
+                return use(Exchanges(self, messages, max_length))
+            except InputError:  # if it is not about this way of rendering, it comes again
+                pass
+        return use(Answers(self, messages, max_length))
+
+    def _rows(self, answers: Answers, id: str, max_length: int, train_on_all: bool) -> Iterator[ChatRow]:
+        start = answers.first
+        number = 0  # of the first answer without a row
+        while number < len(answers.ends):
+            start, pieces, shortened, cut = self._fit(answers, start, number, max_length, _one_by_one)
             new = len(pieces) - 2  # the pieces before this one were trained on in an earlier row
-            number, answers = number + 1, answers_from(start)
-            complete = not shortened and not cut
-            while number < 0 and complete and answers[number].prompt.startswith(answers[number - 1].text):
-                longer = self._encode(answers, number)
+            number, complete = number + 1, not shortened and not cut
+            while complete and number < len(answers.ends) and answers.continues(start, number):
+                longer = answers.pieces(start, number)
                 if _length(longer) > max_length:
                     break
                 pieces, number = longer, number + 1
+            if complete:
+                answers.check(start, number - 1)
             # Every second piece is an answer.
             mask = [int(i >= new and (train_on_all or i % 2)) for i, piece in enumerate(pieces) for _ in piece]
             mask[0] = 0  # nothing comes before it
-            yield ChatRow(list(chain(*pieces)), mask, conversation.id, start - first, shortened, cut)
+            yield ChatRow(list(chain(*pieces)), mask, id, start - answers.first, shortened, cut)
 
     def _fit(
-        self,
-        messages: Sequence[Message],
-        first: int,
-        end: int,
-        max_length: int,
-        answers_from: Callable[[int], list[Answered]],
+        self, answers: Answers, first: int, number: int, max_length: int, search: Search
     ) -> tuple[int, list[list[int]], bool, bool]:
-        """As many turns as fit with the answer messages[end - 1], or before the answer that messages[end] would be.
+        """As many turns as fit with an answer.
 
-        Early turns are dropped, up to a user turn, messages[first] or a later one; where even the last exchange is too
-        long, it is shortened. Returns the first user turn that is left, and what `_shorten` returns.
+        Early turns are dropped, up to a user turn, `first` or a later one; where even the last exchange is too long, it
+        is shortened. Returns the first user turn that is left, and what `_shorten` returns.
         """
-        number = -1 - sum(turn["role"] == "assistant" for turn in messages[end:])
-        for start in (i for i in range(first, end) if messages[i]["role"] == "user"):
-            pieces = self._encode(answers_from(start), number)
-            if _length(pieces) <= max_length:
-                return start, pieces, False, False
-        return start, *self._shorten(_window(messages, start, end), max_length)
+        end = answers.ends[number]
+        starts = [i for i in range(first, end) if answers.messages[i]["role"] == "user"]
+
+        def fits(start: int) -> bool:
+            return _length(answers.pieces(start, number)) <= max_length
+
+        start = search(starts, fits)
+        if start is None:
+            return starts[-1], *self._shorten(answers.window(starts[-1], end), max_length)
+        return start, answers.pieces(start, number), False, False
 
     def _shorten(self, messages: Sequence[Message], max_length: int) -> tuple[list[list[int]], bool, bool]:
         """The pieces of turns that are too long, cut to fit; whether texts were cut, and whether the last answer was.
@@ -186,140 +169,21 @@ class ChatTemplate:
         together; then the answer's end is cut, without an end token: it must not be learned as an end.
         """
 
-        def encode(turns: Sequence[Message]) -> list[list[int]]:
-            return self._encode(self._answers(turns), -1)
+        def encode(turns: Sequence[Message], most: int = max_length) -> list[list[int]]:
+            answers = Answers(self, turns, most)
+            return answers.pieces(answers.first, len(answers.ends) - 1)
 
         *context, answer = encode(_capped(messages, 1))
         least = _length(context)
         if max_length - least < (2 if answer else 0):
-            raise InputError(
-                f"--max_length {max_length} is too short: all but the texts of user and tools (system turn, template, "
-                f"calls) takes {least} tokens, which leaves no room. Set it to at least {least + 64}."
-            )
+            least = _length(encode(_capped(messages, 1), sys.maxsize)[:-1])
+            raise NoRoom(max_length, least)
         room = least + max(max_length - least - len(answer), (max_length - least) // 2)
         *context, answer = encode(messages)
         if shortened := _length(context) > room:
             *context, answer = encode(_cap_to_fit(messages, lambda turns: _length(encode(turns)[:-1]) <= room))
         left = max_length - _length(context)
         return [*context, answer[:left]], shortened, len(answer) > left
-
-    def _answers_from(self, messages: Sequence[Message]) -> Callable[[int], list[Answered]]:
-        """A function that renders the answers from a user turn on, without the turns before it, each time once."""
-        return functools.cache(lambda start: self._answers(_window(messages, start)))
-
-    def _answers(self, messages: Sequence[Message]) -> list[Answered]:
-        """Every answer, each rendered as the last turn; and an empty one after a question at the end."""
-        turns = self._prepare(messages)
-        answers = []
-        for end in [i + 1 for i, turn in enumerate(turns) if turn["role"] == "assistant"]:
-            prompt, text = self._render_answer(turns[:end])
-            if not text.endswith(self._answer_end + self._after_end):
-                raise InputError(
-                    f"{self.source} ends an answer with {text[-20:]!r}, another one with "
-                    f"{self._answer_end + self._after_end!r}. Give another --chat_template."
-                )
-            answers.append(Answered(prompt, text.removesuffix(self._after_end)))
-        if turns[-1]["role"] != "assistant":
-            prompt = self._render(turns, generation=True)
-            answers.append(Answered(prompt, prompt))
-        return answers
-
-    def _encode(self, answers: Sequence[Answered], number: int) -> list[list[int]]:
-        """The ids of the text that ends with an answer, in pieces: what comes before an answer, the answer, and so on.
-
-        number: of the answer, negative, counted from the last one. An earlier answer is a piece of its own if the text
-        still has it as it was when it was the last.
-        """
-        last, pieces, position, before = answers[number], [], 0, ""
-        earlier = [answered for answered in answers[:number] if last.prompt.startswith(answered.text)]
-        for prompt, text in [*earlier, last]:
-            pieces.append(self.encoder.encode(prompt[position:], before))
-            pieces.append(self.encoder.encode(text[len(prompt) :], self.encoder.tail(prompt)))
-            position, before = len(text), self.end
-        return pieces
-
-    def _prepare(self, messages: Sequence[Message]) -> list[Message]:
-        """The turns as the template takes them, with the names of special tokens in them marked."""
-        turns: list[Message] = []
-        system = ""
-        for message in messages:
-            role, content = message["role"], self.encoder.mark(message["content"])
-            if role == "system" and not self._takes_system:
-                system = f"{content}\n\n"
-                continue
-            role = "user" if role == "tool" and not self._takes_tool else role
-            if role == "user":
-                content, system = system + content, ""
-            if role == "user" and turns and turns[-1]["role"] == "user":  # two tools' results
-                turns[-1]["content"] += f"\n\n{content}"
-            else:
-                turns.append({"role": role, "content": content})
-        return turns
-
-    def _render(self, turns: Sequence[Message], generation: bool) -> str:
-        """The text of the turns; generation: up to where the next answer begins."""
-        try:
-            return self.tokenizer.apply_chat_template(
-                list(turns), chat_template=self.text, tokenize=False, add_generation_prompt=generation
-            )  # type: ignore[return-value]
-        except (TemplateError, TypeError, ValueError) as error:  # what a template raises itself, and its mistakes
-            roles = ", ".join(turn["role"] for turn in turns)
-            raise InputError(
-                f"{self.source} refuses the turns {roles}: {' '.join(str(error).split())}. Change them, or give "
-                "another --chat_template."
-            ) from None
-
-    def _render_answer(self, turns: Sequence[Message]) -> Answered:
-        """The text up to the last turn, an answer, and the complete text.
-
-        Raises InputError where the one is not how the other begins: a model would be trained on answers to other
-        prompts than it gets later.
-        """
-        prompt, text = self._render(turns[:-1], generation=True), self._render(turns, generation=False)
-        if not text.startswith(prompt):
-            begin = max(0, len(os.path.commonprefix([prompt, text])) - 20)
-            raise InputError(
-                f"{self.source} asks for an answer with {prompt[begin:][:60]!r}, but writes it after "
-                f"{text[begin:][:60]!r}. A model cannot be trained with it: give another --chat_template."
-            )
-        return Answered(prompt, text)
-
-    def _takes(self, turns: Sequence[Message]) -> bool:
-        """Whether the template renders these turns, each of them completely."""
-        try:
-            text = self._render(turns, generation=turns[-1]["role"] != "assistant")
-        except InputError:
-            return False
-        return all(turn["content"] in text for turn in turns)
-
-    def _find_end(self) -> tuple[str, str, str, str]:
-        """What the template writes before an answer unasked, from an answer to its end token, and after it; the token.
-
-        Found in a conversation of two words.
-        """
-        turns = [{"role": "user", "content": "xuserx"}, {"role": "assistant", "content": "xanswerx"}]
-        prompt, text = self._render_answer(turns)
-        before, found, rest = text.rpartition("xanswerx")
-        added = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.content.strip()}
-        end = any_of(added | special_names(self.tokenizer)).search(rest)
-        if not found or not end:
-            what = "puts no special token after an answer" if found else "leaves the answer out"
-            raise InputError(
-                f"{self.source} {what}, so a model could not learn to stop. End the assistant's turns with "
-                "{{ eos_token }}, or give another --chat_template."
-            )
-        return before.removeprefix(prompt).strip(), rest[: end.end()], rest[end.end() :], end[0]
-
-    def _pin_date(self, text: str) -> str:
-        """The template with a fixed day where it would write today's: a prompt must not change overnight."""
-        if text.startswith(PINNED):  # as saved with an adapter
-            return text
-        formats = set(re.findall(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""", text))
-        if not formats:
-            return text
-        days = {form: DATE.strftime(form) for _, form in sorted(formats)}
-        self.notes["date"] = f"the chat template writes today's date: fixed to {', '.join(days.values())}"
-        return f"{PINNED} -%}}{{{{ {days!r}[form] }}}}{{%- endmacro -%}}{text}"
 
 
 def choose_template(tokenizer: "PreTrainedTokenizerBase", chat_template: str | None = None) -> ChatTemplate:
@@ -391,21 +255,19 @@ def show_chat_row(row: ChatRow, tokenizer: "PreTrainedTokenizerBase") -> str:
     return text
 
 
-def _first_question(messages: Sequence[Message]) -> int:
-    """Where the first user turn is: how many turns come before it, which are never dropped (a system turn)."""
-    for i, turn in enumerate(messages):
-        if turn["role"] == "user":
-            return i
-    raise InputError("a conversation needs a user turn.")
-
-
-def _window(messages: Sequence[Message], start: int, end: int | None = None) -> list[Message]:
-    """The turns from `start` to `end`, after the system turn, if there is one."""
-    return [*messages[: _first_question(messages)], *messages[start:end]]
-
-
 def _length(pieces: Sequence[Sequence[int]]) -> int:
     return sum(map(len, pieces))
+
+
+def _one_by_one(starts: Sequence[int], fits: Callable[[int], bool]) -> int | None:
+    """The first start that fits."""
+    return next(filter(fits, starts), None)
+
+
+def _by_halves(starts: Sequence[int], fits: Callable[[int], bool]) -> int | None:
+    """The first start that fits, given that those after one that fits do, too."""
+    place = bisect_left(starts, True, key=fits)
+    return starts[place] if place < len(starts) else None
 
 
 def _capped(messages: Sequence[Message], limit: int) -> list[Message]:

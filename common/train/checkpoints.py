@@ -4,19 +4,24 @@ import contextlib
 import errno
 import json
 import math
+import pickle
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
+from accelerate.utils import load
+from torch.optim.lr_scheduler import LRScheduler
 
-from common.disk import replace_folder
+from common.data.files import file_hash
+from common.disk import read_json, replace_folder, write_json
 from common.errors import InputError
 from common.measure.metrics import metric
 from common.model.storage import load_weights, save_weights
-from common.train.run_folder import RunFolder, list_checkpoints
+from common.train.run_folder import RunFolder, checksum, list_checkpoints
 
 FULL_DISK = 2**20  # bytes: with less left, a failed save is put down to the disk
 
@@ -55,7 +60,12 @@ class State:
         return mean
 
     def improves(self, name: str, metrics: dict[str, Any]) -> bool:
-        """Whether metric `name` is the best so far, which is noted (negated where lower is better)."""
+        """Whether metric `name` is the best so far, which is noted (negated where lower is better).
+
+        Raises InputError for one that was not measured.
+        """
+        if name not in metrics:
+            raise InputError(f"--metric_for_best_model {name} was not measured. There are {', '.join(metrics)}.")
         score = metrics[name] if metric(name).higher_is_better else -metrics[name]
         if not math.isnan(score) and (self.best_score is None or score > self.best_score):
             self.best_score, self.best_update, self.stale_evaluations = score, self.update, 0
@@ -79,16 +89,21 @@ class State:
         }
 
 
-def register_hooks(accelerator: Accelerator) -> None:
-    """Makes `save_state` and `load_state` handle the trained weights only, not the base model's."""
+def register_hooks(accelerator: Accelerator, scheduler: LRScheduler) -> None:
+    """Makes `save_state` and `load_state` handle the trained weights only, not the base model's, and the scheduler.
+
+    The scheduler's state is JSON: Accelerate would pickle it, and a pickle from elsewhere can run any code.
+    """
 
     def save(models: list, weights: list, folder: str) -> None:
         weights.clear()
         if accelerator.is_main_process:
             save_weights(accelerator.unwrap_model(models[0]), Path(folder) / "weights")
+            write_json(Path(folder) / "scheduler.json", scheduler.state_dict())
 
     def load(models: list, folder: str) -> None:
         load_weights(accelerator.unwrap_model(models.pop()), Path(folder) / "weights")
+        scheduler.load_state_dict(read_json(Path(folder) / "scheduler.json"))
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
@@ -108,8 +123,9 @@ def save_checkpoint(accelerator: Accelerator, run: RunFolder, state: State, limi
         accelerator.save_state(str(scratch))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            content = {"state": asdict(state), "resume_fingerprint": run.resume_fingerprint}
-            (scratch / "state.json").write_text(json.dumps(content, indent=2))
+            files = {str(p.relative_to(scratch)): file_hash(p) for p in sorted(scratch.rglob("*")) if p.is_file()}
+            content = {"state": asdict(state), "resume_fingerprint": run.resume_fingerprint, "files": files}
+            write_json(scratch / "state.json", {**content, "checksum": checksum(content)})
     if accelerator.is_main_process:
         replace_folder(scratch, target)
         _prune(run.path, state, limit)
@@ -119,16 +135,26 @@ def save_checkpoint(accelerator: Accelerator, run: RunFolder, state: State, limi
 def load_state(accelerator: Accelerator, run: RunFolder) -> State:
     """Restores weights, optimizer, scheduler and random numbers of the checkpoint to resume; a new run's state if none.
 
+    With another number of processes than before, dropout draws other numbers.
     Raises InputError where options or data differ from the checkpoint's, naming each.
     """
     if run.checkpoint is None:
         return State()
-    saved = json.loads((run.checkpoint / "state.json").read_text())
+    saved = read_json(run.checkpoint / "state.json")
     before, now = saved["resume_fingerprint"], json.loads(json.dumps(run.resume_fingerprint))
     changed = [f"{name} was {before.get(name)}, is {value}" for name, value in now.items() if before.get(name) != value]
     if changed:
         raise InputError(f"{run.checkpoint} cannot be resumed with other options or data: {'; '.join(changed)}.")
-    accelerator.load_state(str(run.checkpoint))
+    random_states = run.checkpoint / f"random_states_{accelerator.process_index}.pkl"
+    try:
+        accelerator.load_state(str(run.checkpoint))  # which passes over random numbers that it cannot restore
+        restored = torch.equal(load(random_states)["torch_manual_seed"], torch.get_rng_state())
+    except pickle.UnpicklingError as error:
+        raise InputError(f"{run.checkpoint} holds more than numbers, so it was not read: {error}") from None
+    except FileNotFoundError:  # this run has more processes than the one before
+        restored = True
+    if not restored:
+        raise InputError(f"{random_states}: the random numbers could not be restored on this machine.")
     return State(**saved["state"])
 
 

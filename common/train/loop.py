@@ -3,16 +3,18 @@
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from common.errors import InputError
+from common.errors import InputError, Terminated
+from common.log import say
 from common.model.base_model import unpacked_size
 from common.options import LoopConfig
 from common.text.batches import Batch
@@ -119,10 +121,16 @@ def make_optimizer(model: torch.nn.Module, config: LoopConfig) -> torch.optim.Op
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, config: LoopConfig, updates: int) -> LRScheduler:
-    """Stepped once per update, so it is not prepared: a prepared one steps `num_processes` times."""
-    return transformers.get_scheduler(
-        config.lr_scheduler_type, optimizer, math.ceil(config.warmup_ratio * updates), updates
-    )
+    """Stepped once per update, so it is not prepared: a prepared one steps `num_processes` times.
+
+    transformers' schedule, begun at its second step if there is a warm-up: at its first one the rate is 0, so that the
+    first update, and with one update the whole run, would change nothing.
+    """
+    warmup = math.ceil(config.warmup_ratio * updates)
+    first = min(1, warmup)
+    sample = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate)
+    shape = transformers.get_scheduler(config.lr_scheduler_type, sample, warmup, updates + first).lr_lambdas[0]
+    return LambdaLR(optimizer, lambda step: shape(step + first))
 
 
 def learning_rates(scheduler: LRScheduler) -> dict[str, float]:
@@ -164,9 +172,40 @@ def prepare(
         model.compile(dynamic=True)
     quantized = config.load_in_4bit or config.load_in_8bit  # such weights cannot be moved
     model, optimizer = accelerator.prepare(model, optimizer, device_placement=[not quantized, True])
-    accelerator.register_for_checkpointing(scheduler)
-    register_hooks(accelerator)
+    register_hooks(accelerator, scheduler)
     return model, optimizer
+
+
+def until_stopped(
+    updates: Iterable[list[int]], accelerator: Accelerator, save: Callable[[], None]
+) -> Iterator[list[int]]:
+    """The row numbers of the updates, until SIGTERM or Ctrl-C: then the update in progress is finished, and saved.
+
+    Raises Terminated or KeyboardInterrupt after that, on all ranks; at a second signal at once.
+    """
+    signals = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+    came: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if number in came:
+            raise signals[signal.Signals(number)]
+        came.append(number)
+        say(accelerator, "Stopping after this update, with a checkpoint. Ctrl-C again stops at once.")
+
+    before = {number: signal.signal(number, note) for number in signals}
+    try:
+        for numbers in updates:
+            yield numbers
+            flags = torch.tensor([number in came for number in signals], dtype=torch.int)
+            if accelerator.num_processes > 1:  # a signal may reach the ranks in different updates
+                flags = accelerator.reduce(flags.to(accelerator.device), "sum")
+            for error, flag in zip(signals.values(), flags.tolist(), strict=True):
+                if flag:
+                    save()
+                    raise error
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def describe_plan(accelerator: Accelerator, updates: int, rows_per_update: int, what: str = "rows") -> str:

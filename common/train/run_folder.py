@@ -1,5 +1,6 @@
 """Run folders: where a run goes, which one is resumed, what a resumed run must have in common with its checkpoint."""
 
+import hashlib
 import json
 import os
 import re
@@ -7,13 +8,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from common.disk import OUTPUTS, recover, write_json
+from common.data.files import file_hash
+from common.disk import OUTPUTS, lock, read_json, recover, to_json, write_json
 from common.errors import InputError
-from common.log import describe_environment, say
+from common.hub import weights_fingerprint
+from common.log import describe_environment, say, warn
 from common.options import binding_options, dump_config, options_hash
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from filelock import BaseFileLock
+
+WRITTEN = (  # what a run has in its folder, besides config.yaml
+    "adapter", "model", "checkpoints", "eval", "logs", "metrics.jsonl", "environment.json", "splits.json",
+    "data_report.md", "data_report.json", "learning_curve.png",
+)  # fmt: skip
 
 
 class Data(Protocol):
@@ -35,6 +44,7 @@ class RunFolder:
     path: Path
     best: Path
     resume_fingerprint: dict[str, Any]
+    _lock: "BaseFileLock"
 
     def __init__(self, config: Any) -> None:
         self.config, self.given = config, options_hash(config)
@@ -44,6 +54,7 @@ class RunFolder:
         self,
         accelerator: "Accelerator",
         data: Data,
+        base: str,
         *,
         splits: dict[str, Any],
         data_report: str,
@@ -52,13 +63,16 @@ class RunFolder:
     ) -> None:
         """Makes the folder, on all ranks the same, and writes what a run leaves before its first update.
 
-        splits: what tells which rows are in which split. census: of the model's weights. fingerprint: what must be the
-        same to resume, besides options and data.
+        base: what `resolve_model` returned. splits: what tells which rows are in which split. census: of the model's
+        weights. fingerprint: what must be the same to resume, besides options, data and base.
         """
         main = accelerator.is_main_process
         self.path = Path(_of_main_process(self.resumed or (new_run_folder(self.config) if main else None)))
         self.best = self.path / ("model" if self.config.full_finetuning else "adapter")
-        contents = {f"content of {source['name']}": source["sha256"][:12] for source in data.sources.values()}
+        if main:
+            self._lock = lock(self.path / ".lock", str(self.path))
+        contents = {"weights of the base": weights_fingerprint(base, self.config.revision)[:12]}
+        contents |= {f"content of {source['name']}": source["sha256"][:12] for source in data.sources.values()}
         self.resume_fingerprint = {**binding_options(self.config), **contents, **fingerprint}
         if self.resumed:
             where = self.checkpoint.name if self.checkpoint else "its start: no checkpoint yet"
@@ -74,20 +88,21 @@ class RunFolder:
         environment = {**describe_environment(processes), "data": data.sources, "census": census}
         (self.path / "eval" / "test" / "baselines.json").unlink(missing_ok=True)  # of a run killed before a checkpoint
         files = {
-            "environment.json": json.dumps(environment, indent=2),
-            "splits.json": json.dumps({"sources": data.sources, **splits}, ensure_ascii=False),
+            "config.yaml": header + dump_config(self.config),  # the first: it tells that the folder is a run's
+            "environment.json": to_json(environment, indent=2),
+            "splits.json": to_json({"sources": data.sources, **splits}),
             "data_report.md": data_report,
-            "data_report.json": json.dumps(data.report, indent=2, ensure_ascii=False),
-            "config.yaml": header + dump_config(self.config),
+            "data_report.json": to_json(data.report, indent=2),
         }
         for name, content in files.items():
             (self.path / name).write_text(content, encoding="utf-8")
 
     def finish(self) -> None:
-        """Notes in environment.json that the run got to its end."""
+        """Notes in environment.json that the run got to its end; frees the folder."""
         path = self.path / "environment.json"
         content = json.loads(path.read_text(encoding="utf-8"))
         write_json(path, {**content, "finished": datetime.now(UTC).isoformat(timespec="seconds")})
+        self._lock.release(force=True)
 
 
 def runs_folder(config: Any) -> Path:
@@ -105,6 +120,12 @@ def check_output_dir(config: Any) -> None:
             f"--output_dir {config.output_dir} already holds a run. Choose another folder, or resume it with "
             f"`--resume_from_checkpoint {config.output_dir}`."
         )
+    for name in WRITTEN if config.output_dir else ():
+        if (Path(config.output_dir) / name).exists():
+            raise InputError(
+                f"--output_dir {config.output_dir}: there is {name} already, which no run has made and this one would "
+                "replace. Choose another folder."
+            )
     folder = Path(config.output_dir or OUTPUTS)
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
@@ -151,18 +172,41 @@ def find_resume(config: Any) -> tuple[Path, Path | None]:
                 "drop --output_dir."
             )
         if checkpoint:
+            if damaged := damaged_file(checkpoint):
+                raise InputError(f"--resume_from_checkpoint {wanted}: {damaged} is damaged. Name another checkpoint.")
             return run_dir, checkpoint
         if not (run_dir / "config.yaml").is_file():
             raise InputError(f"--resume_from_checkpoint {wanted}: {run_dir} is neither a run nor a checkpoint folder.")
     if not _unfinished(run_dir):
         raise InputError(f"--resume_from_checkpoint {wanted}: the run in {run_dir} is finished.")
-    return run_dir, next(iter(reversed(list_checkpoints(run_dir))), None)
+    for checkpoint in reversed(list_checkpoints(run_dir)):
+        if not (damaged := damaged_file(checkpoint)):
+            return run_dir, checkpoint
+        warn(f"{damaged} is damaged, so an earlier checkpoint is resumed.")
+    return run_dir, None
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     folders = [path.parent for path in run_dir.glob("checkpoints/step_*/state.json")]
     return sorted(folders, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def checksum(content: dict[str, Any]) -> str:
+    """SHA-256 of the content of a state.json, without its `checksum`."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def damaged_file(checkpoint: Path) -> Path | None:
+    """A file of a checkpoint that is missing or not as it was written, or None."""
+    try:
+        content = read_json(checkpoint / "state.json")
+    except ValueError:
+        return checkpoint / "state.json"
+    if content.pop("checksum", None) != checksum(content):
+        return checkpoint / "state.json"
+    files = {checkpoint / name: digest for name, digest in content["files"].items()}
+    return next((file for file, digest in files.items() if not file.is_file() or file_hash(file) != digest), None)
 
 
 def _of_main_process(value: Any) -> Any:
@@ -173,8 +217,7 @@ def _of_main_process(value: Any) -> Any:
 
 
 def _unfinished(run_dir: Path) -> bool:
-    environment = run_dir / "environment.json"
-    return (run_dir / "config.yaml").is_file() and "finished" not in json.loads(environment.read_text())
+    return (run_dir / "config.yaml").is_file() and "finished" not in read_json(run_dir / "environment.json")
 
 
 def _same_options(run_dir: Path, config: Any) -> bool:

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import InputError
+from common.log import chosen_trackers
 from common.train.run_folder import check_output_dir, runs_folder
 
 
 def configs_per_seed(config: Any) -> list[Any]:
     """The configs of the runs to make: one per seed, each with a folder of its own, or `config` alone.
 
-    Raises InputError where one of them could not write its folder.
+    Raises InputError for a tracker that is not installed, and where one of them could not write its folder.
     """
+    chosen_trackers(config.report_to)
     runs = [
         replace(config, seed=seed, seeds=None, output_dir=config.output_dir and f"{config.output_dir}/seed_{seed}")
         for seed in config.seeds or []

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from common.disk import read_json, write_json
+from common.disk import lock, read_json, to_json, write_json
 from common.errors import InputError
-from common.log import Progress, say
+from common.log import Progress, is_first_process, say
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -27,7 +27,8 @@ class AnswerFile:
     """The answers to rows with these ids, in their order.
 
     source: what the answers are made from. done: the number of rows that have a complete line.
-    Raises InputError if the file cannot be written or belongs to something else. Writes nothing before `start`.
+    Raises InputError if the file cannot be written, is being written by another process, or belongs to something else.
+    Before `start` nothing is written but a lock, which the first process holds until it ends.
     """
 
     def __init__(self, path: str | Path, ids: Sequence[str], source: dict[str, Any]) -> None:
@@ -40,6 +41,8 @@ class AnswerFile:
             raise InputError(f"--output_file {path}: there is no folder {self.path.parent}. Make it, or name another.")
         if self.path.is_dir() or not os.access(self.path if self.path.exists() else folder, os.W_OK):
             raise InputError(f"--output_file {path}: it cannot be written. Choose a place that you may write to.")
+        if is_first_process():
+            self._lock = lock(self.path.with_name(f".{self.path.name}.lock"), f"--output_file {path}")
         self.done, self._bytes = self._complete_lines() if self.path.exists() else (0, 0)
 
     def _complete_lines(self) -> tuple[int, int]:
@@ -75,13 +78,14 @@ class AnswerFile:
     def write(self, answers: Sequence[Line]) -> None:
         """Writes lines for the next rows, each with its row's id first."""
         for answer in answers:
-            line = json.dumps({"id": self.ids[self.done], **answer}, ensure_ascii=False)
+            line = to_json({"id": self.ids[self.done], **answer})
             self._file.write(line.encode() + b"\n")
             self.done += 1
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
+        self._lock.release(force=True)
 
 
 def write_answers(
@@ -106,11 +110,13 @@ def write_answers(
     accelerator.wait_for_everyone()  # all have read what is there, before anything is written
     if accelerator.is_main_process:
         out.start()
-    started, tokens, skip = time.perf_counter(), 0, kept % size  # skip: lines of the first chunk that are there
+    started, tokens, errors = time.perf_counter(), 0, 0
+    skip = kept % size  # lines of the first chunk that are there
     for start in range(first, len(chunks), accelerator.num_processes):
         number = start + accelerator.process_index
         lines = gather_object(answer(chunks[number], number, progress) if number < len(chunks) else [])
         tokens += sum(line.get("tokens", 0) for line in lines)
+        errors += sum("error" in line for line in lines)
         if accelerator.is_main_process:
             out.write(lines[skip:])
         skip = 0
@@ -123,6 +129,8 @@ def write_answers(
     if kept < len(rows):
         rate = f"{done / seconds:.2f} rows/s" + (f", {tokens / seconds:.1f} tokens/s" if tokens else "")
         say(accelerator, f"{done} rows in {seconds:.1f} s: {rate}")
+    if errors:
+        say(accelerator, f"{errors} rows could not be answered; their lines say why, under error.")
     say(accelerator, f"Written to {out.path}")
 
 

@@ -18,13 +18,15 @@ class Prediction:
     """The answer to one text.
 
     prediction: a label, or with several labels per row a list of them; None where the model abstained. probabilities:
-    label -> number; with one label per row they add up to 1. truncated: the text was too long and was cut.
+    label -> number; with one label per row they add up to 1. truncated: the text was too long and was cut. error: why
+    there is no answer, for a row without a text.
     """
 
     prediction: str | list[str] | None
     probabilities: dict[str, float]
     abstained: bool
     truncated: bool
+    error: str | None = None
 
 
 @dataclass
@@ -56,11 +58,16 @@ class LabelModel:
         """
         prompt = self.classifier.prompt
         with precision(self.device, self.precision):
-            answers = classify(
-                self.classifier, examples, device=self.device, batch_size=batch_size, progress=progress, labeled=False
-            )
+            answers = iter(classify(
+                self.classifier, [example for example in examples if example.text], device=self.device,
+                batch_size=batch_size, progress=progress, labeled=False,
+            ))  # fmt: skip
         predictions = []
-        for example, answer in zip(examples, answers, strict=True):
+        for example in examples:
+            if not example.text:
+                predictions.append(Prediction(None, {}, False, False, "there is no text"))
+                continue
+            answer = next(answers)
             p = answer.probabilities
             certainty = min(max(x, 1 - x) for x in p) if prompt.multi_label else max(p)
             abstained = min_probability is not None and certainty < min_probability

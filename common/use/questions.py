@@ -6,8 +6,7 @@ from typing import Any
 
 from common.data.classification import unlabeled_rows
 from common.data.conversations import DEMO, read_columns, read_question, read_row
-from common.data.files import columns_of, file_hash, read_rows, require_columns, row_ids
-from common.errors import InputError
+from common.data.files import columns_of, file_hash, read_rows, require_columns, row_ids, text_in
 from common.options import CAUSAL_LM, CLASSIFICATION, TextConfig, binding_options
 from common.use.runs import Run
 
@@ -25,11 +24,8 @@ def read_input(config: Any, run: Run) -> tuple[list[str], Sequence[Any]]:
         return ids, unlabeled_rows(rows, ids, config.input_file, config)
     if run.task == CAUSAL_LM:
         names = config.text_fields or ["prompt" if all("prompt" in row for row in rows) else "text"]
-        examples = unlabeled_rows(rows, ids, config.input_file, TextConfig(names))  # checks the columns
-        for number, example in enumerate(examples, 1):
-            if not example.text:
-                raise InputError(f"{config.input_file}, data row {number}: there is no text to continue. Delete it.")
-        return ids, [" ".join(str(row[name]) for name in names if row.get(name)) for row in rows]
+        unlabeled_rows(rows, ids, config.input_file, TextConfig(names))  # checks columns and cells
+        return ids, [" ".join(filter(None, (text_in(row.get(name), "") for name in names))) for row in rows]
     renamed, system = read_columns(config.columns or []), config.system_prompt or run.trained.get("system_prompt")
     require_columns(renamed.values(), columns_of(rows), config.input_file, "--columns")
     where = f"{config.input_file}, data row"

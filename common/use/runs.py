@@ -10,13 +10,14 @@ Whatever imports torch is imported when a model is loaded.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from common.data.classification import Example
-from common.data.splits import SPLITS
-from common.disk import is_base_model, load_task, newest_run, read_json, weights_folder
+from common.data.labels import label_text
+from common.data.splits import SPLITS, Sources, origin
+from common.disk import OUTPUTS, is_base_model, load_task, newest_run, read_json, weights_folder
 from common.errors import InputError
 from common.hub import EMBEDDED, resolve_model
 from common.options import (
@@ -34,6 +35,7 @@ from common.text.prompts import read_template
 
 if TYPE_CHECKING:
     import torch
+    from accelerate import Accelerator
 
     from common.use.label_models import LabelModel
     from common.use.text_models import TextModel
@@ -62,6 +64,11 @@ class Run:
         assert self.folder
         return self.folder.parent if self.folder.name in ("adapter", "model") else self.folder
 
+    @property
+    def home(self) -> Path:
+        """Where results are written: the run folder; of a base model, outputs/<model>."""
+        return self.run_folder if self.folder else OUTPUTS / Path(self.name).name
+
     def configure(self, cls: type[T], given: dict[str, Any], defaults: dict[str, Any]) -> T:
         """The options of a script: those given, else `defaults`, else as declared.
 
@@ -83,8 +90,10 @@ class Run:
         """The options of the training that decide which rows are read again, and how; few for a base model.
 
         given: --test_file replaces all of the run's files; of a --split, only the files that it comes from are read.
-        Raises InputError for a --test_file with another --split.
+        Raises InputError for a --test_file with another --split, and for the head of a base model.
         """
+        if self.folder is None and given.get("approach") == "head":
+            raise InputError(f"--approach head: {self.name} is a base model, whose head would be random. Drop it.")
         changed = ("output_dir", "mixed_precision", "chat_template")  # the template is saved with the weights
         options = {name: value for name, value in self.options.items() if name not in changed}
         if self.folder is None and self.task == CHAT:
@@ -102,6 +111,21 @@ class Run:
             for other in set(SPLITS) - {split}:  # nothing of it is cut from those files, so none is read
                 options.pop(f"{other}_file", None)
         return options
+
+    def partial_results(self, config: Any, sources: Sources, accelerator: "Accelerator") -> dict[str, Any]:
+        """Options of `measure_in_chunks`: where results are kept until all are there, and what they are made from.
+
+        config: of evaluate.py.
+        """
+        file = Path(config.output_dir or self.home / "eval") / f".{config.split}.partial.jsonl"
+        source = {**origin(sources, config.split, self.folder), "options": asdict(config)}
+        options = {"file": file, "source": source, "accelerator": accelerator}
+        return {**options, "batch_size": config.per_device_eval_batch_size}
+
+    def loaded_as(self, config: Any) -> str:
+        """For people: how the base was loaded; a 4-bit one gives other figures than a 16-bit one."""
+        bits = "4-bit" if config.load_in_4bit else "8-bit" if config.load_in_8bit else "unquantized"
+        return f"{bits} base, mixed precision {config.mixed_precision}"
 
     def check_labels(self, labels: list[str], multi_label: bool) -> None:
         """Refuses rows whose labels the run does not answer with, or not in the order of its probabilities."""
@@ -152,9 +176,10 @@ class Run:
 
     def _options(self, task: str, options: dict[str, Any]) -> TrainingConfig:
         """The options to load a model with where no script has read them."""
-        if self.folder and (self.task != task or options):
-            what = f"what it was trained with ({', '.join(options)})" if options else f"{self.task}, not {task}"
-            raise InputError(f"{self.name} was trained and is opened for {what}.")
+        others = options.keys() - {"trust_remote_code"}
+        if self.folder and (self.task != task or others):
+            what = f"with options of its own: drop {', '.join(sorted(others))}" if others else f"for {self.task}"
+            raise InputError(f"{self.name} was trained {what}, and is opened for {task}.")
         self.task = task
         config = TrainingConfig(**{**self.options, **({} if self.folder else {"model": self.name}), **options})
         self.resolve(config)
@@ -187,15 +212,17 @@ class Run:
         from common.use.label_models import LabelModel
 
         if self.folder:
-            classifier = storage.load_classifier(self.folder, device, config.mixed_precision)
+            classifier = storage.load_classifier(
+                self.folder, device, config.mixed_precision, config.trust_remote_code
+            )
             return LabelModel(classifier, device, config.mixed_precision)
         path = resolve_model(config.model, config.revision)
         base_model.check_length(path, config, config.max_length, "--max_length")
         tokenizer = base_model.load_tokenizer(path, config)
         template = read_template(config.prompt_template, "generative")
         prompt = classification_prompt(
-            tokenizer, False, labels=config.labels, multi_label=multi_label, template=template,
-            max_length=config.max_length, few_shot=few_shot,
+            tokenizer, False, labels=[label_text(name) for name in config.labels], multi_label=multi_label,
+            template=template, max_length=config.max_length, few_shot=few_shot,
         )  # fmt: skip
         prompt.reserve(examples)
         model = base_model.load_base(path, config, device=device)[0].eval()
@@ -219,10 +246,12 @@ class Run:
             model = base_model.load_base(path, config, device=device)[0].eval()
         elif self.task == CHAT:
             model, tokenizer, template = storage.load_chat_model(
-                self.folder, device, config.mixed_precision, config.chat_template
+                self.folder, device, config.mixed_precision, config.chat_template, config.trust_remote_code
             )
         else:
-            model, tokenizer = storage.load_language_model(self.folder, device, config.mixed_precision)
+            model, tokenizer = storage.load_language_model(
+                self.folder, device, config.mixed_precision, config.trust_remote_code
+            )
         start = [] if template else self.trained.get("start", base_model.start_ids(tokenizer))
         system = config.system_prompt or self.trained.get("system_prompt")
         return TextModel(model, tokenizer, template, start, system, device, config.mixed_precision)
@@ -250,7 +279,8 @@ def open_run(name: str | None = None, task: str | None = None) -> Run:
         raise InputError(f"{path} was trained for {trained['task']}: use it with the script that trained it.")
     run = Run(str(path), trained["task"], folder, trained, {})
     kept = {name: trained[name] for name in names(TrainingConfig, "kept") if trained.get(name) is not None}
-    run.options = {**trained["model_options"], **kept, **read_saved(run.run_folder)}
+    options = {name: value for name, value in trained["model_options"].items() if name != "trust_remote_code"}
+    run.options = {**options, **kept, **read_saved(run.run_folder)}
     run.options = {name: value for name, value in run.options.items() if value is not None}
     return run
 
@@ -292,7 +322,8 @@ def load_compared(first: "TextModel", run: Run, others: Sequence[Run | None], co
         elif other.folder == run.folder:
             models.append(first)
         else:
-            tokenizer = base_model.load_tokenizer(str(other.folder), storage.trained_options(other.trained))
+            options = storage.trained_options(other.trained, trust_remote_code=config.trust_remote_code)
+            tokenizer = base_model.load_tokenizer(str(other.folder), options)
             own = first.template
             if own and not config.chat_template:
                 own = ChatTemplate(tokenizer, other.trained["chat_template"], f"the chat template of {other.name}")

@@ -27,7 +27,8 @@ def answer_labels(
         yield show_labels(model.classify([text], size, config.min_probability)[0])
 
     def lines(rows: Sequence[Example], chunk: int, progress: Any) -> list[dict[str, Any]]:
-        return [asdict(answer) for answer in model.label_examples(rows, size, config.min_probability, progress)]
+        answers = map(asdict, model.label_examples(rows, size, config.min_probability, progress))
+        return [{k: v for k, v in answer.items() if k != "error" or v is not None} for answer in answers]
 
     if batch:
         write_answers(*batch, lines, size, accelerator)
@@ -81,6 +82,8 @@ def side_by_side(models: Sequence[tuple[str, TextModel]], questions: Sequence[st
 def show_labels(answer: Prediction) -> str:
     """An answer in labels, for people: the prediction, then the likeliest labels."""
     found = answer.prediction
+    if answer.error:
+        return f"({answer.error})"
     first = "(abstains)" if answer.abstained else ", ".join(found) or "(no label)" if isinstance(found, list) else found
     likeliest = sorted(answer.probabilities.items(), key=lambda pair: -pair[1])[:10]
     return "\n".join([str(first), *(f"  {p:.3f}  {label}" for label, p in likeliest)])

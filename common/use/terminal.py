@@ -3,6 +3,7 @@ function answers. Imports neither torch nor transformers."""
 
 import contextlib
 import difflib
+import io
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 from common.data.conversations import Message, read_row
 from common.data.files import read_rows
 from common.disk import read_yaml
-from common.errors import InputError
+from common.errors import InputError, printable
 from common.options import Sampling, check, convert
 
 PERSONAS = Path(__file__).parents[2] / "data" / "personas.yaml"
@@ -128,7 +129,7 @@ class Chat:
             near = difflib.get_close_matches(name, [*commands, "quit"], n=1)
             raise InputError(f"there is no command /{name}. " + (f"Did you mean /{near[0]}?" if near else "See /help."))
         if note := commands[name](rest.strip()):
-            print(note, flush=True)
+            print(printable(note), flush=True)
 
     def _reset(self, rest: str) -> str:
         self.messages.clear()
@@ -214,15 +215,30 @@ def show(pieces: Iterator[str]) -> tuple[str, bool]:
         with contextlib.closing(pieces):  # type: ignore[type-var]
             for piece in pieces:
                 text += piece
-                print(piece, end="", flush=True)
+                print(printable(piece), end="", flush=True)
     except KeyboardInterrupt:
         stopped = True
     print(" [stopped]" if stopped else "", flush=True)
     return text, stopped
 
 
+def require_utf8(text: str, what: str) -> None:
+    """Raises InputError for bytes that are not UTF-8, which Python passes on as halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{what} is not UTF-8. Convert it, for example with `iconv -f latin1 -t utf-8`.") from None
+
+
+def read_all() -> str:
+    """Everything that comes through the pipe; bytes that are not UTF-8 as in `require_utf8`."""
+    _pass_bytes_on()
+    return sys.stdin.read()
+
+
 def greet(text: str) -> None:
     """Turns on line editing and history, where Python has them, and says to a person what can be typed."""
+    _pass_bytes_on()
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (`input` uses it once it is imported)
@@ -265,12 +281,19 @@ def _for_every_text(handle: Callable[[str], object]) -> None:
     """Hands every text that is typed to `handle`, and shows its errors, until /quit or the end of the input."""
     while (text := read_typed("> ")) is not None and text.split()[:1] != ["/quit"]:
         try:
+            require_utf8(text, "the line")
             if text.strip():
                 handle(text)
         except InputError as error:
             print(f"error: {error}", flush=True)
         except KeyboardInterrupt:  # between two answers
             print("(Ctrl-D or /quit ends)", flush=True)
+
+
+def _pass_bytes_on() -> None:
+    """Bytes that are not UTF-8 do not end the reading: an error would lose the lines around them."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
 
 
 def _one_line(turn: Message) -> str:

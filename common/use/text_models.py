@@ -18,7 +18,7 @@ from common.model.losses import token_losses
 from common.model.token_losses import TokenLosses
 from common.options import Sampling
 from common.text.batches import collate_blocks
-from common.text.chat import ChatTemplate
+from common.text.chat import ChatTemplate, NoRoom
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -88,12 +88,16 @@ class TextModel:
         """The prompt's ids, and whether early turns or text had to be left out for the answer to fit."""
         room = generation.prompt_room(self.model, sampling)
         if self.template is None:
+            if not question:
+                raise InputError("There is no text to continue.")
             ids = self.tokenizer(question, add_special_tokens=False)["input_ids"]
             kept = ids if room is None else ids[-(room - len(self.start)) :]
-            if not self.start + kept:
-                raise InputError("There is no text to continue.")
             return self.start + kept, len(kept) < len(ids)
-        row = self.template.prompt(cast(list[Message], question), room)
+        try:
+            row = self.template.prompt(cast(list[Message], question), room)
+        except NoRoom as error:  # which advises an option of the training
+            problem = f"The system turn and the like take {error.least} tokens, and there is room for {room}."
+            raise InputError(problem) from None
         return row.ids, bool(row.dropped_turns or row.shortened)
 
     def pieces(self, question: Question, sampling: Sampling) -> Iterator[str]:
@@ -109,17 +113,24 @@ class TextModel:
     def answer_rows(
         self, questions: Sequence[Question], sampling: Sampling, batch_size: int, progress: Callable[[int], None]
     ) -> list[dict[str, Any]]:
-        """The lines of an answer file."""
-        prompts = [self.prompt_ids(question, sampling) for question in questions]
+        """The lines of an answer file; a question that cannot be answered has an error in its line."""
+        prompts: dict[int, tuple[list[int], bool]] = {}
+        lines: list[dict[str, Any]] = [{} for _ in questions]
+        for number, question in enumerate(questions):
+            try:
+                prompts[number] = self.prompt_ids(question, sampling)
+            except InputError as error:
+                lines[number] = {"answer": None, "error": str(error)}
         with self.switched_on(), precision(self.device, self.precision):
             answers = generation.answer_prompts(
-                self.model, self.tokenizer, self.template, [ids for ids, _ in prompts], sampling, batch_size,
+                self.model, self.tokenizer, self.template, [ids for ids, _ in prompts.values()], sampling, batch_size,
                 self.device, progress,
             )  # fmt: skip
-        return [
-            {"answer": answer.text, "stopped": answer.stopped, "tokens": len(answer.ids), "shortened": shortened}
-            for answer, (_, shortened) in zip(answers, prompts, strict=True)
-        ]
+        for answer, (number, (_, shortened)) in zip(answers, prompts.items(), strict=True):
+            lines[number] = {
+                "answer": answer.text, "stopped": answer.stopped, "tokens": len(answer.ids), "shortened": shortened
+            }  # fmt: skip
+        return lines
 
     @contextlib.contextmanager
     def switched_on(self) -> Iterator[None]:

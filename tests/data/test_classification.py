@@ -22,9 +22,11 @@ from common.data.classification import (
     draw_few_shot,
     join_fields,
     load_classification,
-    stratified_sample,
+    unlabeled_rows,
 )
 from common.data.files import file_hash, read_rows
+from common.data.report import data_report
+from common.data.splits import stratified_sample
 from common.errors import InputError
 from common.options import ClassificationDataConfig
 
@@ -73,6 +75,12 @@ def named(data, split: str = "train") -> list[tuple[str, ...]]:
         (("Title", "Body"), "Title. Body."),
         (("Title.", "Body!"), "Title. Body!"),
         (("Really?", "Yes"), "Really? Yes."),
+        *[((f"a{mark}", "b"), f"a{mark} b.") for mark in "。！？．｡؟۔।॥…‼⁈։።፧။។"],
+        (('He said "yes."', "b"), 'He said "yes." b.'),
+        (("(See there.)", "(so)"), "(See there.) (so)."),
+        (("„Ja!“", "»Ja?«"), "„Ja!“ »Ja?«"),
+        (("「はい。」", "はい、"), "「はい。」 はい、."),
+        (("U.S.'", '""'), 'U.S.\' "".'),
         (("", "Body"), "Body."),
         (("  ", "Body"), "Body."),
         ((None, "Body"), "Body."),
@@ -94,6 +102,27 @@ def test_json_rows_may_lack_a_text_field(tmp_path):
     """The first row decides nothing about the columns."""
     rows = [{"title": "a", "label": "x"}, {"title": "b", "abstract": "c", "label": "y"}]
     assert [e.text for e in load(train_file=save_jsonl(tmp_path / "t.jsonl", rows)).splits["train"]] == ["a.", "b. c."]
+
+
+@pytest.mark.parametrize("cell", [b"text", {"title": "t"}, ["t"]])
+@pytest.mark.parametrize("column", ["text", "label", "key"])
+def test_a_cell_that_is_no_text_is_named(tmp_path, cell, column):
+    """Bytes and nested values, as Parquet has them, must not become Python's notation of them."""
+    if column == "label" and isinstance(cell, list):
+        cell = [cell]  # a list of labels is legal, one of lists is not
+    rows = [{"text": "t", "label": "a", "key": str(i), column: cell} for i in range(3)]
+    rows[0] |= {"text": None}
+    path = save_parquet(tmp_path / "t.parquet", rows)
+    row = 2 if column == "text" else 1
+    message = problem(train_file=path, id_column="key")
+    assert f"t.parquet, data row {row}, column '{column}': expected a text, not " in message
+
+
+@pytest.mark.parametrize("cell", [{"title": "t"}, ["t"]])
+def test_rows_to_be_answered_are_checked_alike(cell):
+    rows = [{"text": "t"}, {"text": cell}]
+    with pytest.raises(InputError, match="in.json, data row 2, column 'text': expected a text, not "):
+        unlabeled_rows(rows, ["0", "1"], "in.json", Config())
 
 
 # --- files
@@ -157,12 +186,55 @@ def test_json_jsonl_and_parquet_hold_the_same_rows(tmp_path):
         ("t.csv", b"text,label\na,b\ncaf\xe9,b\n", "t.csv, line 3: byte 0xe9 is not UTF-8"),
         ("t.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', "t.jsonl, line 2: byte 0xff is not UTF-8"),
         ("t.txt", "a", "t.txt: unknown file type '.txt'; use one of .csv, .tsv, .json, .jsonl, .parquet"),
+        ("t.jsonl", '{"a": "\\ud83d\\ude00"}\n{"a": "\\ud83d"}\n', "t.jsonl, line 2: half of a surrogate pair"),
+        ("t.json", '[{"a": "\\uD83D\\uDE00"}, {"\\uDE00": 1}]', "t.json, data row 2: half of a surrogate pair"),
+        ("t.jsonl", '{"a": 1}\n{"a": ' + "[" * 100_000, "t.jsonl, line 2: nested too deeply"),
+        ("t.json", '[{"a": 1},\n{"a": ' + "[" * 100_000, "t.json, data row 2: nested too deeply"),
+        ("t.jsonl", '{"a": ' + "1" * 5000 + "}", "t.jsonl, line 1: a number has too many digits"),
+        (
+            "t.json",
+            '[{"a": 1}, {"a": 2}, {"a": -' + "1" * 5000 + "}]",
+            "t.json, data row 3: a number has too many digits",
+        ),
     ],
 )
 def test_unreadable_files_name_the_line(tmp_path, name, content, message):
     with pytest.raises(InputError) as caught:
         read_rows(save(tmp_path / name, content))
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_escaped_backslash_is_no_surrogate(tmp_path):
+    assert read_rows(save(tmp_path / "t.jsonl", r'{"a": "\\ud83d"}')) == [{"a": r"\ud83d"}]
+
+
+def test_parquet_columns_of_one_name_are_refused(tmp_path):
+    import pyarrow.parquet
+
+    table = pyarrow.table([["a"], ["b"], ["c"]], names=["text", "label", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
+    with pytest.raises(InputError, match="t.parquet: two columns have the same name. Rename one: text, label, text."):
+        read_rows(tmp_path / "t.parquet")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "json", "jsonl"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "text,label\na,b\n".encode("utf-16"),
+            "the file is UTF-16. Save it as UTF-8, for example with `iconv -f utf-16",
+        ),
+        (b"\x1f\x8b\x08", "the file is compressed by gzip. Unpack it, for example with `gzip -dc t."),
+        (b"PK\x03\x04\x14\x00", "the file is a ZIP archive or a workbook (.xlsx). Unpack it, or save the"),
+        (b"PAR1\x15\x04PAR1", "the file is Parquet. Rename it, ending in .parquet"),
+    ],
+    ids=["utf-16", "gzip", "zip", "parquet"],
+)
+def test_a_file_under_a_wrong_name_is_told_what_it_is(tmp_path, suffix, content, message):
+    with pytest.raises(InputError) as caught:
+        read_rows(save(tmp_path / f"t.{suffix}", content))
+    assert f"t.{suffix}: {message}" in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
@@ -205,6 +277,12 @@ def test_label_order_is_sorted_numbers_by_value(tmp_path, values, labels):
     data = load(train_file=str(path))
     assert data.labels == labels
     assert named(data) == [(value.strip(),) for value in values]
+
+
+def test_labels_may_have_thousands_of_digits(tmp_path):
+    long = "9" * 5000
+    path = write_csv(tmp_path / "t.csv", [{"text": "t", "label": v} for v in (long, "7")])
+    assert load(train_file=str(path)).labels == ["7", long]
 
 
 def test_label_order_does_not_depend_on_the_hash_seed(tmp_path):
@@ -305,6 +383,23 @@ def test_missing_label_among_several_names_row_and_column(tmp_path, value):
     assert "row 3, column 'label': the label is missing" in problem(train_file=path, label_delimiter=";")
 
 
+@pytest.mark.parametrize(
+    ("train", "test", "place", "form"),
+    [
+        (["a", "b", ["a"], ["b"]], ["a"], "train.jsonl, data row 3, column 'label'", "a list of labels"),
+        ([["a"], ["b"], "a", "b"], [["a"]], "train.jsonl, data row 3, column 'label'", "a single label"),
+        (["a", "b"], ["a", ["b"]], "test.jsonl, data row 2, column 'label'", "a list of labels"),
+    ],
+)
+def test_a_label_of_the_other_form_is_named(tmp_path, train, test, place, form):
+    """One list among texts must not turn the task into one of several labels."""
+    files = {}
+    for name, values in (("train", train), ("test", test)):
+        files[f"{name}_file"] = save_jsonl(tmp_path / f"{name}.jsonl", [{"text": "t", "label": v} for v in values])
+    message = problem(**files)
+    assert f"{place}: {form}, where " in message
+
+
 def test_bad_multi_label_cells_are_named(tmp_path):
     path = str(write_csv(tmp_path / "t.csv", [{"text": "t", "x": "1", "y": "2"}]))
     assert "row 1, column 'y': '2' is not 0 or 1" in problem(train_file=path, label_columns=["x", "y"])
@@ -323,8 +418,69 @@ def test_labels_that_cannot_be_told_apart_are_refused(tmp_path):
     assert "t.csv: all 3 training rows have the label 'a'" in problem(train_file=path)
     path = str(write_csv(tmp_path / "u.csv", [{"text": "t", "label": v} for v in "ab"]))
     assert "--labels names 'a' twice" in problem(train_file=path, labels=["a", "b", "a"])
-    assert "'a ' is blank, or begins or ends with a space" in problem(train_file=path, labels=["a ", "b"])
-    assert "'' is blank" in problem(train_file=path, labels=["", "a"])
+    assert "--labels: a label is blank" in problem(train_file=path, labels=["\u3000", "a"])
+    assert "--labels names 'a' twice" in problem(train_file=path, labels=["a", "a\xa0", "b"])
+
+
+NFD, NFC = "cafe\u0301", "caf\u00e9"
+
+
+def test_labels_are_trimmed_and_composed_wherever_they_are_given(tmp_path):
+    """In rows of every split, in --labels, in a file of weights, and where they are columns."""
+    files = {
+        f"{name}_file": str(write_csv(tmp_path / f"{name}.csv", [{"text": "t", "label": v} for v in values]))
+        for name, values in (("train", [NFD, f"{NFC}\xa0", " tea"]), ("test", [NFC, "tea\u2003"]))
+    }
+    weights = save(tmp_path / "w.json", json.dumps({f" {NFD}": 1, "tea ": 2}))
+    for options in ({}, {"labels": [f"{NFD} ", " tea"]}):
+        data = load(**files, **options, class_weights=weights)
+        assert (data.labels, named(data), named(data, "test")) == (
+            [NFC, "tea"], [(NFC,), (NFC,), ("tea",)], [(NFC,), ("tea",)]
+        )  # fmt: skip
+        assert class_weights(weights, [], data.labels, False) == [1, 2]
+    path = str(write_csv(tmp_path / "columns.csv", [{"text": "t", NFD: "1", "tea ": "0"}] * 2))
+    data = load(train_file=path, label_columns=[NFC, " tea"])
+    assert (data.labels, named(data)) == ([NFC, "tea"], [(NFC,)] * 2)
+    path = str(write_csv(tmp_path / "tags.csv", [{"text": "t", "label": f" {NFD};tea\u2003"}]))
+    assert load(train_file=path, label_delimiter=";").labels == [NFC, "tea"]
+    path = str(write_csv(tmp_path / "twice.csv", [{"text": "t", "label": f"{NFD};{NFC}"}]))
+    assert "a label occurs twice" in problem(train_file=path, label_delimiter=";")
+
+
+@pytest.mark.parametrize(
+    "variants",
+    [
+        ("Sports", "sports"),
+        ("01", "1", "1.0"),
+        ("New York", "New\xa0York"),
+        ("ab", "a\u200bb", "\ufeffab"),
+        ("❤", "❤\ufe0f"),
+    ],
+)
+def test_spellings_of_one_label_are_reported(tmp_path, variants):
+    """With their rows and what to do; they stay classes of their own."""
+    rows = [{"text": "t", "label": v} for i, v in enumerate(variants) for _ in range(i + 1)]
+    rows += [{"text": "t", "label": v} for v in ("other", "another", "100")]
+    data = load(train_file=str(write_csv(tmp_path / "t.csv", rows)))
+    assert set(variants) <= set(data.labels)
+    (note,) = data.report["notes"]
+    shown = ", ".join(f"{v!r} in {i + 1} row{'s' if i else ''}" for i, v in enumerate(variants))
+    assert f"{shown}. If they mean the same, write them alike." in note
+    assert note in data_report(data.report, "")
+
+
+def test_labels_that_stand_for_missing_values_are_reported(tmp_path):
+    names = ["null", "NA", "None", "n/a", "real", "nationality"]
+    path = str(write_csv(tmp_path / "t.csv", [{"text": "t", "label": v} for v in [*names, "null"]]))
+    (note,) = load(train_file=path).report["notes"]
+    assert "'NA' in 1 row, 'None' in 1 row, 'n/a' in 1 row, 'null' in 2 rows" in note and "real" not in note
+    assert "notes" not in load(train_file=path, labels=names).report, "who lists the labels has seen them"
+
+
+def test_many_spellings_are_a_short_note(tmp_path):
+    rows = [{"text": "t", "label": f"{word}{i}"} for word in ("a", "A") for i in range(100)]
+    (note,) = load(train_file=str(write_csv(tmp_path / "t.csv", rows))).report["notes"]
+    assert len(note) < 700 and "90 more" in note
 
 
 def test_missing_columns_are_named_with_those_there_are(tmp_path):
@@ -465,30 +621,136 @@ def test_limits_draw_stratified_and_leave_the_test_split_whole(hundred):
     assert load(**options, max_train_samples=1000).splits == whole.splits
 
 
+def test_even_splits_are_those_of_earlier_versions(hundred):
+    """Figures that were published on them stay comparable."""
+    found = ids(load(train_file=hundred, validation_fraction=0.1, test_fraction=0.2))
+    assert found["validation"] == list(map(str, [10, 17, 29, 37, 61, 70, 74, 78, 92, 94]))
+    assert found["test"] == list(
+        map(str, [5, 8, 9, 11, 19, 25, 26, 28, 30, 36, 40, 43, 44, 56, 63, 72, 77, 82, 91, 95])
+    )
+
+
+def cut(path, sizes: dict[str, int], seed: int, **options):
+    """The three splits of a file with so many rows of each label."""
+    rows = [{"text": f"text {i}", "label": name} for name, size in sizes.items() for i in range(size)]
+    file = str(write_csv(path / "t.csv", rows))
+    return load(train_file=file, **{"validation_fraction": 0.1, "test_fraction": 0.1, **options}, split_seed=seed)
+
+
+def labels_of(data) -> list[set[str]]:
+    """The labels of train, validation and test."""
+    return [{name for row in named(data, split) for name in row} for split in ("train", "validation", "test")]
+
+
+def test_the_seed_draws_the_labels_of_a_split_too_small_for_all(tmp_path):
+    """40 labels, 20 rows in each split: neither always the same labels, nor always those that the other split lacks."""
+    found = [labels_of(cut(tmp_path, {f"l{i:02}": 5 for i in range(40)}, seed)) for seed in range(8)]
+    for train, validation, test in found:
+        assert (len(train), len(validation), len(test)) == (40, 20, 20)
+    for split in (1, 2):
+        assert len({frozenset(labels[split]) for labels in found}) == 8
+        assert len(set.union(*(labels[split] for labels in found))) > 35
+    assert any(validation & test for _, validation, test in found)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_label_with_three_rows_is_in_every_split(tmp_path, seed):
+    sizes = {"common": 200, **{f"rare{i}": 3 for i in range(10)}}
+    data = cut(tmp_path, sizes, seed)
+    assert labels_of(data) == [set(sizes)] * 3
+    assert [len(rows) for rows in data.splits.values()] == [184, 23, 23]
+    assert "without a row" not in data_report(data.report, "")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_cut_takes_a_label_out_of_training(tmp_path, seed):
+    """Singletons stay; of two rows one does; the data report says in a line what the splits lack."""
+    sizes = {**{f"l{i}": 10 for i in range(5)}, **{f"single{i:02}": 1 for i in range(30)}}
+    data = cut(tmp_path, sizes, seed)
+    train, validation, test = labels_of(data)
+    assert (train, validation, test) == (set(sizes), *[{f"l{i}" for i in range(5)}] * 2)
+    assert [len(rows) for rows in data.splits.values()] == [64, 8, 8]
+    (line,) = [line for line in data_report(data.report, "").splitlines() if "without a row" in line]
+    assert "validation 30 (single00, single01, " in line and "test 30 (single00, " in line and "train" not in line
+    train, validation, test = labels_of(cut(tmp_path, {"a": 20, "b": 2, "c": 2}, seed, test_fraction=0.4))
+    assert train == {"a", "b", "c"}
+    singles = str(write_csv(tmp_path / "u.csv", [{"text": "t", "label": f"{i}"} for i in range(50)]))
+    message = problem(train_file=singles, test_fraction=0.1)
+    assert "u.csv: 50 rows are too few to cut 10% for test" in message
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_cut_takes_a_label_of_several_out_of_training(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    weights = 1 / np.arange(1, 31) ** 2  # most labels are rare
+    rows = [
+        {"text": f"t{i}", "label": [f"l{k:02}" for k in np.flatnonzero(rng.random(30) < weights)]} for i in range(300)
+    ]
+    data = load(train_file=save_jsonl(tmp_path / "t.jsonl", rows), validation_fraction=0.2, test_fraction=0.2,
+                split_seed=seed)  # fmt: skip
+    train, validation, test = labels_of(data)
+    counts = Counter(name for row in rows for name in row["label"])
+    assert train == set(counts) and min(counts.values()) < 3
+    assert {name for name, n in counts.items() if n >= 6} <= validation & test
+    assert [len(rows) for rows in data.splits.values()] == [180, 60, 60]
+
+
+def test_a_sample_has_every_label_if_it_is_large_enough(tmp_path):
+    sizes = {"common": 200, **{f"rare{i}": 1 + i % 2 for i in range(9)}}
+    data = cut(tmp_path, sizes, 1, max_train_samples=10)
+    assert labels_of(data)[0] == set(sizes)
+
+
 def test_sample_sizes_add_up_whatever_the_shares():
-    rows = [Example(str(i), "t", (i % 7,)) for i in range(53)]
+    rows = [(i % 7,) for i in range(53)]
     for count in range(54):
         chosen = stratified_sample(rows, count, seed=count)
         assert len(set(chosen)) == count and chosen == sorted(chosen)
-        sizes = Counter(rows[i].labels for i in chosen)
-        assert all(abs(sizes[labels] - count * n / 53) < 1 for labels, n in Counter(row.labels for row in rows).items())
+        sizes = Counter(rows[i] for i in chosen)
+        assert all(abs(sizes[labels] - count * n / 53) < 1 for labels, n in Counter(rows).items())
+
+
+def with_rows(train: list[Example], **others: list[Example]) -> ClassificationData:
+    report = {"rows": {split: {"used": len(rows)} for split, rows in {"train": train, **others}.items()}}
+    return ClassificationData({"train": train, **others}, ["a", "b", "c"], False, {}, report)
+
+
+def draw_shots(data: ClassificationData, count: int, seed: int = 1):
+    return draw_few_shot(data, SimpleNamespace(few_shot=count, split_seed=seed))
 
 
 def test_few_shot_examples_are_stratified_and_leave_the_training_rows():
     rows = [Example(str(i), f"text {i}", (i % 3,)) for i in range(30)]
-    data = ClassificationData({"train": rows}, ["a", "b", "c"], False, {}, {"rows": {"train": {"used": 30}}})
-
-    def draw(count: int, seed: int):
-        return draw_few_shot(data, SimpleNamespace(few_shot=count, split_seed=seed))
-
-    shots, rest = draw(6, seed=1)
-    assert data.report["rows"]["train"] == {"used": 24, "few_shot": 6}
+    data = with_rows(rows)
+    shots, rest = draw_shots(data, 6)
+    assert data.report["rows"]["train"] == {
+        "used": 24, "few_shot": 6, "also_few_shot": 0, "label_counts": dict.fromkeys("abc", 8)
+    }  # fmt: skip
     assert Counter(labels for _, labels in shots) == {(0,): 2, (1,): 2, (2,): 2}
     assert sorted([*(text for text, _ in shots), *(row.text for row in rest)]) == sorted(row.text for row in rows)
-    assert draw(6, seed=1) == (shots, rest) != draw(6, seed=2)
-    assert draw(0, seed=1) == ([], rows)
-    with pytest.raises(InputError, match="--few_shot 30 leaves none of the 30 training rows"):
-        draw(30, seed=1)
+    assert draw_shots(data, 6) == (shots, rest) != draw_shots(data, 6, seed=2)
+    assert draw_shots(data, 0) == ([], rows)
+    for count in (28, 30, 40):
+        with pytest.raises(InputError, match=f"--few_shot {count}: only 27 of the 30 training rows can be spared"):
+            draw_shots(data, count)
+
+
+def test_copies_of_few_shot_examples_leave_the_training_rows_too():
+    """A prompt must not hold the answer of its own row; rows to be measured stay, and are counted."""
+    rows = [Example(str(i), f"text {i // 3}", (i % 2,)) for i in range(30)]
+    data = with_rows(rows, validation=rows[:4], test=[Example("0", "other", (0,))])
+    for _ in range(2):  # check_prompt draws them as well
+        shots, rest = draw_shots(data, 2)
+        texts = {text for text, _ in shots}
+        assert len(texts) == 2 and [row.text for row in rest] == [row.text for row in rows if row.text not in texts]
+        counts = dict(data.report["rows"]["train"])
+        assert sum(counts.pop("label_counts").values()) == 24
+        assert counts == {"used": 24, "few_shot": 2, "also_few_shot": 4}
+        in_prompt = sum(row.text in texts for row in rows[:4])
+        assert data.report["rows"]["validation"] == {"used": 4, "also_few_shot": in_prompt}
+        assert data.report["rows"]["test"] == {"used": 1, "also_few_shot": 0}
+    with pytest.raises(InputError, match="--few_shot 1: only 0 of the 6 training rows can be spared"):
+        draw_shots(with_rows([replace(row, text="same") for row in rows[:6]]), 1)
 
 
 # --- class weights
@@ -509,6 +771,20 @@ def test_balanced_weights_of_several_labels_are_negatives_by_positives():
     assert class_weights("balanced", rows, ["a", "b", "c"], True) == pytest.approx([7 / 3, 9, 9])
 
 
+def test_balanced_weights_of_several_labels_are_bounded(tmp_path):
+    """A label in every row would get the factor 0 and never be learned; the data report names those at a bound."""
+    names = [["all", "half"] if i % 2 else ["all"] for i in range(200)]
+    names[7] = ["all", "once", "half"]
+    path = save_jsonl(tmp_path / "t.jsonl", [{"text": f"t{i}", "label": row} for i, row in enumerate(names)])
+    options = {"train_file": path, "labels": ["all", "half", "once", "never"], "approach": "head"}
+    data = load(**options, class_weights="balanced")
+    weights = class_weights("balanced", data.splits["train"], data.labels, True)
+    assert weights == pytest.approx([0.01, 1, 100, 100])
+    (note,) = data.report["notes"]
+    assert note.endswith("of 200 training rows: 'all' in 200, 'once' in 1, 'never' in 0") and "0.01 to 100" in note
+    assert "notes" not in load(**options).report
+
+
 def test_weights_of_a_file_follow_the_label_order(tmp_path, hundred):
     path = save(tmp_path / "w.json", '{"c": 3, "a": 1, "b": 2.5}')
     data = load(train_file=hundred, class_weights=path)
@@ -523,6 +799,9 @@ def test_weights_of_a_file_follow_the_label_order(tmp_path, hundred):
         ('{"a": 1, "b": -2, "c": 1}', "the weight of 'b' is -2.0"),
         ("[1, 2, 3]", "not a JSON object"),
         ("balanced", "not a JSON object"),
+        ('{"a": ' + "[" * 100_000, "nested too deeply"),
+        ('{"a": ' + "1" * 5000, "too many digits"),
+        ('{"a": ' + "1" * 400 + "}", "int too large"),
         (None, "there is no such file"),
     ],
 )

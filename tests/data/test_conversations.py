@@ -10,7 +10,7 @@ import pytest
 import yaml
 from helpers import ROOT, SHARED
 
-from common.data.conversations import ROLES, SHAPES, load_conversations, read_columns
+from common.data.conversations import ROLES, SHAPES, load_conversations, read_columns, read_question
 from common.data.files import file_hash
 from common.data.splits import SPLITS
 from common.errors import InputError
@@ -105,18 +105,51 @@ def test_openai_tool_calls_are_answers(tmp_path):
     )
 
 
-def test_half_a_surrogate_pair_is_no_text(tmp_path):
-    (tmp_path / "t.jsonl").write_text('{"instruction": "Hi \\ud83d", "response": "Hello"}\n')
-    config = Config(train_file=str(tmp_path / "t.jsonl"), validation_fraction=0.0, test_fraction=0.0)
-    assert turns(load_conversations(config)) == [("user", "Hi ?"), TURNS[1]]
+@pytest.mark.parametrize(
+    ("cell", "reason"),
+    [
+        (r'[{"role": "user", "content": "Hi \ud83d"}]', "half of a surrogate pair"),
+        ("[" * 100_000, "nested too deeply"),
+        ("1" * 5000, "a number has too many digits"),
+    ],
+)
+def test_json_in_a_cell_that_is_no_text_is_named(tmp_path, cell, reason):
+    for row in ({"messages": cell}, {**PAIR, "tools": cell}):
+        message = problem(tmp_path, [PAIR, row])
+        assert f"data row 2, column '{[*row][-1]}': not " in message and reason in message
 
 
-@pytest.mark.parametrize("field", [{"reasoning_content": "..."}, {"thinking": "..."}, {"weight": 0}, {"train": False}])
+@pytest.mark.parametrize(
+    "field", [{"reasoning_content": "..."}, {"thinking": "..."}, {"weight": 0}, {"weight": 0.5}, {"train": False}]
+)
 def test_what_a_turn_asks_for_and_does_not_get_is_said(tmp_path, field):
     messages = said(*TURNS)
     messages[1] |= field
     found = problem(tmp_path, [{"messages": messages}])
     assert "data row 1, column 'messages', turn 2: " in found and repr(next(iter(field))) in found
+
+
+def test_a_weight_of_one_is_what_a_turn_has(tmp_path):
+    messages = [{**turn, "weight": weight} for turn, weight in zip(said(*TURNS), (None, 1), strict=True)]
+    assert turns(load(tmp_path, [{"messages": messages}])) == TURNS
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image"},
+        {"type": "image_url", "image_url": {"url": "a.png"}},
+        {"type": "image", "text": "a caption", "image": "a.png"},
+        {"type": "input_audio", "text": None},
+    ],
+)
+def test_parts_that_are_no_text_are_named(tmp_path, part):
+    content = [{"type": "text", "text": "What is this? "}, part]
+    row = {"messages": [{"role": "user", "content": content}, *said(TURNS[1])]}
+    message = problem(tmp_path, [PAIR, row])
+    assert f"row 2, column 'messages', turn 1: a part of the type {part['type']!r}; only text can be read" in message
+    with pytest.raises(InputError, match=f"in.json, data row 1, column 'messages', turn 1: .*{part['type']}"):
+        read_question(row, "in.json, data row 1", {})
 
 
 def test_every_row_has_its_own_shape(tmp_path):
@@ -201,6 +234,7 @@ def test_turns_after_the_last_answer_are_dropped_and_counted(tmp_path):
         ({"messages": said(("user", ""), ("assistant", "a"))}, "turn 1 (user): the turn is empty"),
         ({"messages": said(("user", "Hi"), ("narrator", "a"))}, "turn 2: the role 'narrator' is unknown; use one of"),
         ({"messages": [{"content": "Hi"}]}, "turn 1: the role None is unknown"),
+        ({"messages": [{"role": ["user"], "content": "Hi"}]}, "turn 1: the role ['user'] is unknown"),
         ({"messages": said(*TURNS, TURNS[1])}, "turn 3: the role assistant after assistant, where user or tool"),
         ({"messages": said(TURNS[0], *TURNS)}, "turn 2: the role user after user, where assistant is expected"),
         ({"messages": said(TURNS[1], *TURNS)}, "turn 1: the role assistant at the start"),
@@ -208,7 +242,9 @@ def test_turns_after_the_last_answer_are_dropped_and_counted(tmp_path):
         ({"messages": said(("tool", "1"), *TURNS)}, "turn 1: the role tool at the start"),
         ({"messages": "Hi"}, "column 'messages': not a list of turns, and not valid JSON"),
         ({"messages": {"role": "user"}}, "column 'messages': expected a list of turns"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "turn 1: expected a text, not"),
+        ({"messages": [{"role": "user", "content": ["Hi"]}]}, "turn 1: expected a text, not a list"),
+        ({**PAIR, "instruction": {"title": "t"}}, "column 'instruction': expected a text, not an object"),
+        ({**PAIR, "response": [1]}, "column 'response': expected a text, not a list"),
         (
             {"system": "s", "messages": said(("system", "s"), *TURNS)},
             "column 'system': the conversation has a system",
@@ -217,6 +253,18 @@ def test_turns_after_the_last_answer_are_dropped_and_counted(tmp_path):
 )
 def test_rows_that_cannot_be_used_are_named(tmp_path, row, message):
     assert "t.jsonl, data row 2" in problem(tmp_path, [PAIR, row]) and message in problem(tmp_path, [PAIR, row])
+
+
+@pytest.mark.parametrize("column", ["instruction", "response", "messages", "system", "tools"])
+def test_bytes_are_no_text(tmp_path, column):
+    rows = [dict.fromkeys((*PAIR, "messages", "system", "tools")) | PAIR | {column: b"[]"}]
+    rows[0] |= dict.fromkeys(PAIR) if column == "messages" else {}
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "t.parquet")
+    with pytest.raises(InputError, match=f"t.parquet, data row 1, column '{column}': .*bytes"):
+        load_conversations(Config(train_file=str(tmp_path / "t.parquet")))
+    if column != "response":
+        with pytest.raises(InputError, match=f"in, data row 7, column '{column}': .*bytes"):
+            read_question(rows[0], "in, data row 7", {})
 
 
 def test_every_role_and_shape_is_listed(tmp_path):

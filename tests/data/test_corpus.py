@@ -79,6 +79,15 @@ def test_no_layout_is_cut_inside_a_word(tokenizer, tmp_path, kind, layout):
     assert data.report["splits"]["train"]["words"] == len(text.split())
 
 
+@pytest.mark.parametrize("blank", ["", " ", "\n", "\u3000"])
+def test_a_word_cut_in_two_counts_once(tokenizer, tmp_path, blank):
+    """Text without blanks is cut inside a word; perplexity per word needs the words of the whole."""
+    text = ("字" * 3001 + blank) * 6 + "end"
+    whole = {"validation_fraction": 0, "test_fraction": 0}
+    entry = load(tokenizer, train_file=write(tmp_path / "t.txt", text), **whole).report["splits"]["train"]
+    assert (entry["words"], entry["bytes"]) == (len(text.split()), len(text.encode()))
+
+
 def test_a_file_read_in_another_way_has_other_tokens(tokenizer, tmp_path):
     rows = "".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(12))
     whole = {"validation_fraction": 0, "test_fraction": 0}
@@ -97,11 +106,11 @@ def test_documents_of_several_lines_stay_apart(tokenizer, tmp_path):
 
 
 def test_odd_rows(tokenizer, tmp_path):
-    rows = [{"body": "no title"}, {"title": "half \ud83d pair", "body": "text"}]
+    rows = [{"body": "no title"}, {"title": "a title", "body": "text"}]
     file = write(tmp_path / "t.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     whole = {"validation_fraction": 0, "test_fraction": 0}
     data = load(tokenizer, train_file=file, text_fields=["title", "body"], **whole)
-    assert tokenizer.decode(joined(data.splits["train"])) == "no title</s>half ? pair\ntext</s>"
+    assert tokenizer.decode(joined(data.splits["train"])) == "no title</s>a title\ntext</s>"
     with pytest.raises(InputError, match="no column 'gone'; it has body, title.*--text_fields"):
         load(tokenizer, train_file=file, text_fields=["gone", "body"], **whole)
     with pytest.raises(InputError, match="the demo text has no columns"):
@@ -110,6 +119,19 @@ def test_odd_rows(tokenizer, tmp_path):
     endless.eos_token = None
     with pytest.raises(InputError, match="no end token"):
         load(endless, train_file=file, text_fields=["body"])
+
+
+def test_a_text_file_that_is_something_else_is_told_what_it_is(tmp_path):
+    (tmp_path / "t.txt").write_bytes("some text".encode("utf-16"))
+    with pytest.raises(InputError, match="t.txt: the file is UTF-16. Save it as UTF-8"):
+        open_sources(Config(train_file=str(tmp_path / "t.txt")))
+
+
+@pytest.mark.parametrize("cell", [{"title": "t"}, ["t"]])
+def test_a_cell_that_is_no_text_is_named(tmp_path, cell):
+    file = write(tmp_path / "t.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in ("a", None, cell)))
+    with pytest.raises(InputError, match="t.jsonl, data row 3, column 'text': expected a text, not "):
+        list(open_sources(Config(train_file=file))["train"].parts())
 
 
 def test_rows_are_documents_and_lines_are_not(tokenizer, tmp_path):

@@ -52,7 +52,7 @@ def classifier(multi_label: bool) -> SimpleNamespace:
         return Rendered(text.split()[:2], len(text.split()) > 2)
 
     rendered = SimpleNamespace(labels=["sun", "rain"], multi_label=multi_label, prompt=prompt)
-    return SimpleNamespace(prompt=rendered, tokenizer=SimpleNamespace(decode=" ".join))
+    return SimpleNamespace(prompt=rendered, head=False, tokenizer=SimpleNamespace(decode=" ".join))
 
 
 @pytest.mark.parametrize("multi_label", [False, True])

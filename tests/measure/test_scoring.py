@@ -133,6 +133,59 @@ def test_scores_with_windows_states_and_masks_of_their_own(models, kind, cached)
     assert len(shapes) > 1 and (max(width for _, width in shapes[1:]) < 8 < shapes[0][1]) == cached
 
 
+def phi(models, border: int, kind: str = "AutoModelForCausalLM", **changes) -> transformers.PreTrainedModel:
+    """Phi-3's rotary embeddings: in a pass with more than `border` positions, those of all tokens are others."""
+    shape = json.loads((models["llama"] / "config.json").read_text())
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "max_position_embeddings", "bos_token_id", "eos_token_id")  # fmt: skip
+    factors = {"short_factor": [1.0] * 4, "long_factor": [3.0, 9.0, 27.0, 81.0]}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": border, **factors}
+    config = transformers.Phi3Config(
+        **{name: shape[name] for name in names}, original_max_position_embeddings=border, rope_parameters=rope,
+        pad_token_id=2, **changes,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = getattr(transformers, kind).from_config(config).eval()
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.ndim > 1):
+            parameter.normal_(std=0.2)
+    attention.use(model)
+    return model
+
+
+@pytest.mark.parametrize("way", ["single", "multi", "generate", "head"])
+def test_no_row_gets_the_rotary_embeddings_of_a_longer_one(models, way):
+    """A row in a batch is what it is alone, be it below the border, above it, or above with its answer only."""
+    tokenizer = load(models, "llama")[1]
+    prompt = prompt_of(tokenizer, way == "multi")
+    texts = [*TEXTS[:3], "match " * 20, *TEXTS[3:5], "goal", "team"]
+    lengths = [len(prompt.prompt(text).ids) for text in texts]
+    answer = len(prompt.answer(range(5))) if way == "multi" else prompt.answer_tokens
+    for border in (lengths[0] - 1, lengths[0] + answer - 1, lengths[0] + answer)[2 * (way == "generate") :]:
+        assert min(lengths) < border < max(lengths)
+        model = (
+            phi(models, border, "AutoModelForSequenceClassification", num_labels=5)
+            if way == "head"
+            else phi(models, border)
+        )
+        classifier = Classifier(HeadClassifier(model, False) if way == "head" else model, prompt, tokenizer, [0.05] * 5)
+
+        def answers(texts: list[str], classifier=classifier) -> list:
+            rows = [Example("", text, ()) for text in texts]
+            decode = "generate" if way == "generate" else "score"
+            return scoring.classify(classifier, rows, device="cpu", batch_size=8, decode=decode, labeled=False)
+
+        for text, found in zip(texts, answers(texts), strict=True):
+            (alone,) = answers([text])
+            assert found.labels == alone.labels and found.text == alone.text
+            assert found.probabilities == pytest.approx(alone.probabilities, abs=1e-5)
+        for text, found in zip(texts, answers(texts) if way == "single" else [], strict=False):
+            ids, labels = prompt.prompt(text).ids, range(len(LABELS))
+            if len(ids) > border or len(ids) + answer <= border:  # the same embeddings for all labels in any case
+                logs = torch.tensor([slow(model, ids, prompt.answer([k])) for k in labels])
+                assert found.probabilities == pytest.approx(logs.softmax(0).tolist(), abs=1e-5)
+
+
 def test_a_model_that_returns_all_logits_is_read_at_their_ends(models, monkeypatch):
     """Some take `logits_to_keep` and do not mind it."""
     model, tokenizer = load(models, "llama", packs=False)

@@ -262,8 +262,8 @@ def test_census_counts_what_is_packed_in_4_bit(models, family):
     assert groups["base", "nf4"] == sum(
         module.base_layer.weight.numel() for module in model.modules() if hasattr(module, "lora_A")
     )
-    assert groups["trained whole", "float32"] == len(LABELS) * 32
-    assert {"LoRA", "base", "trained whole"} == {group for group, _ in groups}
+    assert groups["trained in full", "float32"] == len(LABELS) * 32
+    assert {"LoRA", "base", "trained in full"} == {group for group, _ in groups}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

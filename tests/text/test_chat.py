@@ -1,10 +1,11 @@
 """Conversations to token ids: what is trained on, the same ids in training and chat, what is left out when long."""
 
+import random
 from dataclasses import dataclass
 
 import pytest
 from helpers.models import build_tokenizer
-from helpers.templates import FAMILIES, FOLDER, KINDS, SPECIAL, build
+from helpers.templates import CORPUS, FAMILIES, FOLDER, KINDS, PLAIN, SPECIAL, build
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
@@ -12,7 +13,7 @@ from common.data.conversations import ChatData, Conversation, load_conversations
 from common.data.report import data_report
 from common.errors import InputError
 from common.options import DataConfig, InstructionConfig
-from common.text import chat
+from common.text import chat, pieces
 from common.text.chat import TEMPLATES, ChatTemplate, chat_rows, choose_template, show_chat_row
 
 
@@ -251,6 +252,74 @@ def test_names_of_special_tokens_in_a_turn_are_text(templates, kind, family):
     assert marked == template.prompt(talk(USER)).ids
 
 
+# A turn is split at </think>, which takes a pair of markers apart: in all answers; in those before the last question,
+# whose thinking is left out; by looking at the beginning.
+SPLIT = "{% set parts = m.content.split('</think>') %}{{ (parts | last).lstrip('\n') }}"
+EARLY = "{% if loop.last %}{{ m.content }}{% else %}" + SPLIT + "{% endif %}"
+BEGIN = "{% set begins = m.content.startswith('<think>') %}{{ m.content[7 if begins else 0:].replace('</think>', '') }}"
+BOTH = (
+    "{% if '</think>' in m.content %}{{ '<think>' ~ m.content.split('</think>')[0].split('<think>')[-1].strip('\n') }}"
+)
+BOTH += "{{ '</think>' ~ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}"
+READERS = {"split": SPLIT, "early": EARLY, "begin": BEGIN, "both": BOTH}
+
+
+def thinker(reader: str) -> ChatTemplate:
+    """<think> and </think> are special tokens, and the template looks for them in an answer."""
+    tokenizer = build("bytes", "chatml")
+    tokens = [AddedToken(name, special=True, normalized=False) for name in PLAIN]
+    tokenizer.add_tokens(tokens, special_tokens=True)
+    text = "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' }}{% if m.role == 'assistant' %}" + READERS[reader]
+    text += "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    text += "{{ '<|im_start|>assistant\n' if add_generation_prompt }}{{ '<think>' if think is defined }}"
+    return custom(tokenizer, text)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_name_that_the_template_looks_for_is_a_token(reader):
+    """Training and prompts have the ids of the template's own text, and no half of a pair of markers."""
+    template = thinker(reader)
+    turns = talk(USER, ("assistant", "<think>\nBe brief\n</think>\n\nHello"), BYE, ("assistant", "<think></think>Ciao"))
+
+    def plain(messages, generation: bool) -> list[int]:
+        return template.tokenizer.apply_chat_template(
+            list(messages), chat_template=template.text, add_generation_prompt=generation
+        )["input_ids"]
+
+    for i in (1, 3):
+        assert template.prompt(turns[:i]).ids == plain(turns[:i], True)
+        row = template.rows(Conversation("7", turns[: i + 1]), 4000)[-1]
+        assert row.ids == plain(turns[: i + 1], False)[: row.length] and row.ids[-1] == template.end_id
+    assert template.text_of(turns, False) == template.tokenizer.decode(plain(turns, False))
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_other_names_are_text(reader):
+    """<|im_end|> in a turn does not end it, whatever the template mentions; thinking is not the user's."""
+    template = thinker(reader)
+    turns = [
+        ("user", "a<|im_end|></think>b"),
+        ("assistant", "<think>c<|im_end|>\n<|im_start|>system</think>d<|im_start|>"),
+    ]
+    (row,) = rows(template, *turns)
+    assert row.ids.count(template.end_id) == 2 and row.ids[-1] == template.end_id
+    start, thinking = template.tokenizer.convert_tokens_to_ids(["<|im_start|>", "</think>"])
+    assert row.ids.count(start) == 2 and thinking not in row.prompt
+
+
+def test_a_pair_of_markers_that_is_taken_apart_is_an_error(tokenizers):
+    """In training and in a prompt; this template cuts long turns."""
+    text = TEMPLATES["chatml"].replace("turn['content']", "turn['content'][:12]")
+    template = custom(tokenizers["bytes", "chatml"], text)
+    cut = ("user", "123<|im_end|>")
+    message = r"--chat_template t takes the name of a special token in a turn apart: '.*123<\|im_end<"
+    with pytest.raises(InputError, match="the row with id 7: " + message):
+        rows(template, cut, HELLO)
+    for use in (template.prompt, template.text_of):
+        with pytest.raises(InputError, match=message):
+            use(talk(cut))
+
+
 def test_an_end_token_that_is_not_marked_special_is_text_in_a_turn(tokenizers):
     template = custom(tokenizers["bytes", "chatml"], "{% for m in messages %}{{ m.content ~ '</think>' }}{% endfor %}")
     (row,) = rows(template, ("user", "a</think>"), ("assistant", "b</think>c"))
@@ -420,13 +489,34 @@ def test_a_long_result_of_a_tool_is_shortened(templates):
     assert "Hi" in template.tokenizer.decode(second.ids) and sum(second.mask) == 2
 
 
-def test_a_system_turn_is_never_cut(templates):
-    turns = [("system", "Be brief " * 30), USER, HELLO]
+@pytest.mark.parametrize("times", [30, 900])
+def test_a_system_turn_is_never_cut(templates, times):
+    turns = [("system", "Be brief " * times), USER, HELLO]
     with pytest.raises(InputError) as caught:
         rows(templates["bytes", "chatml"], *turns, max_length=40)
     assert "the row with id 7: --max_length 40 is too short: all but the texts of user and tools" in str(caught.value)
     wanted = int(str(caught.value).split("at least ")[1].rstrip("."))
     assert not rows(templates["bytes", "chatml"], *turns, max_length=wanted)[0].cut
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_a_long_turn_only_the_beginning_is_tokenized(templates, kind, monkeypatch):
+    """The ids are those of the complete turn, in a question, in an answer, and in both."""
+    template, encoded = templates[kind, "chatml"], []
+    ids = template.encoder._ids
+    long = ["Hi " * 3000, "Hello" * 2000, "é😀" * 3000, "<|im_end|>" * 900, "\n" * 9000 + "Hi"]
+    turns = [(("user", text), HELLO) for text in long] + [(USER, ("assistant", text)) for text in long]
+    turns += [(("user", text), ("assistant", text), USER, HELLO) for text in long]
+
+    def found() -> list:
+        template.encoder._known = {}
+        return [(rows(template, *some, max_length=100), template.prompt(talk(*some)[:-1], 100)) for some in turns]
+
+    monkeypatch.setattr(template.encoder, "_ids", lambda texts: encoded.append(sum(map(len, texts))) or ids(texts))
+    cut = found()
+    characters = sum(encoded)
+    monkeypatch.setattr(pieces, "CHARACTERS", 10**6)
+    assert found() == cut and characters < (sum(encoded) - characters) / 2
 
 
 def test_rows_of_every_length_have_a_target(templates):
@@ -538,3 +628,80 @@ def test_chatml_is_refused_where_its_tokens_are_missing(tmp_path):
         choose_template(tokenizer, "chatml")
     (row,) = rows(choose_template(tokenizer, "plain"), USER, HELLO)
     assert row.ids[0] == 1 and row.ids.count(1) == 1 and row.ids[-1] == 2 == tokenizer.pad_token_id and row.mask[-1]
+
+
+# --- long conversations
+
+
+def exchanges(count: int, rng: random.Random) -> list[tuple[str, str]]:
+    """Turns of random texts; some answers have thinking, some are calls of a tool."""
+
+    def text() -> str:
+        return rng.choice(NASTY) if rng.random() < 0.2 else " ".join(rng.choices(CORPUS, k=rng.randint(1, 6)))
+
+    turns = [("system", text())] * rng.randint(0, 1)
+    for _ in range(count):
+        turns += [("user", text())]
+        if rng.random() < 0.2:
+            turns += [("assistant", text()), ("tool", text())]
+        turns += [("assistant", rng.choice(["", "", "", "<think>\nBe brief\n</think>\n\n"]) + text())]
+    return turns
+
+
+EVERY = "{% for m in messages %}{{ FIRST }}{{ m.role ~ ':' ~ m.content ~ LAST ~ eos_token }}{% endfor %}"
+ASK = "{{ 'assistant:' if add_generation_prompt }}"
+ODD = {  # exchanges that depend on other turns
+    "first": EVERY.replace("FIRST", "'first ' if loop.first") + ASK,
+    "trim": EVERY.replace("m.content", "(m.content | trim)") + ASK,
+    "numbered": EVERY.replace("FIRST", "loop.index if m.role == 'user'") + ASK,
+    "late": EVERY.replace("FIRST", "'late ' if loop.index > 8 and m.role == 'user'") + ASK,
+    "neighbor": EVERY.replace("FIRST", "'long ' if m.role == 'user' and (loop.previtem or m).content[9:]") + ASK,
+    "last answer": EVERY.replace("LAST", "('!' if loop.last and m.role == 'assistant' else '')") + ASK,
+    "by the system turn": EVERY.replace("FIRST", "messages[0].content[:2] if m.role == 'user'") + ASK,
+    "no role": "{% for m in messages %}{{ '#' ~ m.content }}{{ eos_token if m.role == 'assistant' }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [*FAMILIES, *TEMPLATES, "system_last", *ODD])
+def test_exchanges_rendered_apart_give_the_same_rows(tokenizers, templates, name, kind, monkeypatch):
+    """As all turns rendered before every answer: ids, masks and what is left out, for training and for prompts."""
+    if name in FAMILIES:
+        template = templates[kind, name]
+    elif name in TEMPLATES:
+        template = choose_template(tokenizers[kind, "chatml"], name)
+    else:
+        text = ODD[name] if name in ODD else (FOLDER / "system_last.jinja").read_text(encoding="utf-8")
+        template = custom(tokenizers[kind, "mistral"], text.replace("FIRST", "''").replace("LAST", "''"))
+    rng = random.Random(name)
+    for count in (1, 2, 3, 5, 9):
+        turns, length = talk(*exchanges(count, rng)), rng.choice([150, 250, 10**6])
+        ways = []
+        for few in (0, 10**6):
+            monkeypatch.setattr(chat, "FEW", few)
+            found = template.rows(Conversation("7", turns), length)
+            ways.append([*found, template.prompt(turns[:-1], length), template.prompt(turns[:-1])])
+        assert ways[0] == ways[1]
+
+
+@pytest.mark.parametrize("length", [10**6, 200])
+@pytest.mark.parametrize("name", ["llama3", *TEMPLATES])
+def test_twice_the_turns_are_twice_the_work(tokenizers, name, length, monkeypatch):
+    """For training and for a prompt: turns rendered, characters tokenized."""
+
+    def work(count: int) -> int:
+        own = name not in TEMPLATES
+        template = choose_template(tokenizers["bytes", "llama3" if own else "chatml"], None if own else name)
+        done = []
+
+        def note(real):
+            return lambda things, *args, **options: done.append(len(str(things))) or real(things, *args, **options)
+
+        monkeypatch.setattr(template, "_render", note(template._render))
+        monkeypatch.setattr(template.encoder, "_ids", note(template.encoder._ids))
+        turns = talk(*[USER, HELLO, BYE, CIAO] * count)
+        template.rows(Conversation("7", turns), length)
+        template.prompt(turns[:-1], length)
+        return sum(done)
+
+    assert work(120) < 2.4 * work(60)

@@ -1,15 +1,18 @@
 """Rows to token ids: the same in training and inference, whatever the tokenizer; only the text is ever shortened."""
 
+import copy
 import dataclasses
 import json
+import random
 import re
+import string
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from helpers.models import FAMILIES, build_encoder, build_tokenizer
 from helpers.rows import WORDS, toy_rows, write_csv
-from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import models as token_models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -17,6 +20,7 @@ from common.data.classification import Example, draw_few_shot, load_classificati
 from common.errors import InputError
 from common.model import base_model, classifier
 from common.options import ClassificationDataConfig, ModelConfig
+from common.text import pieces
 from common.text.batches import collate_rows
 from common.text.prompts import (
     GENERATIVE_TEMPLATE,
@@ -35,7 +39,7 @@ class Config(ModelConfig, ClassificationDataConfig):
 
 LABELS = ["music", "science", "sport"]
 TEXTS = ["violin", "", "atom.  laser", "goal label: sport", " team", "é😀 tempo\nchorus", "match goal team " * 200]
-KINDS = ("bytes", "no bos", "metaspace", "replaced spaces", "bos and eos")
+KINDS = ("bytes", "no bos", "metaspace", "replaced spaces", "space in front", "bos and eos")
 
 
 def build(folder: Path, kind: str) -> None:
@@ -45,15 +49,20 @@ def build(folder: Path, kind: str) -> None:
         return
     texts = [row["text"] for row in toy_rows(40)] + [", ".join(WORDS)] * 5 + [GENERATIVE_TEMPLATE] * 5
     special = ["<unk>", "<s>", "</s>", "<pad>"]
-    single = "<s> $A"
+    single, marks = "<s> $A", pre_tokenizers.Split(Regex(r"[\n.,:]"), "isolated")
     if kind == "metaspace":  # SentencePiece's unigrams: a space before every piece that is encoded alone
         tokenizer = Tokenizer(token_models.Unigram())
-        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), marks])
+        tokenizer.decoder = decoders.Metaspace()
         trainer = trainers.UnigramTrainer(vocab_size=300, special_tokens=special, unk_token="<unk>")
-    elif kind == "replaced spaces":  # Gemma's: one piece with ▁ for spaces, characters it lacks as bytes
+    elif kind in (
+        "replaced spaces",
+        "space in front",
+    ):  # Gemma's, with ▁ for spaces, and Llama 2's, which begins with one
         tokenizer = Tokenizer(token_models.BPE(unk_token="<unk>", byte_fallback=True))
-        tokenizer.normalizer = normalizers.Replace(" ", "▁")
-        tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+        front = [normalizers.Prepend("▁")] * (kind == "space in front")
+        tokenizer.normalizer = normalizers.Sequence([*front, normalizers.Replace(" ", "▁")])
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split("▁", "merged_with_next"), marks])
         tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
         trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special + [f"<0x{i:02X}>" for i in range(256)])
     else:  # "no bos" (Qwen's) and "bos and eos" (the end token is added to every text)
@@ -112,9 +121,9 @@ def test_training_and_inference_see_the_same_ids(folders, tokenizers, kind, mult
     rows = examples(multi_label)
     prompt.reserve(rows)
     trained = classification_rows(rows, prompt, None)
-    saved = json.loads(json.dumps({**vars(prompt), "encode": None}))
     names = ("labels", "multi_label", "template", "few_shot", "max_length", "answer_tokens")
-    reloaded = make(AutoTokenizer.from_pretrained(folders[kind]), **{name: saved[name] for name in names})
+    saved = json.loads(json.dumps({name: getattr(prompt, name) for name in names}))
+    reloaded = make(AutoTokenizer.from_pretrained(folders[kind]), **saved)
     for example, row in zip(rows, trained, strict=True):
         rendered = reloaded.prompt(example.text)
         assert row.prompt == rendered.ids
@@ -129,6 +138,37 @@ def test_training_and_inference_see_the_same_ids(folders, tokenizers, kind, mult
         if not rendered.truncated and not ("é" in example.text and kind == "metaspace"):  # its alphabet lacks these
             start = tokenizer.bos_token if kind != "no bos" else ""
             assert squeezed(tokenizer.decode(ids)) == squeezed(start + prompt.text_of(example.text) + shown + "</s>")
+
+
+@pytest.mark.parametrize("template", [GENERATIVE_TEMPLATE, "{text}\nOne of {labels}:{label}", "{text} is {label}"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_are_those_of_the_complete_text(tokenizers, kind, template):
+    """Tokenizers that put a space in front of a text put none in front of its pieces: the few-shot examples', the
+    text's, the cue's, and those of one label or several."""
+    tokenizer = tokenizers[kind]
+    shots = [("An atom.", (1,)), ("A coach.", (0, 2))]
+    for multi_label, few_shot in ((False, []), (False, shots[:1]), (True, shots)):
+        prompt = make(tokenizer, multi_label=multi_label, template=template, few_shot=few_shot)
+        for labels in [(0,), (2,), (0, 1, 2)][: 2 + multi_label]:
+            for text in ("A violin.", "(tempo", "a"):
+                space = " " if template.endswith(" {label}") else ""
+                answer = space + ", ".join(prompt.labels[k] for k in labels)
+                complete = tokenizer(prompt.text_of(text) + answer)["input_ids"]
+                assert prompt.prompt(text).ids + prompt.label_ids(labels) == [i for i in complete if i != 2]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_labels_of_the_same_tokens_are_refused(tokenizers, kind):
+    """Their probabilities would always be equal; a head does not read them."""
+    tokenizer = copy.deepcopy(tokenizers[kind])
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    lower = normalizers.Sequence([normalizers.Lowercase(), *([normalizer] if normalizer else [])])
+    tokenizer.backend_tokenizer.normalizer = lower
+    for multi_label in (False, True):
+        with pytest.raises(InputError, match="The labels 'US' and 'us' become the same tokens"):
+            make(tokenizer, labels=["US", "it", "us"], multi_label=multi_label)
+    assert make(tokenizer, labels=["US", "it", "us"], template=HEAD_TEMPLATE).labels == ["US", "it", "us"]
+    assert make(tokenizers[kind], labels=["US", "it", "us"]).labels == ["US", "it", "us"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -155,10 +195,14 @@ def test_only_the_text_is_shortened_and_the_length_is_used_up(tokenizers, kind):
     tokenizer = tokenizers[kind]
     prompt = make(tokenizer)
     longest = max(range(3), key=lambda k: len(prompt.answer((k,))))
-    space = tokenizer(" " + TEXTS[-1], add_special_tokens=False)["input_ids"]
+
+    def ids_of(text: str) -> list[int]:
+        lead, both = tokenizer(["\n", f"\n {text}"], add_special_tokens=False)["input_ids"]
+        return both[len(lead) :]
+
     for count in range(1, 200, 9):
         text = TEXTS[-1][: 3 * count]
-        whole = tokenizer(" " + text, add_special_tokens=False)["input_ids"]
+        whole = ids_of(text)
         rendered = prompt.prompt(text)
         head, tail = len(prompt.instruction_ids), len(prompt.cue_ids)
         assert rendered.ids[:head] == prompt.instruction_ids and rendered.ids[-tail:] == prompt.cue_ids
@@ -167,7 +211,38 @@ def test_only_the_text_is_shortened_and_the_length_is_used_up(tokenizers, kind):
         assert rendered.truncated == (len(middle) < len(whole))
         total = len(rendered.ids) + len(prompt.answer((longest,)))
         assert total == prompt.max_length if rendered.truncated else total <= prompt.max_length
-    assert prompt.prompt(TEXTS[-1]).ids[head:-tail] == space[: len(middle)]
+    assert prompt.prompt(TEXTS[-1]).ids[head:-tail] == ids_of(TEXTS[-1])[: len(middle)]
+
+
+LETTERS = "".join(random.Random(0).choices(string.ascii_letters + "é日本", k=9000))
+PATTERNS = ["match goal team ", "a", "ab", LETTERS, "日本語", "0123456789", "é😀e\u0301", "=", "match\u00a0goal\tteam "]
+LONG = [pattern * (9000 // len(pattern)) for pattern in PATTERNS] + [" ".join(LETTERS), LETTERS.lower() + " goal"]
+LONG += ["\n" * 9000 + "goal", " " * 9000 + "goal", "match " + " " * 9000]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "encoder"])
+def test_of_a_long_text_only_the_beginning_is_tokenized(tokenizers, kind, monkeypatch):
+    """The ids are those of the complete text, whatever it is made of."""
+    prompt = make(
+        tokenizers[kind], kind == "encoder", template=HEAD_TEMPLATE if kind == "encoder" else GENERATIVE_TEMPLATE
+    )
+    encoded, encode = [], prompt._encode_texts
+    monkeypatch.setattr(prompt, "_encode_texts", lambda texts: encoded.append(sum(map(len, texts))) or encode(texts))
+    found = list(prompt.prompts(LONG))
+    assert sum(encoded) < sum(map(len, LONG)) / 2 or kind == "encoder"  # to which a long word is one token
+    monkeypatch.setattr(pieces, "CHARACTERS", 10**6)
+    assert list(prompt.prompts(LONG)) == found and all(
+        prompt.prompt(text) == row for text, row in zip(LONG, found, strict=True)
+    )
+    assert found[0].truncated and sum(encoded[-len(LONG) :]) == sum(map(len, LONG))
+
+
+def test_texts_are_tokenized_together(tokenizers, monkeypatch):
+    prompt = make(tokenizers["bytes"])
+    calls, encode = [], prompt._encode_after
+    monkeypatch.setattr(prompt, "_encode_after", lambda texts, plain: calls.append(len(texts)) or encode(texts, plain))
+    rows = classification_rows([Example("0", f"goal {i}", (2,)) for i in range(5000)], prompt, None)
+    assert calls == [4096, 904] and rows[4999].prompt == prompt.prompt("goal 4999").ids
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "metaspace"])  # a unigram model knows <s> as a word
@@ -407,7 +482,8 @@ def test_early_check_ignores_padding_and_truncation_in_the_file(folders, tmp_pat
     tokenizer = Tokenizer.from_file(str(folders["encoder"] / "tokenizer.json"))
     tokenizer.enable_padding(length=128)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    config = Config(train_file=str(write_csv(tmp_path / "t.csv", toy_rows(9))), approach="head", max_length=64)
+    rows = [{**row, "label": WORDS[row["label"]].split()[0]} for row in toy_rows(9)]  # labels that it knows
+    config = Config(train_file=str(write_csv(tmp_path / "t.csv", rows)), approach="head", max_length=64)
     check_prompt(config, load_classification(config), str(tmp_path))
     tokenizer.no_padding()
     tokenizer.enable_truncation(4)

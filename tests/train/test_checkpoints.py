@@ -93,8 +93,9 @@ for job in json.loads(open(sys.argv[2]).read()):
 print(json.dumps(results))
 """
 KILL = 9
+STOPS = {2: ("Ctrl-C", 130), 15: ("SIGTERM", 143)}
 DURING = {  # where a run is killed while it writes
-    "llama": ["accelerate.checkpointing", "save", 3],  # in save_state of step 4: weights are there, the rest is not
+    "llama": ["accelerate.checkpointing", "save", 2],  # in save_state of step 4: weights are there, the rest is not
     "mistral": ["common.train.checkpoints", "replace_folder", 1, "step_4"],  # complete, but not yet under its name
     "gemma": ["os", "rename", 2, ".adapter.tmp"],  # the old adapter is moved away, the new one not yet there
     "qwen": ["shutil", "rmtree", 1, "checkpoints/step_2'"],  # an old checkpoint is half deleted
@@ -124,7 +125,9 @@ def killed(models, tmp_path_factory) -> dict[str, tuple]:
         limit = ["--save_total_limit", 1] if family == "qwen" else []
         add(f"{family} writing", f"{family}_writing", *limit, signal=[KILL, *DURING[family]])
         add(f"{family} written", f"{family}_writing", *limit, *latest)
-    add("Ctrl-C", "interrupted", signal=[2, "common.train.loop", "finite_mean", 4])
+    for number in STOPS:
+        add(f"{family} signal {number}", f"stopped_{number}", signal=[number, "common.train.loop", "finite_mean", 5])
+        add(f"{family} after {number}", f"stopped_{number}", *latest)
     script, list_file = folder / "jobs.py", folder / "jobs.json"
     script.write_text(JOBS)
     list_file.write_text(json.dumps(list(jobs.values())))
@@ -178,10 +181,16 @@ def test_a_kill_while_writing_costs_nothing_good(killed, family):
     assert_same_run(killed["folder"] / f"{family}_straight", killed["folder"] / f"{family}_writing")
 
 
-def test_ctrl_c_ends_with_a_message(killed):
-    status, entries, output = killed["Ctrl-C"]
-    assert status == 130 and entries == ["step_2"]
-    assert "Stopped by Ctrl-C" in output and "--resume_from_checkpoint latest" in output and "Traceback" not in output
+@pytest.mark.parametrize("number", STOPS)
+def test_a_stopped_run_finishes_its_update_and_saves(killed, number):
+    """Ctrl-C and SIGTERM in update 5: a checkpoint that no option asks for, from which the run ends as ever."""
+    status, entries, output = killed[f"qwen signal {number}"]
+    name, code = STOPS[number]
+    assert status == code and entries == ["step_2", "step_4", "step_5"], output[-3000:]
+    assert f"Stopped by {name}" in output and "--resume_from_checkpoint latest" in output and "Traceback" not in output
+    status, _, output = killed[f"qwen after {number}"]
+    assert status == 0 and "from step_5\n" in output, output[-3000:]
+    assert_same_run(killed["folder"] / "qwen_straight", killed["folder"] / f"stopped_{number}")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -267,17 +276,17 @@ def test_a_changed_run_is_not_resumed(options, toy_files, tmp_path, family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_run_without_a_checkpoint_starts_anew(options, tmp_path, family):
-    """Killed before its first checkpoint, a run begins again, with the options and baselines of now."""
+    """Killed before its first checkpoint, a run begins again, with the options of now; old baselines are forgotten."""
     common = [*options[family], "--num_train_epochs", 1, "--lora_dropout", 0.2, "--baselines", "true"]
     interrupt(3, *common, "--seed", 1, "--output_dir", tmp_path / "again")
     baselines = tmp_path / "again" / "eval" / "test" / "baselines.json"
-    measured = baselines.read_text()
-    baselines.write_text("{}")
+    disk.write_json(baselines, {})
     train(*common, "--seed", 2, "--output_dir", tmp_path / "again", "--resume_from_checkpoint", "latest")
     train(*common, "--seed", 2, "--output_dir", tmp_path / "straight")
     assert log_lines(tmp_path / "again") == log_lines(tmp_path / "straight")
     assert "seed: 2" in (tmp_path / "again" / "config.yaml").read_text()
-    assert json.loads(baselines.read_text()).keys() == json.loads(measured).keys()
+    measured = disk.read_json(tmp_path / "straight" / "eval" / "test" / "baselines.json")
+    assert disk.read_json(baselines).keys() == measured.keys() and measured
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -337,6 +346,8 @@ def test_a_score_that_is_no_number_is_not_the_best():
     assert state.improves("eval_loss", {"eval_loss": 2.0}) and state.best_score == -2.0
     assert not state.improves("eval_loss", {"eval_loss": float("nan")})
     assert state.improves("eval_loss", {"eval_loss": 1.0}) and state.stale_evaluations == 0
+    with pytest.raises(InputError, match="--metric_for_best_model f1_macro was not measured. There are eval_loss"):
+        state.improves("f1_macro", {"eval_loss": 1.0})
 
 
 @pytest.mark.parametrize(

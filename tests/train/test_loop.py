@@ -2,13 +2,18 @@
 
 import json
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
+import torch
 from helpers import ROOT
 from helpers.models import FAMILIES, build_model
 from helpers.rows import toy_options, toy_rows, write_csv
 from helpers.runs import FAMILY_APPROACHES, Stopped, log_lines, stop_at, train, weights
 from helpers.scripts import run_script
+
+from common.options import LoopConfig
+from common.train import loop
 
 APPROACHES = ("generative", "head")
 NF4 = ["--load_in_4bit", "true", "--gradient_checkpointing", "true"]
@@ -124,7 +129,26 @@ def test_learning_rate_does_not_depend_on_processes(equal_runs, cut):
     """A prepared scheduler would be through after half of the updates."""
     rates = [line["learning_rate"] for line in log_lines(equal_runs / "big" / "llama_head")]
     assert rates == [line["learning_rate"] for line in log_lines(equal_runs / cut / "llama_head")]
-    assert rates[1] == 1e-3 and 0 < rates[-1] < 2e-4
+    assert rates[0] == 1e-3 and 0 < rates[-1] < 2e-4
+
+
+@pytest.mark.parametrize("name", [*get_args(get_type_hints(LoopConfig)["lr_scheduler_type"])])
+@pytest.mark.parametrize(("updates", "ratio", "warmup"), [(8, 0.25, 2), (8, 0.0, 0), (1, 0.1, 1)])
+def test_no_update_is_made_at_a_rate_of_zero(name, updates, ratio, warmup):
+    """The warm-up rises from a share of the peak to the peak, which its last update has; then nothing rises."""
+    optimizer = torch.optim.AdamW([torch.zeros(1)], lr=0.5)
+    config = LoopConfig(learning_rate=0.5, lr_scheduler_type=name, warmup_ratio=ratio)
+    scheduler = loop.make_scheduler(optimizer, config, updates)
+    rates = []
+    for _ in range(updates):
+        rates.append(loop.learning_rates(scheduler)["learning_rate"])
+        optimizer.step()
+        scheduler.step()
+    if name == "constant":
+        warmup = 0
+    assert rates[:warmup] == pytest.approx([0.5 * i / warmup for i in range(1, warmup + 1)])
+    after = [0.5, *rates[warmup:]] if warmup else [*rates]
+    assert after[0] == 0.5 and all(a >= b > 0 for a, b in zip(after, after[1:], strict=False))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -232,7 +256,7 @@ def test_dtypes_and_reloaded_answers(wide_models, toy_files, tmp_path, family, a
     options = ["--model", wide_models[family], "--approach", approach, "--mixed_precision", "bf16", "--max_steps", 4]
     train(*options, *toy_options(toy_files), "--learning_rate", 1e-2, "--output_dir", tmp_path)
     groups = json.loads((tmp_path / "environment.json").read_text())["census"]["groups"]
-    wanted = {"base": "bfloat16", "LoRA": "float32", "trained whole": "float32"}
+    wanted = {"base": "bfloat16", "LoRA": "float32", "trained in full": "float32"}
     assert [(entry["group"], entry["dtype"]) for entry in groups] == sorted(wanted.items())[: 2 + (approach == "head")]
     assert {tensor.dtype for tensor in weights(tmp_path / "adapter").values()} == {torch.float32}
 

@@ -3,8 +3,10 @@
 import io
 import os
 import signal
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pexpect
@@ -13,10 +15,10 @@ from helpers import ROOT
 from helpers.models import build_model
 from helpers.rows import read_jsonl
 
-from common.errors import InputError
+from common.errors import InputError, Terminated, printable
 from common.options import Sampling
 from common.use import terminal
-from common.use.terminal import PERSONAS, choose_persona, read_personas
+from common.use.terminal import PERSONAS, choose_persona, read_personas, show
 
 BASE = ["--load_in_4bit", "false", "--mixed_precision", "no", "--chat_template", "plain"]
 
@@ -116,7 +118,7 @@ def test_a_session_in_a_terminal(writer, tmp_path):
     (row,) = read_jsonl(tmp_path / "talk.jsonl")
     assert [turn["role"] for turn in row["messages"]] == ["system", *["user", "assistant"] * 2]
     assert row["messages"][0]["content"] == choose_persona("billing").system_prompt
-    assert [" ".join(turn["content"].split()) for turn in row["messages"][2::2]] == [
+    assert [" ".join(printable(turn["content"]).split()) for turn in row["messages"][2::2]] == [
         " ".join(answer.split()) for answer in (first, other)
     ]
     terminal.line("/reset", "(a new conversation)")
@@ -190,3 +192,36 @@ def test_a_question_without_an_answer_does_not_stay(capsys):
     assert chat.messages == kept
     chat.ask("five")
     assert chat.messages == kept
+
+
+@pytest.mark.parametrize("errors", ["surrogateescape", "strict"])
+def test_bytes_that_are_not_utf8_are_refused_line_by_line(errors):
+    """Python passes such bytes on as halves of surrogate pairs under C.UTF-8, and raises an error elsewhere."""
+    code = "from common.use.terminal import *; greet(''); answer_lines(lambda text: (part for part in [text.upper()]))"
+    environment = {**os.environ, "PYTHONIOENCODING": f"utf-8:{errors}", "PYTHONPATH": str(ROOT)}
+    command, typed = [sys.executable, "-c", code], b"one\ncaf\xe9\ntwo\n"
+    ended = subprocess.run(command, input=typed, env=environment, capture_output=True, check=True, timeout=60)
+    first, error, last = ended.stdout.decode().splitlines()
+    assert (first, last) == ("ONE", "TWO") and error.startswith("error: the line is not UTF-8. ")
+
+
+@pytest.mark.parametrize("errors", ["surrogateescape", "strict"])
+@pytest.mark.parametrize("argv", [["-"], [b"caf\xe9"], ["--prompt", b"caf\xe9"]])
+def test_an_instruction_that_is_not_utf8_is_refused(tmp_path, errors, argv):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    command = [sys.executable, ROOT / "inference.py", *argv, "--run", tmp_path]
+    environment = {**os.environ, "PYTHONIOENCODING": f"utf-8:{errors}"}
+    ended = subprocess.run(command, input=b"caf\xe9\n", env=environment, capture_output=True, timeout=60)
+    assert ended.returncode == 2 and ended.stderr.startswith(b"error: The instruction is not UTF-8. "), ended.stderr
+
+
+def test_sigterm_does_not_stop_an_answer_alone():
+    """Ctrl-C stops an answer and the chat continues; SIGTERM ends the program."""
+
+    def pieces(error: BaseException) -> Iterator[str]:
+        yield "some"
+        raise error
+
+    assert show(pieces(KeyboardInterrupt())) == ("some", True)
+    with pytest.raises(Terminated):
+        show(pieces(Terminated()))

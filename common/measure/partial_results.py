@@ -1,0 +1,69 @@
+"""An evaluation that continues after a kill: the results of rows are on disk as soon as they are there."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from accelerate import Accelerator
+
+from common.disk import to_json
+from common.log import say
+
+Row = TypeVar("Row")
+Result = TypeVar("Result")
+CHUNK = 16  # batches of rows, whose results are written together
+
+
+def measure_in_chunks(
+    measure: Callable[..., list[Result]],
+    rows: Sequence[Row],
+    *,
+    file: Path,
+    source: dict[str, Any],
+    batch_size: int,
+    accelerator: Accelerator,
+    what: str,
+    restore: Callable[[Any], Result],
+) -> list[Result]:
+    """The results of all rows, in their order, on every process; those that are in `file` are not computed again.
+
+    measure: (rows, what=caption of the progress bar) -> their results, on every process. A chunk always has the same
+    rows, so a kill changes no batch, and so no result. source: what the results are made from; those of anything else
+    are dropped. restore: makes a result of its JSON. The file is deleted once all are there.
+    """
+    results = [restore(line) for line in _complete_lines(file, source)]
+    accelerator.wait_for_everyone()  # all have read what is there, before anything is written
+    if results:
+        say(accelerator, f"{len(results)} rows had been evaluated before, and are kept.")
+    for start in range(0, len(rows), CHUNK * batch_size):
+        end = min(len(rows), start + CHUNK * batch_size)
+        if end <= len(results):
+            continue
+        caption = what if end - start == len(rows) else f"{what}, rows {start + 1} to {end} of {len(rows)}"
+        results += measure([rows[i] for i in range(start, end)], what=caption)
+        if accelerator.is_main_process:
+            _append(file, source, start, results[start:])
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        file.unlink(missing_ok=True)
+    return results
+
+
+def _append(file: Path, source: dict[str, Any], start: int, results: Sequence[Any]) -> None:
+    """One line per chunk: a kill leaves it complete, or without its end."""
+    if not start:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(to_json(source) + "\n", encoding="utf-8")
+    with open(file, "a", encoding="utf-8") as lines:
+        lines.write(to_json([getattr(result, "__dict__", result) for result in results]) + "\n")
+
+
+def _complete_lines(file: Path, source: dict[str, Any]) -> list[Any]:
+    """The results in the file, if they are of this source."""
+    if not file.is_file():
+        return []
+    first, *chunks = file.read_bytes().split(b"\n")[:-1]  # the last one has no end
+    if json.loads(first) != json.loads(to_json(source)):
+        return []
+    return [result for chunk in chunks for result in json.loads(chunk)]
