@@ -21,7 +21,7 @@ OUTPUTS = Path("outputs")
 TASK_FILE = "task.json"  # in a folder of trained weights: how they are used
 WEIGHTS_FOLDERS = ("adapter", "model")  # in a run folder, the one or the other
 # What every task.json has, and that of a classifier.
-TASK_FACTS = {"task": str, "mixed_precision": str, "full_finetuning": bool, "model_options": dict}
+TASK_FACTS = {"mixed_precision": str, "full_finetuning": bool, "model_options": dict}
 LABEL_FACTS = {
     "approach": str, "encoder": bool, "labels": list, "multi_label": bool, "thresholds": list, "template": str,
     "few_shot": list, "max_length": int, "answer_tokens": int, "prompt_hash": str,
@@ -165,13 +165,19 @@ def load_task(folder: Path) -> dict[str, Any]:
     """
     with damage_named(folder):
         task = json.loads((folder / TASK_FILE).read_text(encoding="utf-8"))
-    for name, kind in {**TASK_FACTS, **(LABEL_FACTS if "labels" in task else {})}.items():
-        if not isinstance(task.get(name) if isinstance(task, dict) else None, kind):
+    if not isinstance(task, dict) or not isinstance(task.get("task"), str):
+        raise InputError(f"{folder / TASK_FILE}: task is missing or no str. {COPY_AGAIN}")
+    return task
+
+
+def check_complete(folder: Path, task: dict[str, Any]) -> None:
+    """Raises InputError where a file of trained weights is missing, or something that task.json should say."""
+    for name, kind in {**TASK_FACTS, **(LABEL_FACTS if "approach" in task or "labels" in task else {})}.items():
+        if not isinstance(task.get(name), kind):
             raise InputError(f"{folder / TASK_FILE}: {name} is missing or no {kind.__name__}. {COPY_AGAIN}")
     for name in MODEL_FILES if task["full_finetuning"] else ADAPTER_FILES:
         if not (folder / name).is_file():
             raise InputError(f"{folder / name} is missing. {COPY_AGAIN}")
-    return task
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from common.data.classification import Example
 from common.data.labels import label_text
 from common.data.splits import SPLITS, Sources, origin
-from common.disk import OUTPUTS, is_base_model, load_task, newest_run, read_json, weights_folder
+from common.disk import OUTPUTS, check_complete, is_base_model, load_task, newest_run, read_json, weights_folder
 from common.errors import InputError
 from common.hub import EMBEDDED, resolve_model
 from common.options import (
@@ -277,6 +277,7 @@ def open_run(name: str | None = None, task: str | None = None) -> Run:
     trained = load_task(folder)
     if trained["task"] not in (CLASSIFICATION, CAUSAL_LM, CHAT):
         raise InputError(f"{path} was trained for {trained['task']}: use it with the script that trained it.")
+    check_complete(folder, trained)
     run = Run(str(path), trained["task"], folder, trained, {})
     kept = {name: trained[name] for name in names(TrainingConfig, "kept") if trained.get(name) is not None}
     options = {name: value for name, value in trained["model_options"].items() if name != "trust_remote_code"}

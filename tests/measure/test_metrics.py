@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -31,10 +32,11 @@ from common.measure.metrics import (
     summarize,
 )
 from common.measure.scoring import Answer
-from common.options import CAUSAL_LM, CHAT, CLASSIFICATION, LoraArguments
+from common.model import base_model
+from common.options import CAUSAL_LM, CHAT, CLASSIFICATION
 from common.train.checkpoints import State
 
-ALONE = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)  # an accelerator of one process
+ALONE = SimpleNamespace(device="cpu", is_main_process=True, wait_for_everyone=lambda: None)  # an accelerator of one process
 LABELS = ["a", "b", "c", "never"]  # the last one occurs nowhere, so that divisions by zero count
 
 
@@ -227,18 +229,26 @@ def test_texts_without_words_leave_a_baseline_out(tmp_path):
     assert baselines.measure(tmp_path / "baselines.json", **given) == found  # from the file, as a resumed run does
 
 
-@pytest.mark.parametrize(("init", "active"), [("true", False), ("pissa", True)])
-def test_the_untrained_base_is_measured_once_and_without_its_adapter(tmp_path, init, active):
-    """Unless the adapter starts as a part of the base, which is not the base without it."""
-    base = torch.nn.Sequential(torch.nn.Linear(2, 2))
+@pytest.mark.parametrize(("init", "full"), [("true", False), ("pissa", False), ("true", True)])
+def test_the_untrained_base_is_measured_once_on_some_rows(tmp_path, monkeypatch, init, full):
+    """With the adapter off; or loaded again, where the training has changed the base itself."""
+    base, loaded = torch.nn.Sequential(torch.nn.Linear(2, 2)), torch.nn.Linear(2, 2)
     model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["0"], init_lora_weights=False))
+    monkeypatch.setattr(base_model, "load_base", lambda path, config, device: (loaded, []))
+    monkeypatch.setattr(baselines, "TokenLosses", lambda model: SimpleNamespace(model=model))
+    config = SimpleNamespace(init_lora_weights=init, full_finetuning=full, max_baseline_samples=3, split_seed=1)
     calls = []
 
-    def measure() -> dict:
-        calls.append(not model.base_model.model[0].disable_adapters)
+    def evaluate(rows: list[str], what: str, model: Any) -> dict:
+        calls.append((model.model, model.model is loaded or model.model.base_model.model[0].disable_adapters, rows))
         return {"eval_loss": 2.5}
 
-    given = (tmp_path / "eval" / "baselines.json", model, LoraArguments(init_lora_weights=init), ALONE, measure)
+    given = (tmp_path / "eval" / "baselines.json", model, "base", config, ALONE, "abcde", evaluate)
     found = baselines.untrained(*given)
-    assert found == {baselines.UNTRAINED: {"eval_loss": 2.5}} == baselines.untrained(*given)
-    assert calls == [active] and not model.base_model.model[0].disable_adapters
+    assert found == {"untrained base (3 of 5 rows)": {"eval_loss": 2.5}} == baselines.untrained(*given)
+    ((measured, switched_off, rows),) = calls
+    assert measured is (loaded if init == "pissa" or full else model) and switched_off
+    assert len(rows) == 3 and rows == sorted(rows) and not model.base_model.model[0].disable_adapters
+    config.max_baseline_samples = 5
+    again = (tmp_path / "other.json", *given[1:])
+    assert list(baselines.untrained(*again)) == ["untrained base"] and calls[1][2] == [*"abcde"]
