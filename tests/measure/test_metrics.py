@@ -36,7 +36,8 @@ from common.model import base_model
 from common.options import CAUSAL_LM, CHAT, CLASSIFICATION
 from common.train.checkpoints import State
 
-ALONE = SimpleNamespace(device="cpu", is_main_process=True, wait_for_everyone=lambda: None)  # an accelerator of one process
+# An accelerator of one process.
+ALONE = SimpleNamespace(device="cpu", is_main_process=True, wait_for_everyone=lambda: None)
 LABELS = ["a", "b", "c", "never"]  # the last one occurs nowhere, so that divisions by zero count
 
 
