@@ -78,7 +78,7 @@ class Exchanges(Answers):
 
     def __init__(self, template: TurnTemplate, messages: Sequence[Message], most: int) -> None:
         super().__init__(template, messages, most)
-        self._opening = cache(self._render_opening)
+        self._opening, self._compared = cache(self._render_opening), cache(self._compare)
         self.texts = list(self._render_apart())
         self.check(self.first, len(self.ends) - 1)
         encoder, end = template.encoder, template.end
@@ -102,6 +102,9 @@ class Exchanges(Answers):
 
     def check(self, start: int, number: int) -> None:
         """As of Answers."""
+        self._compared(start, number)
+
+    def _compare(self, start: int, number: int) -> None:
         texts = [*self._opening(start), *self.texts[2 * self.first_after(start) + 2 : 2 * number + 2]]
         prompt, answer = "".join(texts[:-1]), texts[-1]
         if self._answer(self.window(start, self.ends[number])) != (prompt, prompt + answer):

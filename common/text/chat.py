@@ -40,7 +40,7 @@ TEMPLATES = {  # for base models, whose tokenizers have none
 }
 FEW = 16  # turns; up to as many, rendering every answer with all turns before it is the faster way
 T = TypeVar("T")
-Search = Callable[[Sequence[int], Callable[[int], bool]], int | None]
+Search = Callable[[Sequence[int], Callable[[int], bool]], int]
 FITTED = ("in_several_rows", "without_early_turns", "shortened", "cut_answers")  # counts of the data report
 
 
@@ -91,8 +91,6 @@ class ChatTemplate(TurnTemplate):
             last = len(answers.ends) - 1
             search = _one_by_one if isinstance(answers, Exchanges) else _by_halves  # a trial takes long
             start, pieces, shortened, _ = self._fit(answers, answers.first, last, limit, search)
-            if not shortened:
-                answers.check(start, last)
             ids = list(chain(*pieces))
             return ChatRow(ids, [0] * len(ids), dropped_turns=start - answers.first, shortened=shortened)
 
@@ -134,6 +132,7 @@ class ChatTemplate(TurnTemplate):
             while complete and number < len(answers.ends) and answers.continues(start, number):
                 longer = answers.pieces(start, number)
                 if _length(longer) > max_length:
+                    answers.check(start, number)  # it is really too long
                     break
                 pieces, number = longer, number + 1
             if complete:
@@ -157,9 +156,11 @@ class ChatTemplate(TurnTemplate):
         def fits(start: int) -> bool:
             return _length(answers.pieces(start, number)) <= max_length
 
-        start = search(starts, fits)
-        if start is None:
-            return starts[-1], *self._shorten(answers.window(starts[-1], end), max_length)
+        place = search(starts, fits)
+        for start in starts[max(0, place - 1) : place + 1]:  # the last that does not fit, and the first that does
+            answers.check(start, number)
+        if place == len(starts):
+            return start, *self._shorten(answers.window(start, end), max_length)
         return start, answers.pieces(start, number), False, False
 
     def _shorten(self, messages: Sequence[Message], max_length: int) -> tuple[list[list[int]], bool, bool]:
@@ -259,15 +260,14 @@ def _length(pieces: Sequence[Sequence[int]]) -> int:
     return sum(map(len, pieces))
 
 
-def _one_by_one(starts: Sequence[int], fits: Callable[[int], bool]) -> int | None:
-    """The first start that fits."""
-    return next(filter(fits, starts), None)
+def _one_by_one(starts: Sequence[int], fits: Callable[[int], bool]) -> int:
+    """The place of the first start that fits, len(starts) if none does."""
+    return next((i for i, start in enumerate(starts) if fits(start)), len(starts))
 
 
-def _by_halves(starts: Sequence[int], fits: Callable[[int], bool]) -> int | None:
-    """The first start that fits, given that those after one that fits do, too."""
-    place = bisect_left(starts, True, key=fits)
-    return starts[place] if place < len(starts) else None
+def _by_halves(starts: Sequence[int], fits: Callable[[int], bool]) -> int:
+    """The same, given that those after one that fits do, too."""
+    return 0 if fits(starts[0]) else bisect_left(starts, True, key=fits)
 
 
 def _capped(messages: Sequence[Message], limit: int) -> list[Message]:

@@ -657,6 +657,7 @@ ODD = {  # exchanges that depend on other turns
     "late": EVERY.replace("FIRST", "'late ' if loop.index > 8 and m.role == 'user'") + ASK,
     "neighbor": EVERY.replace("FIRST", "'long ' if m.role == 'user' and (loop.previtem or m).content[9:]") + ASK,
     "last answer": EVERY.replace("LAST", "('!' if loop.last and m.role == 'assistant' else '')") + ASK,
+    "last by the first": EVERY.replace("LAST", "('!' * 20 if loop.last and 'B' in messages[0].content else '')") + ASK,
     "by the system turn": EVERY.replace("FIRST", "messages[0].content[:2] if m.role == 'user'") + ASK,
     "no role": "{% for m in messages %}{{ '#' ~ m.content }}{{ eos_token if m.role == 'assistant' }}{% endfor %}",
 }
