@@ -131,6 +131,8 @@ def load_base(
     except (ImportError, OSError, ValueError) as error:  # a missing package or weight file, an unknown architecture
         raise InputError(f"--model {config.model} could not be loaded: {error}") from error
     model.config.use_cache = False
+    if labels and hasattr(model, "score"):
+        model.score.float()  # before trained weights come in, which are in fp32
     for module in model.modules():
         # On CPUs with AVX512-BF16, bitsandbytes repacks a layer's weights at its first pass in eval mode, and then has
         # no gradient: training would go on after an evaluation with broken gradients, and only a warning.

@@ -18,7 +18,8 @@ class HeadClassifier(nn.Module):
     """A sequence classifier that reads a decoder's hidden state at one given position of each row.
 
     transformers' own pooling looks for the last id that is not the pad id, which is the wrong token where a text ends
-    with that id (pad == eos). Encoders pool in their own way, and need no positions.
+    with that id (pad == eos). Encoders pool in their own way, and need no positions. A decoder's head is in fp32
+    (base_model.load_base) and computes in it; an encoder's computes as its other layers do.
     """
 
     def __init__(self, model: nn.Module, encoder: bool) -> None:
@@ -34,7 +35,8 @@ class HeadClassifier(nn.Module):
         if self.encoder:
             return base(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits.float()
         hidden = getattr(base, base.base_model_prefix)(**inputs, use_cache=False).last_hidden_state
-        return base.score(hidden.flatten(0, 1)[positions]).float()
+        with torch.autocast(hidden.device.type, enabled=False):  # in bf16, logits of 4 are multiples of 1/32
+            return base.score(hidden.flatten(0, 1)[positions].float())
 
 
 def classification_prompt(tokenizer: PreTrainedTokenizerBase, encoder: bool, **fields: Any) -> ClassificationPrompt:

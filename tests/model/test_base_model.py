@@ -326,6 +326,23 @@ def test_options_take_a_step_and_reload(models, option, tmp_path):
                     assert same == pytest.approx(row, abs=1e-6)
 
 
+@pytest.mark.parametrize("options", [{}, {"load_in_4bit": True}, {"full_finetuning": True}], ids=str)
+def test_a_head_computes_in_fp32(models, options):
+    """Its outputs under bf16 are those of its weights and the hidden states, not rounded again."""
+    classifier, config = make(models["llama"], "head", mixed_precision="bf16", **options)
+    step(classifier, config)
+    base = storage.stored_model(classifier.model)
+    score = (base if config.full_finetuning else base.get_base_model()).score
+    seen = []
+    score.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    rows = [(HeadRow(classifier.prompt.prompt(text).ids, 0), True) for text in TEXTS]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        outputs = classifier.model(**collate_head(rows, 2).inputs)
+    weight = score.weight if config.full_finetuning else score.modules_to_save.default.weight
+    assert outputs.dtype == torch.float32 and not torch.equal(outputs, outputs.bfloat16().float())
+    torch.testing.assert_close(outputs, seen[0].float() @ weight.T, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attention_implementations_agree(models, family):
     """--attn_implementation reaches the model, and changes no answer."""
