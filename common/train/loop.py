@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ from common.options import LoopConfig
 from common.text.batches import Batch
 from common.text.plan import rank_share
 from common.train.checkpoints import register_hooks
+
+ONE_SIGNAL = 1.0  # seconds; a terminal sends Ctrl-C to all processes, and torchrun passes it on to those it started
 
 
 def start_accelerator(config: Any, trackers: Sequence[str] = ()) -> Accelerator:
@@ -184,12 +187,14 @@ def until_stopped(
     Raises Terminated or KeyboardInterrupt after that, on all ranks; at a second signal at once.
     """
     signals = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
-    came: list[int] = []
+    came: dict[int, float] = {}  # signal -> when
 
     def note(number: int, frame: Any) -> None:
         if number in came:
-            raise signals[signal.Signals(number)]
-        came.append(number)
+            if time.monotonic() - came[number] > ONE_SIGNAL:
+                raise signals[signal.Signals(number)]
+            return
+        came[number] = time.monotonic()
         say(accelerator, "Stopping after this update, with a checkpoint. Ctrl-C again stops at once.")
 
     before = {number: signal.signal(number, note) for number in signals}

@@ -13,6 +13,7 @@ from helpers import ROOT
 from helpers.models import FAMILIES
 from helpers.rows import toy_options, toy_rows, write_csv
 from helpers.runs import FAMILY_APPROACHES, PLAIN, Stopped, log_lines, stop_at, timeless, train, weights
+from helpers.scripts import run_script
 
 import train_cls
 from common import disk
@@ -191,6 +192,40 @@ def test_a_stopped_run_finishes_its_update_and_saves(killed, number):
     status, _, output = killed[f"qwen after {number}"]
     assert status == 0 and "from step_5\n" in output, output[-3000:]
     assert_same_run(killed["folder"] / "qwen_straight", killed["folder"] / f"stopped_{number}")
+
+
+# The last of several processes gets one signal two times, from a terminal and from torchrun.
+STOP_THE_LAST = """
+import os, signal, sys
+sys.path[:0] = [sys.argv.pop(1)]
+import train_cls
+from common.errors import cli_errors
+from common.measure import figures
+from common.train import loop
+
+real, calls = loop.finite_mean, []
+def counted(*args):
+    calls.append(args)
+    if len(calls) == 5 and os.environ["RANK"] == "1" and "latest" not in sys.argv:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+    return real(*args)
+loop.finite_mean, figures.can_draw = counted, lambda: False
+with cli_errors(train_cls.RESUME_HINT):
+    train_cls.main()
+"""
+
+
+def test_a_signal_to_one_of_two_processes_stops_both(models, toy_files, tmp_path):
+    """After the same update, with a checkpoint, from which two processes go on."""
+    (tmp_path / "two.py").write_text(STOP_THE_LAST)
+    options = ["--model", models["llama"], *toy_options(toy_files), *PLAIN, "--num_train_epochs", 4, "--output_dir"]
+    two = partial(run_script, tmp_path / "two.py", str(ROOT), *map(str, options), str(tmp_path / "run"), processes=2)
+    found = two(timeout=120, check=False)
+    assert found.returncode and "exitcode  : 143" in found.stderr, found.stderr[-3000:]
+    assert found.stderr.count("Stopped by SIGTERM") == 2 and "checkpoint" in found.stderr
+    assert "step_5" in [folder.name for folder in (tmp_path / "run/checkpoints").iterdir()]
+    assert "from step_5\n" in two("--resume_from_checkpoint", "latest", timeout=120).stdout
 
 
 @pytest.mark.parametrize("family", FAMILIES)
