@@ -87,6 +87,7 @@ class LoraArguments:
     lora_alpha: float = option(32.0, "scale: the update is multiplied by alpha / r", at_least=0)
     lora_dropout: float = option(0.0, "dropout on the adapter's input", at_least=0, at_most=1)
     target_modules: list[str] | None = option(None, "names of adapted layers; unset: all linear layers")
+    train_layers: int | None = option(None, "only so many of the upper layers are adapted; unset: all", at_least=1)
     use_rslora: bool = option(False, "scale by alpha / sqrt(r)")
     use_dora: bool = option(False, "weight-decomposed LoRA")
     init_lora_weights: str = option("true", "true, false, gaussian, orthogonal, pissa or olora: PEFT's initializations")
@@ -95,6 +96,8 @@ class LoraArguments:
     def broken_rules(self: Any) -> Iterator[str]:
         if self.full_finetuning and (self.load_in_4bit or self.load_in_8bit):
             yield "--full_finetuning cannot train quantized weights: drop --load_in_*bit"
+        if self.full_finetuning and self.train_layers:
+            yield "--train_layers is about adapters: drop --full_finetuning"
 
 
 @dataclass

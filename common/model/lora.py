@@ -31,7 +31,10 @@ def make_trainable(model: PreTrainedModel, config: Any, missing: list[str], head
 
 
 def add_lora(model: Any, config: Any, missing: list[str], head: bool) -> Any:
-    """The model with an adapter of fp32 weights; `missing` modules are trained in full and saved with it."""
+    """The model with an adapter of fp32 weights; `missing` modules are trained in full and saved with it.
+
+    Raises InputError for layers that the model does not have, and for what PEFT refuses.
+    """
     if config.init_lora_weights not in LORA_INITS:
         raise InputError(
             f"--init_lora_weights {config.init_lora_weights}: expected {', '.join(LORA_INITS)}. PEFT's other ones need "
@@ -44,6 +47,10 @@ def add_lora(model: Any, config: Any, missing: list[str], head: bool) -> Any:
         if not any(f".{name}".endswith(f".{target}") for name in linear):
             known = sorted({name.rpartition(".")[2] for name in linear})
             raise InputError(f"--target_modules {target}: no linear layer has this name; there are {', '.join(known)}.")
+    upper: dict[str, Any] = {}
+    if config.train_layers:
+        stack, upper = _upper_layers(model, config.train_layers)
+        targets = targets or sorted({name.rpartition(".")[2] for name in linear if f".{stack}." in f".{name}"})
     try:
         lora = peft.LoraConfig(
             task_type="SEQ_CLS" if head else "CAUSAL_LM",
@@ -56,6 +63,7 @@ def add_lora(model: Any, config: Any, missing: list[str], head: bool) -> Any:
             init_lora_weights=LORA_INITS[config.init_lora_weights],
             exclude_modules=_towers(model, linear) or None,
             modules_to_save=list(missing) or None,  # a copy: PEFT adds names of its own
+            **upper,
         )
         model = peft.get_peft_model(model, lora)
     except (TypeError, ValueError) as error:
@@ -64,6 +72,17 @@ def add_lora(model: Any, config: Any, missing: list[str], head: bool) -> Any:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return leave_casts_to_autocast(model)
+
+
+def _upper_layers(model: PreTrainedModel, count: int) -> tuple[str, dict[str, Any]]:
+    """The name of the list of layers, and PEFT's options for the last `count` of them."""
+    layers = model.config.get_text_config().num_hidden_layers
+    if count > layers:
+        raise InputError(f"--train_layers {count}: the model has {layers} layers.")
+    parts = (model.get_decoder() or model).named_modules()
+    (stack, *_) = (name for name, part in parts if isinstance(part, nn.ModuleList) and len(part) == layers)
+    stack = stack.rpartition(".")[2]
+    return stack, {"layers_to_transform": list(range(layers - count, layers)), "layers_pattern": stack}
 
 
 def _towers(model: PreTrainedModel, linear: set[str]) -> list[str]:

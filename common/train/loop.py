@@ -155,11 +155,15 @@ def is_due(strategy: str, steps: int | None, update: int, updates_per_epoch: int
 
 
 def flops_per_token(model: torch.nn.Module) -> float:
-    """Forward and backward: 4 per frozen weight (no gradient of its own), 6 per trained one, without attention."""
-    flops = 0.0
+    """Forward and backward, without attention: 6 per trained weight, 4 per frozen one, which has no gradient of its own.
+
+    2 below the lowest trained one, where the backward pass ends.
+    """
+    flops, backward = 0.0, False
     for name, parameter in model.named_parameters():
+        backward |= parameter.requires_grad
         if "embed" not in name:
-            flops += unpacked_size(parameter) * (6 if parameter.requires_grad else 4)
+            flops += unpacked_size(parameter) * (6 if parameter.requires_grad else 4 if backward else 2)
     return flops
 
 

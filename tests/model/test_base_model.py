@@ -23,7 +23,7 @@ from common.model.classifier import Classifier
 from common.model.token_losses import TokenLosses
 from common.text.batches import collate_answers, collate_head
 from common.text.prompts import AnswerRow, HeadRow
-from common.train.loop import make_optimizer
+from common.train import loop
 
 ENCODERS = ("bert", "distilbert")
 
@@ -31,7 +31,7 @@ ENCODERS = ("bert", "distilbert")
 def step(classifier: Classifier, config: train_cls.Config, updates: int = 2) -> None:
     """A few updates, large ones, so that every trained weight moves."""
     config.learning_rate = 0.05
-    optimizer, prompt = make_optimizer(classifier.model, config), classifier.prompt
+    optimizer, prompt = loop.make_optimizer(classifier.model, config), classifier.prompt
     rows = [(prompt.prompt(text).ids, i % 3) for i, text in enumerate(TEXTS)]
     if classifier.head:
         batch = collate_head([(HeadRow(ids, k), True) for ids, k in rows], 2, encoder=classifier.encoder)
@@ -341,6 +341,32 @@ def test_a_head_computes_in_fp32(models, options):
     weight = score.weight if config.full_finetuning else score.modules_to_save.default.weight
     assert outputs.dtype == torch.float32 and not torch.equal(outputs, outputs.bfloat16().float())
     torch.testing.assert_close(outputs, seen[0].float() @ weight.T, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("approach", ["generative", "head"])
+def test_upper_layers_alone_are_trained(models, encoders, approach, tmp_path):
+    """--train_layers: an adapter in the last layer, no gradient below it, the same answers once reloaded."""
+    for name, path in {**models, **(encoders if approach == "head" else {})}.items():
+        classifier, config = make(path, approach, train_layers=1)
+        step(classifier, config)
+        layers = {part for weight in named(classifier.model, "lora_") for part in weight.split(".") if part.isdigit()}
+        assert layers == {"1"}, name
+        lower = named(classifier.model, ".0.")
+        assert lower and not any(weight.requires_grad or weight.grad is not None for weight in lower.values())
+        storage.save_classifier(tmp_path / name, classifier, config)
+        for row, same in zip(*map(probabilities, (classifier, storage.load_classifier(tmp_path / name))), strict=True):
+            assert same == pytest.approx(row, abs=1e-6)
+    with pytest.raises(InputError, match="--train_layers 3: the model has 2 layers"):
+        make(models["llama"], train_layers=3)
+
+
+def test_the_operations_of_a_token_are_counted_where_they_are_made(models):
+    """A frozen weight below the adapters takes part in the forward pass alone."""
+    every, upper = (make(models["llama"], "generative", train_layers=n)[0].model for n in (None, 1))
+    lower = sum(p.numel() for p in named(every, ".layers.0.").values())
+    adapters = sum(p.numel() for name, p in named(every, ".layers.0.").items() if "lora_" in name)
+    difference = 2 * (lower - adapters) + 6 * adapters
+    assert loop.flops_per_token(every) - loop.flops_per_token(upper) == difference
 
 
 @pytest.mark.parametrize("family", FAMILIES)
