@@ -155,9 +155,9 @@ def is_due(strategy: str, steps: int | None, update: int, updates_per_epoch: int
 
 
 def flops_per_token(model: torch.nn.Module) -> float:
-    """Forward and backward, without attention: 6 per trained weight, 4 per frozen one, which has no gradient of its own.
+    """Without attention: 6 per trained weight, 4 per frozen one, which has no gradient of its own.
 
-    2 below the lowest trained one, where the backward pass ends.
+    Only 2 below the lowest trained one, where the backward pass ends.
     """
     flops, backward = 0.0, False
     for name, parameter in model.named_parameters():

@@ -285,7 +285,7 @@ def test_quantized_weights_are_loaded_where_they_stay(models, family, monkeypatc
     packed = {name: p.data_ptr() for name, p in model.named_parameters() if hasattr(p, "quant_state")}
     model = lora.add_lora(model, config, missing, head=False)
     placement = [not config.load_in_4bit, True]  # as the scripts have it
-    model, _ = Accelerator(cpu=True).prepare(model, make_optimizer(model, config), device_placement=placement)
+    model, _ = Accelerator(cpu=True).prepare(model, loop.make_optimizer(model, config), device_placement=placement)
     after = {p.data_ptr() for p in model.parameters() if hasattr(p, "quant_state")}
     assert packed and set(packed.values()) == after
 
