@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from common.errors import InputError
+from common.measure.intervals import Measure, percentiles, point, resampled, wilson
 from common.options import CAUSAL_LM, CHAT, CLASSIFICATION
 
 if TYPE_CHECKING:
     from common.measure.scoring import Answer
 
-RESAMPLES = 1000  # of the bootstrap
 LARGEST_EXPONENT = 700.0  # a float ends at e^709
 
 
@@ -105,42 +105,52 @@ register_task(Task(CAUSAL_LM, TEXTS, LOSSES, curve="perplexity", compared="perpl
 register_task(Task(CHAT, ANSWERS, LOSSES, curve="eval_loss", compared="perplexity"))
 
 
-def classification_metrics(
-    gold: Sequence[Sequence[int]], predicted: Sequence[Sequence[int] | None], labels: Sequence[str], seed: int = 0
-) -> dict[str, Any]:
-    """Accuracy (all labels of a row right), micro-, macro- and weighted F1, each with a 95 % interval, and per label.
+def label_measure(gold: Sequence[Sequence[int]], predicted: Sequence[Sequence[int] | None], labels: int) -> Measure:
+    """Accuracy (all labels of a row right), micro-, macro- and weighted F1, as a function of the rows' weights.
 
     gold, predicted: label indices of each row; None is an answer outside the label set: wrong, and never dropped.
-    Definitions are scikit-learn's with all labels listed and zero_division=0. Intervals are percentiles of RESAMPLES
-    bootstrap resamples of the rows (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13).
+    Definitions are scikit-learn's with all labels listed and zero_division=0.
     """
-    real, found = indicator(gold, len(labels)), indicator(predicted, len(labels))
+    real, found, right = indicator(gold, labels), indicator(predicted, labels), rows_right(gold, predicted)
     hits = real & found
-    right = [p is not None and tuple(g) == tuple(p) for g, p in zip(gold, predicted, strict=True)]
-    exact = np.array(right, dtype=float)
 
-    def measure(weight: np.ndarray) -> dict[str, np.ndarray]:
-        """weight: [resamples, rows], how often each row occurs -> values of [resamples]."""
-        tp, pred, true = weight @ hits, weight @ found, weight @ real
+    def measure(weights: np.ndarray) -> dict[str, np.ndarray]:
+        tp, pred, true = weights @ hits, weights @ found, weights @ real
         per_label = _ratio(2 * tp, pred + true)
         return {
-            "accuracy": weight @ exact / weight.sum(1),
+            "accuracy": weights @ right / weights.sum(1),
             "f1_micro": _ratio(2 * tp.sum(1), pred.sum(1) + true.sum(1)),
             "f1_macro": per_label.mean(1),
             "f1_weighted": _ratio((per_label * true).sum(1), true.sum(1)),
         }
 
-    values = {name: float(value[0]) for name, value in measure(np.ones((1, len(exact)))).items()}
-    rng = np.random.default_rng(seed)
-    shares, at_once = np.full(len(exact), 1 / len(exact)), max(1, 10**7 // len(exact))  # 80 MB for any number of rows
-    sizes = [min(at_once, RESAMPLES - done) for done in range(0, RESAMPLES, at_once)]
-    parts = [measure(rng.multinomial(len(exact), shares, size=size).astype(float)) for size in sizes]
-    tp, pred, true = hits.sum(0), found.sum(0), real.sum(0)
+    return measure
+
+
+def rows_right(gold: Sequence[Sequence[int]], predicted: Sequence[Sequence[int] | None]) -> np.ndarray:
+    """[rows], whether all labels of each are right."""
+    return np.array([p is not None and tuple(g) == tuple(p) for g, p in zip(gold, predicted, strict=True)])
+
+
+def classification_metrics(
+    gold: Sequence[Sequence[int]], predicted: Sequence[Sequence[int] | None], labels: Sequence[str], seed: int = 0
+) -> dict[str, Any]:
+    """The values of `label_measure`, each with a 95 % interval, and precision, recall and F1 of every label.
+
+    Intervals: Wilson's of accuracy, and of micro-F1 where that is the same number; else percentiles of a bootstrap.
+    """
+    measure, rows = label_measure(gold, predicted, len(labels)), len(gold)
+    intervals = {name: percentiles(values) for name, values in resampled(measure, rows, seed).items()}
+    intervals["accuracy"] = wilson(int(rows_right(gold, predicted).sum()), rows)
+    if all(len(g) == 1 and p is not None and len(p) == 1 for g, p in zip(gold, predicted, strict=True)):
+        intervals["f1_micro"] = intervals["accuracy"]
+    real, found = indicator(gold, len(labels)), indicator(predicted, len(labels))
+    tp, pred, true = (real & found).sum(0), found.sum(0), real.sum(0)
     per_label = zip(labels, _ratio(tp, pred), _ratio(tp, true), _ratio(2 * tp, pred + true), true, strict=True)
     return {
-        **values,
-        "intervals_95": {name: _percentiles(np.concatenate([part[name] for part in parts])) for name in values},
-        "rows": len(exact),
+        **point(measure, rows),
+        "intervals_95": intervals,
+        "rows": rows,
         "outside_label_set": sum(row is None for row in predicted),
         "per_label": {
             label: {"precision": float(precision), "recall": float(recall), "f1": float(f1), "support": int(support)}
@@ -163,19 +173,11 @@ def summarize(answers: Sequence["Answer"], gold: Sequence[Sequence[int]], labels
     return metrics
 
 
-def perplexity_metrics(
-    blocks: Sequence[tuple[float, int]], per_token: dict[str, float] | None = None, seed: int = 0
-) -> dict[str, Any]:
-    """Perplexity and related metrics from (nats, predicted tokens) of every block: sums over all, no means of means.
+def loss_measure(nats: np.ndarray, tokens: np.ndarray, per_token: dict[str, float] | None = None) -> Measure:
+    """Losses and perplexities of `perplexity_metrics` from the nats and predicted tokens of each row."""
 
-    eval_loss: nats per token; perplexity: e to that. bits_per_byte and word_perplexity divide by the split's UTF-8
-    bytes and white-space words instead, so that models with different tokenizers compare.
-    per_token: {bytes, words} per token; unset: without these two.
-    95 % intervals: percentiles of RESAMPLES bootstrap resamples of the blocks.
-    """
-    nats, tokens = np.array(blocks, dtype=float).T
-
-    def measure(loss: np.ndarray) -> dict[str, np.ndarray]:
+    def measure(weights: np.ndarray) -> dict[str, np.ndarray]:
+        loss = weights @ nats / (weights @ tokens)
         values = {"eval_loss": loss, "perplexity": np.exp(np.minimum(loss, LARGEST_EXPONENT))}
         if per_token:
             per_word = loss / max(per_token["words"], 1e-9)
@@ -183,14 +185,23 @@ def perplexity_metrics(
             values["word_perplexity"] = np.exp(np.minimum(per_word, LARGEST_EXPONENT))
         return values
 
-    rng = np.random.default_rng(seed)
-    resampled = np.empty(RESAMPLES)
-    for i in range(RESAMPLES):
-        rows = rng.integers(len(nats), size=len(nats))
-        resampled[i] = nats[rows].sum() / tokens[rows].sum()
+    return measure
+
+
+def perplexity_metrics(
+    blocks: Sequence[tuple[float, int]], per_token: dict[str, float] | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """Perplexity and related metrics from (nats, predicted tokens) of every block: sums over all, no means of means.
+
+    eval_loss: nats per token; perplexity: e to that. bits_per_byte and word_perplexity divide by the split's UTF-8
+    bytes and white-space words instead, so that models with different tokenizers compare.
+    per_token: {bytes, words} per token; unset: without these two. 95 % intervals: percentiles of a bootstrap.
+    """
+    nats, tokens = np.array(blocks, dtype=float).T
+    measure = loss_measure(nats, tokens, per_token)
     return {
-        **{name: float(value) for name, value in measure(nats.sum() / tokens.sum()).items()},
-        "intervals_95": {name: _percentiles(value) for name, value in measure(resampled).items()},
+        **point(measure, len(nats)),
+        "intervals_95": {name: percentiles(values) for name, values in resampled(measure, len(nats), seed).items()},
         "rows": len(nats),
         "predicted_tokens": int(tokens.sum()),
     }
@@ -203,25 +214,38 @@ def require_overlap_packages() -> None:
             raise InputError(f"{package} is not installed. Run `pip install sacrebleu rouge-score`.")
 
 
-def text_overlap(answers: Sequence[str], references: Sequence[str], seed: int = 0) -> dict[str, Any]:
-    """How much generated answers share with their references, from 0 to 100.
-
-    rouge_l: mean F1 of the longest common word sequence (Lin, 2004; of a-z and 0-9 alone, as the rouge-score package
-    reads words), with a 95 % bootstrap interval over the rows; chrf: character n-grams (Popovic, 2015) and bleu:
-    word n-grams (Papineni et al., 2002), over the corpus, by sacrebleu with its defaults.
-    """
-    import sacrebleu  # these two are extras
-    from rouge_score.rouge_scorer import RougeScorer
+def overlap_measure(answers: Sequence[str], references: Sequence[str]) -> Measure:
+    """rouge_l, chrf and bleu of `text_overlap` as a function of the rows' weights."""
+    from rouge_score.rouge_scorer import RougeScorer  # these two are extras
+    from sacrebleu.metrics import BLEU, CHRF
 
     scorer = RougeScorer(["rougeL"])
     shared = np.array([100 * scorer.score(r, a)["rougeL"].fmeasure for r, a in zip(references, answers, strict=True)])
-    drawn = np.random.default_rng(seed).integers(len(shared), size=(RESAMPLES, len(shared)))
-    return {
-        "rouge_l": float(shared.mean()),
-        "chrf": sacrebleu.corpus_chrf(list(answers), [list(references)]).score,
-        "bleu": sacrebleu.corpus_bleu(list(answers), [list(references)]).score,
-        "intervals_95": {"rouge_l": _percentiles(shared[drawn].mean(1))},
+    counted = {  # [rows, counts]: what sacrebleu adds up over the rows of a corpus
+        name: (metric, np.array(metric._extract_corpus_statistics(list(answers), [list(references)])))
+        for name, metric in (("chrf", CHRF()), ("bleu", BLEU()))
     }
+
+    def measure(weights: np.ndarray) -> dict[str, np.ndarray]:
+        values = {"rouge_l": weights @ shared / weights.sum(1)}
+        for name, (metric, counts) in counted.items():
+            sums = (weights @ counts).round().astype(int).tolist()
+            values[name] = np.array([metric._compute_score_from_stats(row).score for row in sums])
+        return values
+
+    return measure
+
+
+def text_overlap(answers: Sequence[str], references: Sequence[str], seed: int = 0) -> dict[str, Any]:
+    """How much generated answers share with their references, from 0 to 100, with 95 % bootstrap intervals.
+
+    rouge_l: mean F1 of the longest common word sequence (Lin, 2004; of a-z and 0-9 alone, as the rouge-score package
+    reads words); chrf: character n-grams (Popovic, 2015) and bleu: word n-grams (Papineni et al., 2002), over the
+    corpus, by sacrebleu with its defaults.
+    """
+    measure, rows = overlap_measure(answers, references), len(answers)
+    intervals = {name: percentiles(values) for name, values in resampled(measure, rows, seed).items()}
+    return {**point(measure, rows), "intervals_95": intervals}
 
 
 def confusion_matrix(
@@ -257,8 +281,3 @@ def _ratio(numerator: Any, denominator: Any) -> np.ndarray:
     """The quotient, 0 where the denominator is 0."""
     denominator = np.asarray(denominator, dtype=float)
     return np.divide(numerator, denominator, out=np.zeros_like(denominator), where=denominator > 0)
-
-
-def _percentiles(resampled: np.ndarray) -> list[float]:
-    """The bounds that 95 % of the values are between."""
-    return np.percentile(resampled, [2.5, 97.5]).tolist()
