@@ -12,6 +12,7 @@ A classification head cannot generate.
 """
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from common.disk import read_json, train_figures
 from common.errors import InputError, cli_errors
 from common.hub import resolve_model
 from common.log import evaluation_cost, say
+from common.measure.label_answer import Answer
 from common.measure.metrics import perplexity_metrics, require_overlap_packages, summarize, text_overlap
 from common.options import (
     CAUSAL_LM,
@@ -56,6 +58,16 @@ class Config(ModelConfig, ClassificationDataConfig, CorpusDataConfig, ChatDataCo
     decode: Literal["score", "generate"] | None = option(
         None, "labels: score every one (unset), or generate text greedily", tasks=[CLASSIFICATION]
     )
+    fit_decisions: bool = option(
+        False, "fit probabilities, thresholds and abstention on the validation split; saved with the run",
+        flag=True, tasks=[CLASSIFICATION],
+    )  # fmt: skip
+    min_precision: float | None = option(
+        None, "fit: so many of the answers given are right, or none is given", at_least=0.01, at_most=0.999,
+        tasks=[CLASSIFICATION],
+    )  # fmt: skip
+    confidence: float = option(0.9, "fit: of --min_precision", at_least=0.5, at_most=0.999, tasks=[CLASSIFICATION])
+    blend_baseline: bool = option(False, "fit: mix in TF-IDF as far as it helps", tasks=[CLASSIFICATION])
     max_new_tokens: int | None = option(
         None, "conversations: tokens of an answer at most; unset: 256, or the longest reference's",
         at_least=1, tasks=[CHAT],
@@ -66,6 +78,12 @@ class Config(ModelConfig, ClassificationDataConfig, CorpusDataConfig, ChatDataCo
     tf32: bool = option(False, "TF32 products on NVIDIA GPUs for what runs in fp32")
     output_dir: str | None = option(None, "unset: RUN/eval/<split>, or outputs/<model>/eval for a base model")
 
+    def broken_rules(self) -> Iterator[str]:
+        if self.fit_decisions and (self.split != "validation" or self.decode == "generate"):
+            yield "--fit_decisions is about the validation split and scored labels: drop --split, --test_file, --decode"
+        if not self.fit_decisions and (self.min_precision is not None or self.blend_baseline):
+            yield "--min_precision and --blend_baseline need --fit_decisions"
+
 
 def read_options(given: dict[str, Any]) -> tuple[Config, Run, bool]:
     """The options, the run (or base model), and whether the rows are others than the run's own.
@@ -73,6 +91,10 @@ def read_options(given: dict[str, Any]) -> tuple[Config, Run, bool]:
     given: the options of the command line. Data and labels are those of the run unless it names others.
     """
     run = open_run(given.get("run"), given.get("task"))
+    if given.get("fit_decisions"):
+        if run.folder is None:
+            raise InputError(f"--fit_decisions: {run.name} is a base model. Name a trained run with --run.")
+        given.setdefault("split", "test" if "test_file" in given else "validation")
     defaults = run.options_for_rows(given)
     config = run.configure(Config, given, defaults)
     check(config)
@@ -117,18 +139,23 @@ def evaluate_classifier(config: Config, run: Run, other_rows: bool) -> None:
 
     from common.measure import report
     from common.measure.partial_results import measure_in_chunks
-    from common.measure.scoring import Answer, predict
+    from common.measure.scoring import predict
     from common.train import loop
+    from common.use.fit_decisions import fit_decisions
 
     run.resolve(config)
     accelerator = loop.start_accelerator(config)
     shots, _ = draw_few_shot(data, config) if run.folder is None else ([], [])
-    classifier = run.load_classifier(config, accelerator.device, data.multi_label, examples, shots).classifier
-    started = time.perf_counter()
+    model = run.load_classifier(config, accelerator.device, data.multi_label, examples, shots)
+    started, classifier = time.perf_counter(), model.classifier
     measure = partial(predict, classifier, accelerator=accelerator, batch_size=config.per_device_eval_batch_size,
-                      decode=config.decode)  # fmt: skip
+                      decode=config.decode, decision=None if config.fit_decisions else model.decision)  # fmt: skip
     answers = measure_in_chunks(measure, examples, what=config.split, restore=Answer.restored,
                                 **run.partial_results(config, data.sources, accelerator))  # fmt: skip
+    if config.fit_decisions:
+        if accelerator.is_main_process:
+            say(accelerator, f"{fit_decisions(config, run, examples, answers)}\nSaved in {run.folder}.")
+        return loop.finish(accelerator)
     metrics = summarize(answers, [example.labels for example in examples], data.labels)
     metrics |= evaluation_cost(len(examples), started)
     if accelerator.is_main_process:

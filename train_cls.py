@@ -31,7 +31,8 @@ from common.train.seeds import configs_per_seed, train_each
 if TYPE_CHECKING:
     import torch
 
-    from common.measure.scoring import Answer, Classifier
+    from common.measure.label_answer import Answer
+    from common.model.classifier import Classifier
     from common.text.batches import Batch
 
 # torch and what needs it is imported by `train`: options and data are checked before, in a moment.
@@ -130,7 +131,7 @@ def train(config: Config, data: ClassificationData, path: str, last: bool = True
     scheduler = loop.make_scheduler(optimizer, config, total)
     flops = loop.flops_per_token(module)
     model, optimizer = loop.prepare(accelerator, module, optimizer, scheduler, config)
-    classifier = Classifier(module if head else base, prompt, tokenizer, [0.5] * len(data.labels))
+    classifier = Classifier(module if head else base, prompt, tokenizer)
     prefix = batches.describe_prefix([row.prompt for row in rows], lengths, batch_size, shared_prefix)
     say(accelerator, f"{loop.describe_plan(accelerator, total, rows_per_update)}; {prefix}")
     if config.dry_run:

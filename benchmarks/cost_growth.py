@@ -107,7 +107,7 @@ def measure(model: Any, tokenizer: Any, config: Config, labels: int, text_tokens
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=0.0)  # all ways are measured with the same weights
     options = {"batch_size": rows, "device": config.device}
-    labeler = classifier.Classifier(model, prompt, tokenizer, [])
+    labeler = classifier.Classifier(model, prompt, tokenizer)
 
     def autocast() -> Any:
         return torch.autocast(config.device, base_model.DTYPES[config.mixed_precision], config.mixed_precision != "no")

@@ -23,7 +23,7 @@ WEIGHTS_FOLDERS = ("adapter", "model")  # in a run folder, the one or the other
 # What every task.json has, and that of a classifier.
 TASK_FACTS = {"mixed_precision": str, "full_finetuning": bool, "model_options": dict}
 LABEL_FACTS = {
-    "approach": str, "encoder": bool, "labels": list, "multi_label": bool, "thresholds": list, "template": str,
+    "approach": str, "encoder": bool, "labels": list, "multi_label": bool, "template": str,
     "few_shot": list, "max_length": int, "answer_tokens": int, "prompt_hash": str,
 }  # fmt: skip
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "tokenizer_config.json")

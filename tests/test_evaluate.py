@@ -16,9 +16,11 @@ from helpers.runs import COMBINATIONS, QUANTIZED, RUNS, name_of, run_evaluate, t
 from helpers.scripts import run_script
 
 import evaluate
+from common.data.classification import load_classification
 from common.errors import InputError
 from common.model import storage
-from common.options import read_saved
+from common.options import TrainingConfig, read_saved
+from common.use.runs import open_run
 
 
 def figures(folder: Path) -> dict:
@@ -188,8 +190,9 @@ def test_two_processes_write_one_processes_files(trained, tmp_path):
     run_script(str(script), processes=2)
     one, two = figures(run / "eval" / "test"), figures(tmp_path)
     assert [line["id"] for line in predictions(tmp_path)] == [str(i) for i in range(13)]
-    assert two.pop("eval_loss") == pytest.approx(one.pop("eval_loss"), rel=1e-5)
-    assert two.pop("perplexity") == pytest.approx(one.pop("perplexity"), rel=1e-4)
+    for name in ("eval_loss", "perplexity", "nll", "ece", "brier_score"):
+        assert two.pop(name) == pytest.approx(one.pop(name), rel=1e-4)
+    assert np.array(two.pop("calibration_bins")) == pytest.approx(np.array(one.pop("calibration_bins")), rel=1e-4)
     assert two == one
 
 
@@ -204,3 +207,66 @@ def test_loaded_precision_follows_the_option(models, tmp_path):
         run_evaluate("--run", run, "--mixed_precision", "no", "--output_dir", tmp_path / f"{family}-fp32")
         one, two = figures(run / "eval" / "test"), figures(tmp_path / f"{family}-fp32")
         assert one["eval_loss"] != two["eval_loss"] and abs(one["eval_loss"] - two["eval_loss"]) < 1e-2
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+def test_a_fitted_decision_is_applied_wherever_a_run_answers(trained, combination, tmp_path, capsys):
+    """evaluate.py, inference.py's batch and the Python API give the same answers; a second fit begins anew."""
+    options = ["--fit_decisions", "--min_precision", 0.3, "--confidence", 0.6]
+    for family in FAMILIES:
+        folder = copy_of(trained(family, *combination), tmp_path / f"{family}-run")
+        before = predictions(folder / "eval" / "test")
+        run_evaluate("--run", folder, *options)
+        said = capsys.readouterr().out
+        task = json.loads((folder / "adapter" / "task.json").read_text())
+        decision = task["decision"]
+        assert " validation rows, most of which" in said and "with 60% confidence" in said
+        run_evaluate("--run", folder, *options)
+        assert json.loads((folder / "adapter" / "task.json").read_text()) == task
+        task["decision"]["cut"] = 0.4  # some are given, some are not
+        (folder / "adapter" / "task.json").write_text(json.dumps(task))
+        run_evaluate("--run", folder)
+        found, metrics = predictions(folder / "eval" / "test"), figures(folder / "eval" / "test")
+        if combination[1] == "multi":
+            labels = list(found[0]["probabilities"])
+            assert decision["temperature"] == 1 and len(decision["thresholds"]) == 3
+            for row in found:
+                pairs = zip(labels, row["probabilities"].values(), decision["thresholds"], strict=True)
+                assert row["prediction"] == [label for label, x, threshold in pairs if x >= threshold]
+        else:
+            assert decision["temperature"] != 1
+            assert [row["prediction"] for row in found] == [row["prediction"] for row in before]
+            for row, other in zip(found, before, strict=True):
+                raw = np.array(list(other["probabilities"].values())) ** (1 / decision["temperature"])
+                assert list(row["probabilities"].values()) == pytest.approx((raw / raw.sum()).tolist())
+        given = [row for row in found if not row.get("abstained")]
+        if len(given) < len(found):
+            right = sum(row["prediction"] == row["gold"] for row in given)
+            assert metrics["accepted"] == len(given) / len(found)
+            assert metrics.get("accuracy_accepted", 0) == (right / len(given) if given else 0)
+        examples = load_classification(TrainingConfig(**read_saved(folder)), training=False).splits["test"]
+        answers = open_run(str(folder)).classifier().label_examples(examples, 4)
+        for row, answer in zip(found, answers, strict=True):
+            assert answer.prediction == (None if row.get("abstained") else row["prediction"])
+            assert answer.abstained == row.get("abstained", False)
+            assert list(answer.probabilities.values()) == pytest.approx(list(row["probabilities"].values()), abs=2e-6)
+
+
+def test_decisions_are_fitted_on_validation_rows_alone(trained, models, tmp_path):
+    folder = copy_of(trained("llama", "generative", "single"), tmp_path / "run")
+    for options, reason in [
+        (["--split", "test"], "drop --split"),
+        (["--split", "train"], "drop --split"),
+        (["--test_file", "other.csv"], "drop --split, --test_file"),
+        (["--decode", "generate"], "--decode"),
+    ]:
+        with pytest.raises(InputError, match=reason):
+            run_evaluate("--run", folder, "--fit_decisions", *options)
+    with pytest.raises(InputError, match="need --fit_decisions"):
+        run_evaluate("--run", folder, "--min_precision", 0.9)
+    with pytest.raises(InputError, match="is a base model"):
+        run_evaluate("--run", models["llama"], "--fit_decisions")
+    task = json.loads((folder / "adapter" / "task.json").read_text())
+    (folder / "adapter" / "task.json").write_text(json.dumps({**task, "decision": {"temperatur": 2}}))
+    with pytest.raises(InputError, match="task.json: decision: .*temperatur"):
+        run_evaluate("--run", folder)

@@ -58,7 +58,7 @@ def test_run_folder_holds_what_the_contract_names(run):
     assert all(part in text for part in ("this run", "95 %", "Answers outside the label set"))
     assert ("(confusion_matrix.png)" in text) == bool(drawn)
     task = json.loads((run / "adapter" / "task.json").read_text())
-    assert task["prompt_hash"] and task["template"] and len(task["labels"]) == len(task["thresholds"]) == 3
+    assert task["prompt_hash"] and task["template"] and len(task["labels"]) == 3
 
 
 def test_predictions_have_a_line_a_row_in_input_order(run):
@@ -142,7 +142,7 @@ def test_baselines_are_measured_on_the_untrained_base(models, family, approach, 
         template=GENERATIVE_TEMPLATE, max_length=256,
     )  # fmt: skip
     rows = toy_rows(5, start=30)
-    base_classifier = classifier.Classifier(base, prompt, tokenizer, [0.5] * 3)
+    base_classifier = classifier.Classifier(base, prompt, tokenizer)
     gold = [(prompt.labels.index(row["label"]),) for row in rows]
     ids = [prompt.prompt(f"{row['text']}.").ids for row in rows]
     answers = scoring.score_labels(base_classifier, ids, gold=gold, batch_size=16, device="cpu")

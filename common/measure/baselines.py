@@ -15,8 +15,8 @@ from torch import nn
 from common.data.classification import ClassificationData, Example
 from common.disk import read_json, write_json
 from common.errors import InputError
+from common.measure.label_answer import Answer
 from common.measure.metrics import classification_metrics, indicator
-from common.measure.scoring import Answer
 from common.model import base_model, lora
 from common.model.classifier import Classifier, HeadClassifier, classification_prompt
 from common.model.token_losses import TokenLosses

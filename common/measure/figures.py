@@ -83,6 +83,26 @@ def draw_confusion(path: Path, matrix: np.ndarray, labels: Sequence[str], multi_
         axes.figure.colorbar(image, label="share of the row")
 
 
+def draw_reliability(path: Path, bins: Sequence[Sequence[float]]) -> None:
+    """What probabilities say against what is true. bins: [mean probability, share right, answers] of each."""
+    said, true, count = map(np.array, zip(*bins, strict=True))
+    with _picture(path, (4.5, 4)) as axes:
+        axes.plot([0, 1], [0, 1], color="tab:gray", linewidth=1)
+        axes.scatter(said, true, s=20 + 180 * count / count.max(), color="tab:blue", alpha=0.7)
+        axes.set(xlabel="probability of the answer", ylabel="share right", xlim=(0, 1.03), ylim=(0, 1.03))
+        axes.set_title("areas: number of answers", fontsize=9)
+
+
+def draw_risk_coverage(path: Path, certainty: np.ndarray, right: np.ndarray) -> None:
+    """The share of wrong answers among the most certain ones, by how many these are. certainty, right: [rows]."""
+    wrong = ~right[np.argsort(-certainty, kind="stable")]
+    given = np.arange(1, len(wrong) + 1)
+    with _picture(path, (5, 4)) as axes:
+        axes.plot(given / len(wrong), np.cumsum(wrong) / given, color="tab:blue")
+        axes.set(xlabel="share of rows answered, the most certain first", ylabel="share of these wrong")
+        axes.set(xlim=(0, 1), ylim=(0, None))
+
+
 def draw_learning_curve(run: Path, name: str) -> None:
     """learning_curve.png of a run folder: training loss and the validation metric of this name, over the updates."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

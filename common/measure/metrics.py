@@ -7,16 +7,14 @@ import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from common.errors import InputError
 from common.measure.intervals import Measure, percentiles, point, resampled, wilson
+from common.measure.label_answer import Answer
 from common.options import CAUSAL_LM, CHAT, CLASSIFICATION
-
-if TYPE_CHECKING:
-    from common.measure.scoring import Answer
 
 LARGEST_EXPONENT = 700.0  # a float ends at e^709
 
@@ -95,6 +93,9 @@ register_metric("rouge_l", "ROUGE-L", higher_is_better=True)
 register_metric("chrf", "chrF", higher_is_better=True)
 register_metric("bleu", "BLEU", higher_is_better=True)
 register_metric("stopped", "ends by itself", higher_is_better=True)
+register_metric("ece", "expected calibration error", higher_is_better=False)
+register_metric("brier_score", "Brier score", higher_is_better=False)
+register_metric("nll", "nats per row", higher_is_better=False)
 
 LABELS, LOSSES = ("accuracy", "f1_micro", "f1_macro"), ("eval_loss", "perplexity")
 CHOOSABLE = ("f1_macro", "f1_micro", "accuracy", "eval_loss")
@@ -159,7 +160,7 @@ def classification_metrics(
     }
 
 
-def summarize(answers: Sequence["Answer"], gold: Sequence[Sequence[int]], labels: Sequence[str]) -> dict[str, Any]:
+def summarize(answers: Sequence[Answer], gold: Sequence[Sequence[int]], labels: Sequence[str]) -> dict[str, Any]:
     """`classification_metrics` of the answers, and the loss that their likelihoods of the gold answers amount to.
 
     eval_loss: nats per target (a token of the answer; for a head a row, or a row's label); mean_token_accuracy: share

@@ -6,16 +6,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from common.data.classification import SEPARATOR, Example
 from common.data.report import markdown, table
 from common.disk import to_json, write_json
 from common.errors import printable
 from common.measure import figures
-from common.measure.metrics import Metric, confusion_matrix, headlines, interval
+from common.measure.decisions import calibration, certainty
+from common.measure.intervals import wilson
+from common.measure.label_answer import Answer
+from common.measure.metrics import METRICS, Metric, confusion_matrix, headlines, indicator, interval, rows_right
 from common.options import CAUSAL_LM, CHAT, CLASSIFICATION
 
 if TYPE_CHECKING:
-    from common.measure.scoring import Answer
     from common.model.classifier import Classifier
 
 Metrics = dict[str, Any]  # the content of a metrics.json
@@ -58,7 +62,7 @@ def write_classification(
     *,
     classifier: "Classifier",
     examples: Sequence[Example],
-    answers: Sequence["Answer"],
+    answers: Sequence[Answer],
     decode: str = "score",
 ) -> str:
     """predictions.jsonl and .csv, metrics.json, confusion_matrix.png and report.md; returns the results table.
@@ -72,15 +76,43 @@ def write_classification(
         for label, entry in metrics["per_label"].items()
     ]
     per_label = table(["label", "precision", "recall", "F1", "rows"], rows)
-    outside = f"Answers outside the label set: {metrics['outside_label_set']} of {metrics['rows']}."
+    parts = [per_label, f"Answers outside the label set: {metrics['outside_label_set']} of {metrics['rows']}."]
     gold, predicted = [example.labels for example in examples], [answer.labels for answer in answers]
     matrix = confusion_matrix(gold, predicted, len(labels), multi_label)
-    picture = ["![confusion matrix](confusion_matrix.png)"] if figures.can_draw() else []
-    if picture:
+    if figures.can_draw():
         figures.draw_confusion(folder / "confusion_matrix.png", matrix, labels, multi_label)
+        parts.append("![confusion matrix](confusion_matrix.png)")
     _write_predictions(folder, _predictions(classifier, examples, answers))
     metrics = {**metrics, "decode": "head" if classifier.head else decode, "confusion_matrix": matrix.tolist()}
-    return write(folder, metrics, results, split, CLASSIFICATION, per_label, outside, *picture)
+    if answers and answers[0].probabilities:
+        found, said = _certainties(folder, gold, answers, multi_label)
+        metrics, parts = metrics | found, [*parts, *said]
+    return write(folder, metrics, results, split, CLASSIFICATION, *parts)
+
+
+def _certainties(
+    folder: Path, gold: Sequence[Sequence[int]], answers: Sequence[Answer], multi_label: bool
+) -> tuple[Metrics, list[str]]:
+    """What the probabilities are worth: metrics and, for report.md, sentences and pictures."""
+    p = np.array([answer.probabilities for answer in answers])
+    right = rows_right(gold, [answer.labels for answer in answers])
+    metrics = calibration(p, indicator(gold, p.shape[1]), multi_label)
+    shown = ", ".join(f"{METRICS[name].title} {metrics[name]:.3f}" for name in ("ece", "brier_score", "nll"))
+    parts = [f"Probabilities: {shown}."]
+    accepted = np.array([answer.accepted for answer in answers])
+    if not accepted.all():
+        metrics["accepted"] = float(accepted.mean())
+        parts.append(f"Of {len(answers)} answers {accepted.sum()} are certain enough to be given.")
+        if accepted.any():
+            hits, rows = int(right[accepted].sum()), int(accepted.sum())
+            metrics["accuracy_accepted"] = hits / rows
+            metrics["accuracy_accepted_interval_95"] = low, high = wilson(hits, rows)
+            parts[-1] += f" Of these {hits / rows:.3f} [{low:.3f}, {high:.3f}] are right."
+    if figures.can_draw():
+        figures.draw_reliability(folder / "reliability.png", metrics["calibration_bins"])
+        figures.draw_risk_coverage(folder / "risk_coverage.png", certainty(p, multi_label), right)
+        parts += ["![reliability](reliability.png)", "![errors by coverage](risk_coverage.png)"]
+    return metrics, parts
 
 
 def write_causal_lm(
@@ -159,10 +191,10 @@ def _cell(value: Any) -> Any:
 
 
 def _predictions(
-    classifier: "Classifier", examples: Sequence[Example], answers: Sequence["Answer"]
+    classifier: "Classifier", examples: Sequence[Example], answers: Sequence[Answer]
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Each row for predictions.jsonl and for predictions.csv, which holds the prompt too."""
-    prompt = classifier.prompt
+    prompt, all_accepted = classifier.prompt, all(answer.accepted for answer in answers)
     for example, answer in zip(examples, answers, strict=True):
         rendered = prompt.prompt(example.text)
         named: dict[str, Any] = {"gold": example.labels, "prediction": answer.labels}
@@ -171,12 +203,13 @@ def _predictions(
             named[key] = names if names is None or prompt.multi_label else names[0]
         p = dict(zip(prompt.labels if answer.probabilities else (), answer.probabilities, strict=True))
         written = {} if answer.text is None else {"answer": answer.text}
+        abstained = {} if all_accepted else {"abstained": not answer.accepted}
         joined = {key: SEPARATOR.join(names) if isinstance(names, list) else names for key, names in named.items()}
         columns = {f"p({label})": value for label, value in p.items()}
         shortened, text = str(rendered.truncated).lower(), classifier.tokenizer.decode(rendered.ids)
         yield (
-            {"id": example.id, **named, "probabilities": p, "truncated": rendered.truncated, **written},
-            {"id": example.id, **joined, **columns, **written, "truncated": shortened, "prompt": text},
+            {"id": example.id, **named, "probabilities": p, "truncated": rendered.truncated, **written, **abstained},
+            {"id": example.id, **joined, **columns, **written, **abstained, "truncated": shortened, "prompt": text},
         )
 
 

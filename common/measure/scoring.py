@@ -6,7 +6,6 @@ likeliest branches first and as far as they can matter (common/measure/label_tri
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Literal
 
@@ -17,6 +16,8 @@ from accelerate.utils import gather_object
 
 from common.data.classification import Example
 from common.log import Progress
+from common.measure.decisions import Decision
+from common.measure.label_answer import Answer
 from common.measure.label_trie import BUDGET, LabelChain, OneLabel, label_trie
 from common.model import attention
 from common.model.classifier import Classifier, HeadClassifier
@@ -28,28 +29,6 @@ TOLERANCE = 1e-6  # of a probability
 NODES_AT_ONCE = 12  # per row, in a pass on a CPU
 
 
-@dataclass
-class Answer:
-    """What is known of one row: `probabilities` one per label; `labels` the answer (None: none of the set).
-
-    nll, correct: negative log-likelihood of the gold answer, and its greedily right tokens, of `targets` tokens.
-    text: what was generated.
-    """
-
-    labels: tuple[int, ...] | None
-    probabilities: list[float]
-    nll: float = 0.0
-    correct: int = 0
-    targets: int = 0
-    text: str | None = None
-
-    @classmethod
-    def restored(cls, values: dict[str, Any]) -> "Answer":
-        """The answer whose fields have gone through JSON."""
-        labels = values["labels"]
-        return cls(**{**values, "labels": None if labels is None else tuple(labels)})
-
-
 def predict(
     classifier: Classifier,
     examples: Sequence[Example],
@@ -58,13 +37,14 @@ def predict(
     what: str,
     decode: Literal["score", "generate"] = "score",
     probabilities: bool = True,
+    decision: Decision | None = None,
 ) -> list[Answer]:
     """The answers to `examples`, in their order, on every process; options as of `classify`.
 
     Processes share the rows, and results are gathered by row number, so that none is counted twice.
     what: the progress bar's caption.
     """
-    answer = partial(classify, classifier, decode=decode, probabilities=probabilities)
+    answer = partial(classify, classifier, decode=decode, probabilities=probabilities, decision=decision)
     return _share_out(answer, examples, accelerator, batch_size, what)
 
 
@@ -109,11 +89,13 @@ def classify(
     decode: Literal["score", "generate"] = "score",
     labeled: bool = True,
     probabilities: bool = True,
+    decision: Decision | None = None,
 ) -> list[Answer]:
     """The answers to `examples`, in their order, by this process alone and under its caller's autocast.
 
     progress: called with the number of rows done, after each batch. decode: `score` the labels, or `generate` text
-    greedily. labeled: the examples have a gold answer, for the losses. probabilities: as of `score_labels`.
+    greedily. labeled: the examples have a gold answer, for the losses. probabilities: as of `score_labels`. decision:
+    what answers are made of probabilities; unset: the unfitted one.
     """
     model: Any = classifier.model
     prompt, pad_id = classifier.prompt, classifier.tokenizer.pad_token_id
@@ -121,11 +103,14 @@ def classify(
     gold = [example.labels for example in examples] if labeled else None
     options: dict[str, Any] = {"batch_size": batch_size, "device": device, "progress": progress}
     if classifier.head:
-        outputs = head_outputs(model, prompts, pad_id, **options)
-        return head_answers(outputs, prompt.multi_label, classifier.thresholds, gold)
-    if decode == "generate":
-        return generate_answers(classifier, prompts, **options)
-    return score_labels(classifier, prompts, gold=gold, tolerance=TOLERANCE if probabilities else math.inf, **options)
+        answers = head_answers(head_outputs(model, prompts, pad_id, **options), prompt.multi_label, gold)
+    elif decode == "generate":
+        answers = generate_answers(classifier, prompts, **options)
+    else:
+        tolerance = TOLERANCE if probabilities else math.inf
+        answers = score_labels(classifier, prompts, gold=gold, tolerance=tolerance, **options)
+    decision = decision or Decision.unfitted(prompt.multi_label, len(prompt.labels))
+    return decision.decide(answers, [example.text for example in examples])
 
 
 def _rendered(classifier: Classifier, examples: Sequence[Example]) -> list[list[int]]:
@@ -164,6 +149,7 @@ def score_labels(
     device: torch.device | str,
     gold: Sequence[Sequence[int]] | None = None,
     tolerance: float = TOLERANCE,
+    thresholds: Sequence[float] | None = None,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> list[Answer]:
     """The answers of a generative classifier to rendered `prompts`, in their order.
@@ -173,6 +159,8 @@ def score_labels(
     batch_size: a batch holds as many tokens as this many of the longest prompts, its labels' tokens included, and up to
     eight times as many rows. gold: the right labels, for the loss. tolerance: how far a probability may be off; 0: as
     exact as the model; infinite: the same answers with less work, and for one label per row no probabilities.
+    thresholds: of several labels, the probability from which on each is written, so that those after it depend on it;
+    unset: 0.5 each.
     """
     model: Any = classifier.model.eval()
     prompt = classifier.prompt
@@ -189,7 +177,8 @@ def score_labels(
     new_search: Callable[..., OneLabel | LabelChain] = partial(OneLabel, trie=trie(), tolerance=tolerance)
     if prompt.multi_label:
         new_search = partial(
-            LabelChain, trie=trie, thresholds=classifier.thresholds, tolerance=min(tolerance, TOLERANCE)
+            LabelChain, trie=trie, thresholds=thresholds or [0.5] * len(prompt.labels),
+            tolerance=min(tolerance, TOLERANCE),
         )
     most = sum(map(len, pieces))  # tokens that may be computed after a prompt
     # Rows that want fewer are padded: on a CPU that costs what tokens cost, on a GPU less than another pass.
@@ -273,21 +262,14 @@ def head_outputs(
 def head_answers(
     outputs: torch.Tensor,  # [rows, labels], logits
     multi_label: bool,
-    thresholds: Sequence[float],
     gold: Sequence[Sequence[int]] | None = None,
 ) -> list[Answer]:
-    """A head's outputs read as labels, with their losses if the right labels are given.
+    """A head's outputs as probabilities, undecided, with their losses if the right labels are given.
 
-    One label per row: softmax, and the likeliest. Several: sigmoids, and all at or above their thresholds.
+    One label per row: softmax. Several: sigmoids.
     """
     logits = outputs.double()
-    if multi_label:
-        probabilities = logits.sigmoid().tolist()
-        labels = [tuple(k for k, p in enumerate(row) if p >= thresholds[k]) for row in probabilities]
-    else:
-        probabilities = logits.softmax(1).tolist()
-        labels = [(row.index(max(row)),) for row in probabilities]
-    answers = [Answer(*pair) for pair in zip(labels, probabilities, strict=True)]
+    answers = [Answer(None, row) for row in (logits.sigmoid() if multi_label else logits.softmax(1)).tolist()]
     if gold is None:
         return answers
     right = torch.zeros_like(logits)

@@ -1,4 +1,4 @@
-"""A classifier: a model, the renderer of its prompts, and the thresholds of its answers; a classification head."""
+"""A classifier: a model and the renderer of its prompts; a classification head."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,14 +63,12 @@ def classification_prompt(tokenizer: PreTrainedTokenizerBase, encoder: bool, **f
 class Classifier:
     """A model with what is needed to prompt it and to read its answers.
 
-    model: a HeadClassifier, or a causal language model, which answers with a label's text. thresholds: for several
-    labels per row, the probability from which on each label is answered.
+    model: a HeadClassifier, or a causal language model, which answers with a label's text.
     """
 
     model: nn.Module
     prompt: ClassificationPrompt
     tokenizer: PreTrainedTokenizerBase
-    thresholds: list[float]
 
     @property
     def head(self) -> bool:

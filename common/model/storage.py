@@ -282,7 +282,6 @@ def save_classifier(folder: Path, classifier: Classifier, config: Any, task_name
         "encoder": classifier.encoder,
         "labels": prompt.labels,
         "multi_label": prompt.multi_label,
-        "thresholds": classifier.thresholds,
         "template": prompt.template,
         "few_shot": prompt.few_shot,
         "max_length": prompt.max_length,
@@ -323,4 +322,4 @@ def load_classifier(
     labels = task["labels"] if head else None
     base: nn.Module = load_model(folder, options, device, labels=labels, multi_label=task["multi_label"])
     model = HeadClassifier(base, encoder) if head else base
-    return Classifier(model.eval(), prompt, tokenizer, task["thresholds"])
+    return Classifier(model.eval(), prompt, tokenizer)

@@ -4,7 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from common.data.classification import Example, join_fields
+from common.measure.decisions import Decision, certainty
 from common.measure.scoring import classify
 from common.model.base_model import precision
 from common.model.classifier import Classifier
@@ -18,8 +21,8 @@ class Prediction:
     """The answer to one text.
 
     prediction: a label, or with several labels per row a list of them; None where the model abstained. probabilities:
-    label -> number; with one label per row they add up to 1. truncated: the text was too long and was cut. error: why
-    there is no answer, for a row without a text.
+    label -> number; with one label per row they add up to 1. abstained: the answer is not certain enough to be given.
+    truncated: the text was too long and was cut. error: why there is no answer, for a row without a text.
     """
 
     prediction: str | list[str] | None
@@ -31,16 +34,17 @@ class Prediction:
 
 @dataclass
 class LabelModel:
-    """A classifier on its device, in its precision (no, bf16 or fp16)."""
+    """A classifier on its device, in its precision (no, bf16 or fp16), and what its answers are made of."""
 
     classifier: Classifier
     device: "torch.device"
     precision: str
+    decision: Decision
 
     def classify(
         self, texts: Sequence[str], batch_size: int = 16, min_probability: float | None = None
     ) -> list[Prediction]:
-        """The answers to `texts`, in their order. min_probability: below it, no prediction (`label_examples`)."""
+        """The answers to `texts`, in their order. min_probability: as of `label_examples`."""
         examples = [Example("", join_fields({"text": text}, ["text"]), ()) for text in texts]
         return self.label_examples(examples, batch_size, min_probability)
 
@@ -54,13 +58,14 @@ class LabelModel:
         """The answers to rows, in their order; their labels are not looked at.
 
         min_probability: where the answer's probability is below it (with several labels, that of the least certain
-        decision), there is no prediction. batch_size: as of `classify` in measure/scoring.py.
+        decision), there is no prediction, as where the fitted cut is not reached; it promises nothing about those that
+        remain. batch_size: as of `classify` in measure/scoring.py.
         """
         prompt = self.classifier.prompt
         with precision(self.device, self.precision):
             answers = iter(classify(
                 self.classifier, [example for example in examples if example.text], device=self.device,
-                batch_size=batch_size, progress=progress, labeled=False,
+                batch_size=batch_size, progress=progress, labeled=False, decision=self.decision,
             ))  # fmt: skip
         predictions = []
         for example in examples:
@@ -69,8 +74,8 @@ class LabelModel:
                 continue
             answer = next(answers)
             p = answer.probabilities
-            certainty = min(max(x, 1 - x) for x in p) if prompt.multi_label else max(p)
-            abstained = min_probability is not None and certainty < min_probability
+            sure = float(certainty(np.array([p]), prompt.multi_label)[0])
+            abstained = not answer.accepted or sure < (min_probability or 0)
             chosen = [prompt.labels[k] for k in answer.labels]
             prediction = None if abstained else chosen if prompt.multi_label else chosen[0]
             truncated = prompt.prompt(example.text).truncated

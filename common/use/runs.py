@@ -17,7 +17,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from common.data.classification import Example
 from common.data.labels import label_text
 from common.data.splits import SPLITS, Sources, origin
-from common.disk import OUTPUTS, check_complete, is_base_model, load_task, newest_run, read_json, weights_folder
+from common.disk import (
+    COPY_AGAIN,
+    OUTPUTS,
+    TASK_FILE,
+    check_complete,
+    damage_named,
+    is_base_model,
+    load_task,
+    newest_run,
+    read_json,
+    weights_folder,
+)
 from common.errors import InputError
 from common.hub import EMBEDDED, resolve_model
 from common.options import (
@@ -37,9 +48,12 @@ if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
+    from common.measure.decisions import Decision
     from common.use.label_models import LabelModel
     from common.use.text_models import TextModel
 
+DECISION = "decision"  # of task.json
+BASELINE = "tfidf"  # folder of TF-IDF, in a run folder and, where it is blended in, beside the weights
 T = TypeVar("T")
 
 
@@ -119,6 +133,7 @@ class Run:
         """
         file = Path(config.output_dir or self.home / "eval") / f".{config.split}.partial.jsonl"
         source = {**origin(sources, config.split, self.folder), "options": asdict(config)}
+        source[DECISION] = self.trained.get(DECISION)
         options = {"file": file, "source": source, "accelerator": accelerator}
         return {**options, "batch_size": config.per_device_eval_batch_size}
 
@@ -207,6 +222,7 @@ class Run:
         config: resolved. Of a base model: examples, rows whose longest answer must fit; few_shot, (text, label
         indices) pairs before every row.
         """
+        from common.measure.decisions import Decision
         from common.model import base_model, storage
         from common.model.classifier import Classifier, classification_prompt
         from common.use.label_models import LabelModel
@@ -215,7 +231,7 @@ class Run:
             classifier = storage.load_classifier(
                 self.folder, device, config.mixed_precision, config.trust_remote_code
             )
-            return LabelModel(classifier, device, config.mixed_precision)
+            return LabelModel(classifier, device, config.mixed_precision, self.decision())
         path = resolve_model(config.model, config.revision)
         base_model.check_length(path, config, config.max_length, "--max_length")
         tokenizer = base_model.load_tokenizer(path, config)
@@ -226,8 +242,24 @@ class Run:
         )  # fmt: skip
         prompt.reserve(examples)
         model = base_model.load_base(path, config, device=device)[0].eval()
-        classifier = Classifier(model, prompt, tokenizer, [0.5] * len(config.labels))
-        return LabelModel(classifier, device, config.mixed_precision)
+        decision = Decision.unfitted(multi_label, len(prompt.labels))
+        return LabelModel(Classifier(model, prompt, tokenizer), device, config.mixed_precision, decision)
+
+    def decision(self) -> "Decision":
+        """How the classifier's probabilities become answers: as fitted, else unfitted."""
+        from common.measure.decisions import Decision
+        from common.measure.tfidf import Tfidf
+
+        assert self.folder
+        plain = Decision.unfitted(self.trained["multi_label"], len(self.trained["labels"]))
+        try:
+            decision = replace(plain, **self.trained.get(DECISION, {}))
+        except TypeError as error:
+            raise InputError(f"{self.folder / TASK_FILE}: {DECISION}: {error}. {COPY_AGAIN}") from None
+        if not decision.blend:
+            return decision
+        with damage_named(self.folder / BASELINE):
+            return replace(decision, baseline=Tfidf.load(self.folder / BASELINE))
 
     def load_text_model(self, config: Any, device: "torch.device") -> "TextModel":
         """The trained model, or the base model, as it answers in a conversation or continues texts.

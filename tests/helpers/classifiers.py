@@ -36,7 +36,7 @@ def make(path: Path, approach: str = "head", **options) -> tuple[Classifier, tra
     if not config.full_finetuning:
         model = lora.add_lora(model, config, missing, head)
     model = classifier.HeadClassifier(model, encoder) if head else model
-    return Classifier(model, prompt, tokenizer, [0.5, 0.25, 0.75]), config
+    return Classifier(model, prompt, tokenizer), config
 
 
 def probabilities(classifier: Classifier) -> list[list[float]]:

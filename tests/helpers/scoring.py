@@ -46,7 +46,7 @@ def predicted(models, family: str, rows: int, accelerator) -> dict:
         template = HEAD_TEMPLATE if way == "head" else GENERATIVE_TEMPLATE
         prompt = prompt_of(tokenizer, way == "multi", template=template)
         net = HeadClassifier(base, False) if way == "head" else model
-        classifier = Classifier(net, prompt, tokenizer, [0.02] * 5)
+        classifier = Classifier(net, prompt, tokenizer)
         decode = "generate" if way == "generate" else "score"
         answers = scoring.predict(classifier, examples, accelerator, 2, way, decode)
         result[way] = [vars(answer) for answer in answers]

@@ -17,6 +17,7 @@ from sklearn import metrics as sk
 from common.data.classification import Example
 from common.errors import InputError
 from common.measure import baselines
+from common.measure.label_answer import Answer
 from common.measure.metrics import (
     METRICS,
     TASKS,
@@ -32,7 +33,6 @@ from common.measure.metrics import (
     register_task,
     summarize,
 )
-from common.measure.scoring import Answer
 from common.model import base_model
 from common.options import CAUSAL_LM, CHAT, CLASSIFICATION
 from common.train.checkpoints import State
@@ -56,7 +56,7 @@ def test_tasks_name_registered_metrics():
     assert [choosable(task)[0] for task in (CLASSIFICATION, CAUSAL_LM, CHAT)] == ["f1_macro", "eval_loss", "eval_loss"]
     assert [entry.title for entry in headlines(CLASSIFICATION)] == ["accuracy", "micro-F1", "macro-F1"]
     lower = {name for name, entry in METRICS.items() if not entry.higher_is_better}
-    assert lower == {"eval_loss", "perplexity", "bits_per_byte", "word_perplexity"}
+    assert lower == {"eval_loss", "perplexity", "bits_per_byte", "word_perplexity", "ece", "brier_score", "nll"}
 
 
 def test_what_is_not_registered_is_named_with_what_is(registry):

@@ -8,8 +8,8 @@ from helpers.rows import read_jsonl, toy_rows, write_csv
 from helpers.runs import Stopped, run_evaluate, stop_at, timeless
 
 from common.measure import partial_results, scoring
+from common.measure.label_answer import Answer
 from common.measure.partial_results import measure_in_chunks
-from common.measure.scoring import Answer
 
 ALONE = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
 

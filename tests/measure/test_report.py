@@ -9,8 +9,8 @@ import pytest
 
 from common.data.classification import Example
 from common.measure import figures, report
+from common.measure.label_answer import Answer
 from common.measure.metrics import Metric, classification_metrics, headlines
-from common.measure.scoring import Answer
 from common.options import CHAT, CLASSIFICATION
 from common.text.prompts import Rendered
 

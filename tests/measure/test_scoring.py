@@ -33,9 +33,9 @@ PAD = SimpleNamespace(pad_token_id=2)  # a tokenizer, of which label scoring rea
 
 def score(model, prompt, texts=TEXTS, batch_size=4, thresholds=None, tolerance=0.0, **options):
     prompts = [prompt.prompt(text).ids for text in texts]
-    classifier = Classifier(model, prompt, PAD, thresholds or [0.5] * len(prompt.labels))
+    classifier = Classifier(model, prompt, PAD)
     return scoring.score_labels(
-        classifier, prompts, batch_size=batch_size, device="cpu", tolerance=tolerance, **options
+        classifier, prompts, batch_size=batch_size, device="cpu", tolerance=tolerance, thresholds=thresholds, **options
     )
 
 
@@ -168,7 +168,7 @@ def test_no_row_gets_the_rotary_embeddings_of_a_longer_one(models, way):
             if way == "head"
             else phi(models, border)
         )
-        classifier = Classifier(HeadClassifier(model, False) if way == "head" else model, prompt, tokenizer, [0.05] * 5)
+        classifier = Classifier(HeadClassifier(model, False) if way == "head" else model, prompt, tokenizer)
 
         def answers(texts: list[str], classifier=classifier) -> list:
             rows = [Example("", text, ()) for text in texts]
@@ -315,7 +315,7 @@ def test_greedy_text_in_a_batch_is_that_of_each_row_alone(models, family):
     prompts = [prompt.prompt(text).ids[: -1 - i] for i, text in enumerate(TEXTS[:8])]  # each ends in another token
     assert len({len(ids) for ids in prompts}) > 2
 
-    classifier = Classifier(model, prompt, tokenizer, [0.5] * 5)
+    classifier = Classifier(model, prompt, tokenizer)
 
     def texts(batch_size: int) -> list[str]:
         answers = scoring.generate_answers(classifier, prompts, batch_size=batch_size, device="cpu")
@@ -339,7 +339,7 @@ def test_generated_answer_outside_the_labels_is_kept(models, family, monkeypatch
     model, tokenizer = load(models, family)
     prompt = prompt_of(tokenizer)
     examples = [Example(str(i), text, (i % 5,)) for i, text in enumerate(TEXTS)]
-    classifier = Classifier(model, prompt, tokenizer, [0.5] * 5)
+    classifier = Classifier(model, prompt, tokenizer)
     real = model.generate
     right = iter(sorted(range(9), key=lambda i: -len(prompt.prompt(TEXTS[i]).ids)))  # rows in the order of batches
 
@@ -385,21 +385,20 @@ def test_outputs_of_a_head_are_those_of_each_row_alone(models, family, outputs):
     assert scoring.head_outputs(model, [], 2, batch_size=2, device="cpu").shape == (0, outputs)
 
 
-def test_outputs_of_a_head_read_as_labels():
-    """Probabilities, answers and losses by hand; without the right labels, no losses."""
+def test_outputs_of_a_head_read_as_probabilities():
+    """Probabilities and losses by hand; without the right labels, no losses."""
     outputs = torch.tensor([[0.0, math.log(3.0), 0.0], [math.log(2.0), -math.log(4.0), 0.0]])
-    one, two = scoring.head_answers(outputs, False, [], [(0,), (0,)])
-    assert (one.labels, two.labels, one.correct, two.correct, one.targets) == ((1,), (0,), 0, 1, 1)
+    one, two = scoring.head_answers(outputs, False, [(0,), (0,)])
+    assert (one.labels, two.labels, one.correct, two.correct, one.targets) == (None, None, 0, 1, 1)
     assert one.probabilities == pytest.approx([0.2, 0.6, 0.2]) and one.nll == pytest.approx(math.log(5.0))
-    one, two = scoring.head_answers(outputs, True, [0.6, 0.7, 0.5], [(), (0, 1)])
+    one, two = scoring.head_answers(outputs, True, [(), (0, 1)])
     assert one.probabilities == pytest.approx([0.5, 0.75, 0.5]) and two.probabilities[:2] == pytest.approx([2 / 3, 0.2])
-    assert one.labels == (1, 2) and two.labels == (0, 2)
     assert one.nll == pytest.approx(math.log(16.0)) and two.nll == pytest.approx(math.log(1.5 * 5.0 * 2.0))
-    assert (one.correct, two.correct, one.targets) == (2, 2, 3)  # a logit above 0 says yes, whatever the threshold
+    assert (one.correct, two.correct, one.targets) == (2, 2, 3)
     for multi_label in (False, True):
-        for answer in scoring.head_answers(outputs, multi_label, [0.5] * 3):
+        for answer in scoring.head_answers(outputs, multi_label):
             assert (answer.nll, answer.correct, answer.targets) == (0.0, 0, 0) and len(answer.probabilities) == 3
-        assert scoring.head_answers(outputs[:0], multi_label, [0.5] * 3, []) == []
+        assert scoring.head_answers(outputs[:0], multi_label, []) == []
 
 
 @pytest.mark.parametrize("way", ["score", "multi", "generate", "head"])
@@ -407,7 +406,7 @@ def test_unlabeled_rows_are_classified_as_labeled_ones(models, way):
     """By this process alone, without an Accelerator; `predict` gives the same, and the losses."""
     model, tokenizer = load(models, "llama")
     net = head_of(models, "llama") if way == "head" else model
-    classifier = Classifier(net, prompt_of(tokenizer, way == "multi"), tokenizer, [0.02] * 5)
+    classifier = Classifier(net, prompt_of(tokenizer, way == "multi"), tokenizer)
     rows = [Example(str(i), text, ()) for i, text in enumerate(TEXTS)]
     gold = [Example(row.id, row.text, (i % 5,)) for i, row in enumerate(rows)]
     decode, done = "generate" if way == "generate" else "score", []
@@ -436,7 +435,7 @@ def test_evaluation_holds_no_tensor_from_batch_to_batch(models, way):
             alive.append(sum(x.numel() for x in gc.get_objects() if type(x) is torch.Tensor))
 
         options = {"batch_size": 2, "device": "cpu", "progress": after_batch}
-        classifier = Classifier(model, prompt, tokenizer, [])
+        classifier = Classifier(model, prompt, tokenizer)
         gc.freeze()  # only what is made from here on is looked at
         if way == "score":
             answers = scoring.score_labels(classifier, ids, gold=[(0,)] * 10, **options)
@@ -444,7 +443,7 @@ def test_evaluation_holds_no_tensor_from_batch_to_batch(models, way):
             answers = scoring.generate_answers(classifier, ids, **options)
         else:
             outputs = scoring.head_outputs(head_of(models, family), ids, 2, **options)
-            answers = scoring.head_answers(outputs, False, [], [(0,)] * 10)
+            answers = scoring.head_answers(outputs, False, [(0,)] * 10)
         gc.unfreeze()
         assert len(alive) >= 5 and max(alive) == alive[0], alive
         assert not any(isinstance(value, torch.Tensor) for answer in answers for value in vars(answer).values())

@@ -116,14 +116,14 @@ def test_adapter_without_its_head_is_refused(models, encoders, family, tmp_path)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_labels_prompt_and_thresholds_are_saved_beside_the_weights(models, family, tmp_path):
+def test_labels_and_prompt_are_saved_beside_the_weights(models, family, tmp_path):
     """And a task.json whose labels were reordered no longer loads."""
     classifier, config = make(models[family])
     storage.save_classifier(tmp_path / "adapter", classifier, config)
     task = json.loads((tmp_path / "adapter" / "task.json").read_text())
-    assert (task["labels"], task["multi_label"], task["thresholds"]) == (LABELS, False, [0.5, 0.25, 0.75])
+    assert (task["labels"], task["multi_label"]) == (LABELS, False)
     again = storage.load_classifier(tmp_path / "adapter")
-    assert again.prompt.labels == LABELS and again.thresholds == [0.5, 0.25, 0.75] and not again.model.training
+    assert again.prompt.labels == LABELS and not again.model.training
     assert again.model.model.config.id2label == dict(enumerate(LABELS))
     assert again.model.model.config.problem_type == "single_label_classification"
     card = (tmp_path / "adapter" / "README.md").read_text()

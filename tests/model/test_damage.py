@@ -38,7 +38,7 @@ MUTATIONS = [
     ("adapter/task.json", written("[]")),
     ("adapter/task.json", without("task")),
     ("adapter/task.json", without("model_options")),
-    ("adapter/task.json", without("thresholds")),
+    ("adapter/task.json", without("template")),
     ("adapter/task.json", with_value(labels="sport")),
     ("adapter/task.json", with_value(mixed_precision=None)),
     ("adapter/adapter_config.json", cut),

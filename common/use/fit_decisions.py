@@ -1,0 +1,84 @@
+"""Fitting how a classifier's probabilities become answers, and keeping it beside the weights."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.data.classification import Example
+from common.disk import TASK_FILE, load_task, write_json
+from common.errors import InputError
+from common.measure.decisions import Decision, calibration, fit
+from common.measure.label_answer import Answer
+from common.measure.metrics import METRICS, indicator
+from common.measure.tfidf import Tfidf
+from common.use.runs import BASELINE, DECISION, Run
+
+
+def fit_decisions(config: Any, run: Run, examples: Sequence[Example], answers: Sequence[Answer]) -> str:
+    """Fits a decision to undecided `answers` of the validation split and saves it with the run; says what it is.
+
+    config: of evaluate.py. Raises InputError where a blend is wanted and the run has no TF-IDF baseline.
+    """
+    assert run.folder
+    labels, multi_label = run.trained["labels"], run.trained["multi_label"]
+    model, gold = np.array([answer.probabilities for answer in answers]), [example.labels for example in examples]
+    baseline = None
+    if config.blend_baseline:
+        if not (run.run_folder / BASELINE).is_dir():
+            raise InputError(f"--blend_baseline: {run.name} has no {BASELINE}/, which --baselines true leaves there.")
+        baseline = Tfidf.load(run.run_folder / BASELINE)
+    other = baseline.probabilities([example.text for example in examples]) if baseline else None
+    decision = fit(
+        model, gold, multi_label=multi_label, baseline=other, min_precision=config.min_precision,
+        confidence=config.confidence, seed=config.split_seed,
+    )  # fmt: skip
+    shutil.rmtree(run.folder / BASELINE, ignore_errors=True)
+    if decision.blend:
+        shutil.copytree(run.run_folder / BASELINE, run.folder / BASELINE)
+    write_json(run.folder / TASK_FILE, {**load_task(run.folder), DECISION: decision.saved()})
+    before, after = (
+        calibration(p, indicator(gold, len(labels)), multi_label) for p in (model, decision.probabilities(model, other))
+    )
+    changed = "; ".join(f"{METRICS[x].title} {before[x]:.3f} -> {after[x]:.3f}" for x in ("ece", "brier_score", "nll"))
+    lines = [f"On the {len(examples)} validation rows, most of which it was fitted on: {changed}."]
+    return "\n".join([*describe(decision, labels), *lines, *_chosen_by(run.run_folder)])
+
+
+def describe(decision: Decision, labels: Sequence[str]) -> list[str]:
+    """For people: what was fitted, and what the cut promises."""
+    lines = []
+    if decision.blend:
+        lines.append(f"Blend: {1 - decision.blend:.2f} of the model, {decision.blend:.2f} of TF-IDF.")
+    if decision.multi_label:
+        pairs = zip(labels, decision.thresholds, strict=True)
+        lines.append("Thresholds: " + ", ".join(f"{label} {value:.3f}" for label, value in pairs) + ".")
+    else:
+        lines.append(f"Temperature: {decision.temperature:.3f}.")
+    if promise := decision.fitted.get("promise"):
+        wanted = f"{promise['min_precision']:.0%} of the answers given are right, with {promise['confidence']:.0%}"
+        seen = f"{promise['wrong']} of {promise['accepted']} answers wrong among {promise['tested_rows']} rows"
+        if decision.cut is None:
+            lines.append(
+                f"No cut: that {wanted} confidence cannot be promised ({seen}; without an error, "
+                f"{promise['needed']} answers are needed). Give more validation rows or a lower --min_precision."
+            )
+        else:
+            lines.append(
+                f"Cut: answers with a probability below {decision.cut:.4f} are not given. Then at least {wanted} "
+                f"confidence, for rows like these on the whole, not for every label ({seen})."
+            )
+    return lines
+
+
+def _chosen_by(run: Path) -> list[str]:
+    """A warning where the same rows have chosen the weights, which makes them look a little better than others."""
+    file = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    times = sum(line.get("split") == "validation" for line in lines)
+    if times < 2:
+        return []
+    return [f"These rows also chose the best of {times} evaluations' weights, so new rows may do slightly worse."]
