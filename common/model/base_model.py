@@ -159,10 +159,15 @@ def unpacked_size(parameter: nn.Parameter) -> int:
 
 
 def census(model: nn.Module) -> dict[str, Any]:
-    """Parameters by group (base, LoRA, trained in full) and dtype; 4-bit weights are counted unpacked."""
+    """Parameters by group (base, LoRA, trained in full) and dtype; 4-bit weights are counted unpacked.
+
+    What PEFT keeps of a module that is trained in full, to switch the adapter off, is not counted.
+    """
     counts: Counter[tuple[str, str]] = Counter()
     trainable = 0
     for name, parameter in model.named_parameters():
+        if ".original_module." in name:
+            continue
         packed = getattr(parameter, "quant_state", None)
         number = unpacked_size(parameter)
         kind = "LoRA" if "lora_" in name else "trained in full" if parameter.requires_grad else "base"

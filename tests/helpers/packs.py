@@ -32,6 +32,7 @@ class Options:
     lora_alpha: int = 8
     lora_dropout: float = 0.0
     target_modules: tuple = ("all-linear",)
+    train_layers: int | None = None
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: str = "true"
