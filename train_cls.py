@@ -222,18 +222,22 @@ def train(config: Config, data: ClassificationData, path: str, last: bool = True
         run.finish()
         say(accelerator, f"\nRun folder: {run.path}\nEvaluate again: python evaluate.py --run {run.path}")
     loop.finish(accelerator, model, optimizer, last=last)
-    return {**figures, **metrics}
+    return {**figures, **metrics, "run_folder": run.path}
 
 
 def main() -> None:
     config = parse_config(Config)
     runs = configs_per_seed(config)
-    data = load_classification(config)
+    data = load_classification(runs[0])
     if config.eval_strategy != "no" and not data.splits["validation"]:
         raise InputError("--eval_strategy needs validation rows: set --validation_fraction, or --eval_strategy no.")
     path = resolve_model(config.model, config.revision)
     check_prompt(config, data, path, config.revision)
-    train_each(runs, config, partial(train, data=data, path=path))
+
+    def train_one(run: Config, last: bool) -> dict[str, Any]:
+        return train(run, load_classification(run) if run.fold else data, path, last)
+
+    train_each(runs, config, train_one)
 
 
 if __name__ == "__main__":

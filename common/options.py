@@ -169,6 +169,11 @@ class LoopConfig:
             yield "--early_stopping_patience needs evaluations: set --eval_strategy"
         if self.seeds and self.resume_from_checkpoint:
             yield "--resume_from_checkpoint resumes one run: give its --seed instead of --seeds"
+        folds = getattr(self, "folds", None) and not getattr(self, "fold", None)
+        if folds and self.resume_from_checkpoint:
+            yield "--resume_from_checkpoint resumes one run: give its --fold as well as --folds"
+        if folds and self.seeds:
+            yield "--seeds and --folds exclude each other: each makes several runs"
         if self.seeds and len(set(self.seeds)) < len(self.seeds):
             yield "--seeds names a seed twice: one run per seed"
         if self.run_name and ("/" in self.run_name or "\\" in self.run_name or self.run_name in (".", "..")):
@@ -246,6 +251,11 @@ class ClassificationConfig(TextConfig, RowConfig):
     labels: list[str] | None = option(
         None, "the label set in order; unset: from the training rows, sorted", settled=True
     )
+    folds: int | None = option(
+        None, "cross-validation: so many runs in one call, each tested on another part of the rows",
+        at_least=2, settled=True,
+    )  # fmt: skip
+    fold: int | None = option(None, "the one of the --folds to train: 1, 2, ...", at_least=1, settled=True)
     class_weights: str = option("none", "none, balanced, or a JSON file {label: weight}", settled=True)
     few_shot: int = option(0, "number of solved examples before every row", at_least=0, settled=True)
     prompt_template: str | None = option(
@@ -253,6 +263,8 @@ class ClassificationConfig(TextConfig, RowConfig):
     )
 
     def broken_rules(self) -> Iterator[str]:
+        if (self.fold or 0) > (self.folds or 0):
+            yield "--fold is one of --folds: 1 up to their number"
         if self.few_shot and self.approach == "head":
             yield "--few_shot needs --approach generative: a head has no prompt"
         if {self.label_column or "label", *(self.label_columns or ())} & set(self.text_fields or ()):
@@ -340,6 +352,10 @@ class Sampling:
 @dataclass
 class ClassificationDataConfig(DataConfig, ClassificationConfig):
     """which rows are read for classification, and how"""
+
+    def broken_rules(self) -> Iterator[str]:
+        if self.folds and (self.test_file or self.dataset_name):
+            yield "--folds test every row of --train_file: drop --test_file and --dataset_name"
 
 
 @dataclass

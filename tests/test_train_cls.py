@@ -3,15 +3,18 @@
 import csv
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.models import FAMILIES
-from helpers.rows import task_options, toy_options, toy_rows, write_csv
-from helpers.runs import RUNS, assert_same_updates, name_of, train
+from helpers.rows import WORDS, multi_rows, task_options, toy_options, toy_rows, write_csv
+from helpers.runs import PLAIN, RUNS, assert_same_updates, name_of, quick, run_evaluate, train
+from sklearn.metrics import accuracy_score, f1_score
 
+import train_cls
 from common.data.files import read_rows
 from common.errors import InputError
 from common.measure import figures, scoring
@@ -235,3 +238,40 @@ def test_a_compiled_model_makes_the_same_updates(models, tmp_path, monkeypatch):
         train(*task, "--max_steps", 3, "--torch_compile", way, "--output_dir", tmp_path / way)
     torch.compiler.reset()
     assert_same_updates(tmp_path / "false", tmp_path / "true")
+
+
+@pytest.mark.parametrize("kind", ["single", "multi"])
+def test_folds_predict_every_row_once(models, tmp_path, monkeypatch, capsys, kind):
+    """Three runs with a table, pooled figures as scikit-learn's; each run evaluates on its own fold again."""
+    rows = toy_rows(9) if kind == "single" else multi_rows(27)
+    options = ["--train_file", write_csv(tmp_path / "rows.csv", rows), "--folds", 3, "--max_steps", 2]
+    options += ["--label_columns", *WORDS] if kind == "multi" else []
+    options = ["--model", models["llama"], *PLAIN, *options, "--output_dir", tmp_path / "out"]
+    monkeypatch.setattr(sys, "argv", ["train_cls.py", *map(str, options)])
+    with quick():
+        train_cls.main()
+    said, found = capsys.readouterr().out, []
+    for fold in (1, 2, 3):
+        run = tmp_path / "out" / f"fold_{fold}"
+        lines = [json.loads(line) for line in (run / "eval/test/predictions.jsonl").read_text().splitlines()]
+        splits = json.loads((run / "splits.json").read_text())["ids"]
+        assert [line["id"] for line in lines] == splits["test"] and len(splits["validation"]) in (2, 3)
+        assert sorted(sum(splits.values(), []), key=int) == [str(i) for i in range(27)]
+        run_evaluate("--run", run, "--output_dir", tmp_path / f"again_{fold}")
+        assert (tmp_path / f"again_{fold}/predictions.jsonl").read_text() == (
+            run / "eval/test/predictions.jsonl"
+        ).read_text()
+        found += lines
+    assert sorted((line["id"] for line in found), key=int) == [str(i) for i in range(27)]
+    names = list(WORDS)
+    gold, predicted = (
+        [[int(name in line[key]) for name in names] if kind == "multi" else names.index(line[key]) for line in found]
+        for key in ("gold", "prediction")
+    )
+    table = (tmp_path / "out" / "folds.md").read_text()
+    assert table in said and table.startswith("| fold ") and "mean ± sd" in table
+    pooled = next(line for line in table.splitlines() if line.startswith("| all 27 rows"))
+    assert [cell.split()[0] for cell in pooled.split("|")[2:5]] == [
+        f"{accuracy_score(gold, predicted):.3f}",
+        *(f"{f1_score(gold, predicted, average=average, zero_division=0):.3f}" for average in ("micro", "macro")),
+    ]

@@ -32,6 +32,7 @@ from common.data.splits import (
     Sources,
     complete_splits,
     count_copies,
+    hold_out,
     read_splits,
     stratified_sample,
 )
@@ -127,7 +128,14 @@ def assemble(
         if not splits[split]:
             raise InputError(f"{source}: no row has any text. Is --text_fields right?")
         report["rows"][split] = {"read": len(rows), "dropped_empty_text": len(rows) - len(splits[split])}
-    splits = complete_splits(splits, config, report, lambda row: row.labels if stratified else ())
+
+    def labels_of(example: Example) -> tuple:
+        return example.labels if stratified else ()
+
+    if config.fold and config.folds and "train" in splits:
+        splits |= hold_out(splits["train"], config.fold, config.folds, config.split_seed, labels_of)
+        report["cut_from_train"] = {"test": len(splits["test"])}
+    splits = complete_splits(splits, config, report, labels_of)
     count_copies(splits, report, attrgetter("text"), attrgetter("text"))
     splits = {split: splits.get(split, []) for split in SPLITS}
     return ClassificationData(splits, labels, multi_label, sources, report)

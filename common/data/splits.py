@@ -150,6 +150,20 @@ def complete_splits(
     return splits
 
 
+def hold_out(rows: Sequence[T], fold: int, folds: int, seed: int, labels_of: Callable[[T], Labels]) -> dict[str, list]:
+    """Fold number `fold` (1 to `folds`) of the rows as `test`, the others as `train`.
+
+    Folds are of equal sizes and drawn by `seed`: rows with the same labels are dealt to them in turn.
+    """
+    drawn = np.random.default_rng(seed).permutation(len(rows)).tolist()
+    dealt = sorted(drawn, key=lambda i: str(labels_of(rows[i])))
+    test = set(dealt[fold - 1 :: folds])
+    parts = {"test": [rows[i] for i in sorted(test)], "train": [row for i, row in enumerate(rows) if i not in test]}
+    if not parts["test"]:
+        raise InputError(f"--folds {folds}: there are only {len(rows)} rows. Use a smaller number.")
+    return parts
+
+
 def cut(rows: Sequence[T], counts: dict[str, int], seed: int, labels_of: Callable[[T], Labels]) -> dict[str, list[T]]:
     """The rows in splits of (at most) these sizes, and the rest, `train`; no label loses its last row there."""
     whole, parts = [labels_of(row) for row in rows], dict[str, list[T]]()

@@ -1,6 +1,7 @@
 """Runs side by side, of any task: seeds of one call, and runs as one table in Markdown and CSV, with pictures."""
 
 import csv
+import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,9 +12,9 @@ from common.data.report import table
 from common.disk import load_task, read_json, weights_folder
 from common.errors import InputError
 from common.measure import figures
-from common.measure.metrics import METRICS, TASKS, interval
-from common.measure.report import value_text
-from common.options import TrainingConfig, read_saved
+from common.measure.metrics import METRICS, TASKS, classification_metrics, headlines, interval
+from common.measure.report import results_table, value_text
+from common.options import CLASSIFICATION, TrainingConfig, read_saved
 
 LOSSES = {"epochs": "epochs", "train_loss": "train loss", "eval_loss": "eval loss"}
 SPEEDS = {
@@ -23,24 +24,46 @@ SPEEDS = {
 FORMS = {"trained": "{:,}", "epochs": "{:.3g}", "s per epoch": "{:.0f}", "tokens/s": "{:.0f}"}  # in Markdown
 
 
-def write_seed_table(file: Path, runs: dict[int, dict[str, Any] | str]) -> None:
-    """Prints and writes one row per seed (a text: why it failed), then mean and standard deviation."""
+def write_seed_table(file: Path, runs: dict[int, dict[str, Any] | str], what: str = "seed") -> None:
+    """Prints and writes one row per seed (a text: why it failed), then mean and standard deviation.
+
+    what: `seed` or `fold`; of folds, which test different rows, also the metrics of all their predictions together.
+    """
     done = [metrics for metrics in runs.values() if isinstance(metrics, dict)]
     titles = LOSSES | {name: known.title for name, known in METRICS.items() if name not in LOSSES} | SPEEDS
     titles = {key: title for key, title in titles.items() if any(key in metrics for metrics in done)}
     rows, notes = [], []
     for seed, metrics in runs.items():
         if isinstance(metrics, str):
-            notes.append(f"Seed {seed} {metrics}")
+            notes.append(f"{what.capitalize()} {seed} {metrics}")
             rows.append([str(seed), *["failed"] * len(titles)])
         else:
             rows.append([str(seed), *(f"{metrics[key]:.4g}" if key in metrics else "-" for key in titles)])
     if len(done) > 1:
         rows.append(["mean ± sd", *(_spread([metrics[key] for metrics in done if key in metrics]) for key in titles)])
-    text = "\n".join([table(["seed", *titles.values()], rows), *notes])
+    text = "\n".join([table([what, *titles.values()], rows), *notes])
+    if what == "fold" and len(done) == len(runs):
+        text += f"\n\n{_pooled([Path(metrics['run_folder']) for metrics in done])}"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text + "\n", encoding="utf-8")
     print(f"\n{text}\n\nWritten to {file}")
+
+
+def _pooled(folders: Sequence[Path]) -> str:
+    """The results table of all folds' predictions: every row answered once, by a run that was not trained on it."""
+    labels = load_task(weights_folder(folders[0]))["labels"]
+    gold, predicted = [], []
+    for folder in folders:
+        for line in (folder / "eval/test/predictions.jsonl").read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            gold.append(_indices(row["gold"], labels))
+            predicted.append(_indices(row["prediction"], labels))
+    metrics = classification_metrics(gold, predicted, labels)
+    return results_table({f"all {len(gold)} rows": metrics}, "all folds'", headlines(CLASSIFICATION))
+
+
+def _indices(names: str | list[str], labels: Sequence[str]) -> tuple[int, ...]:
+    return tuple(labels.index(name) for name in ([names] if isinstance(names, str) else names))
 
 
 def _spread(values: Sequence[float]) -> str:

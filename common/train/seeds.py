@@ -1,4 +1,4 @@
-"""Several runs in one call (--seeds): one per seed, on the same split, with a table of their figures."""
+"""Several runs in one call: one per seed on the same split (--seeds), or one per fold (--folds), and their table."""
 
 import contextlib
 import sys
@@ -14,14 +14,17 @@ from common.train.run_folder import check_output_dir, runs_folder
 
 
 def configs_per_seed(config: Any) -> list[Any]:
-    """The configs of the runs to make: one per seed, each with a folder of its own, or `config` alone.
+    """The configs of the runs to make: one per seed or fold, each with a folder of its own, or `config` alone.
 
     Raises InputError for a tracker that is not installed, and where one of them could not write its folder.
     """
     chosen_trackers(config.report_to)
+    several = [(f"seed_{seed}", {"seed": seed, "seeds": None}) for seed in config.seeds or []]
+    if getattr(config, "folds", None) and not config.fold:
+        several = [(f"fold_{fold}", {"fold": fold}) for fold in range(1, config.folds + 1)]
     runs = [
-        replace(config, seed=seed, seeds=None, output_dir=config.output_dir and f"{config.output_dir}/seed_{seed}")
-        for seed in config.seeds or []
+        replace(config, **changes, output_dir=config.output_dir and f"{config.output_dir}/{name}")
+        for name, changes in several
     ]
     for run in [] if config.resume_from_checkpoint else runs or [config]:
         check_output_dir(run)
@@ -29,26 +32,28 @@ def configs_per_seed(config: Any) -> list[Any]:
 
 
 def train_each(runs: Sequence[Any], config: Any, train: Callable[..., dict[str, Any]]) -> None:
-    """Makes the runs, and with --seeds the table of their figures; exit code 1 where one has failed.
+    """Makes the runs, and of several the table of their figures; exit code 1 where one has failed.
 
     runs: of `configs_per_seed`. train: (config of one run, last=whether no other follows) -> its figures.
     """
     results: dict[int, dict[str, Any] | str] = {}
+    several = "seed" if config.seeds else "fold" if runs[0] is not config else ""
     for run in runs:
-        with _continue_after_failure(results, run, config):
-            results[run.seed] = train(run, last=run is runs[-1])
+        number = getattr(run, several or "seed")
+        with _continue_after_failure(results, number, bool(several)):
+            results[number] = train(run, last=run is runs[-1])
     from accelerate import PartialState
 
     from common.measure.run_table import write_seed_table
 
-    if config.seeds and PartialState().is_main_process and not config.dry_run:
-        write_seed_table(Path(config.output_dir or runs_folder(config)) / "seeds.md", results)
+    if several and PartialState().is_main_process and not config.dry_run:
+        write_seed_table(Path(config.output_dir or runs_folder(config)) / f"{several}s.md", results, several)
     if any(isinstance(result, str) for result in results.values()):
         sys.exit(1)
 
 
 @contextlib.contextmanager
-def _continue_after_failure(results: dict[int, Any], run: Any, config: Any) -> Iterator[None]:
+def _continue_after_failure(results: dict[int, Any], number: int, several: bool) -> Iterator[None]:
     """Notes the failure of one of several runs in `results`, so that the others still run; Ctrl-C ends all."""
     from accelerate import PartialState
     from accelerate.utils import release_memory
@@ -57,8 +62,8 @@ def _continue_after_failure(results: dict[int, Any], run: Any, config: Any) -> I
         yield
     except Exception as error:
         alone = PartialState().num_processes == 1 or isinstance(error, InputError | FloatingPointError)
-        if not config.seeds or not alone:  # the other processes may not have failed
+        if not several or not alone:  # the other processes may not have failed
             raise
         traceback.print_exc()
-        results[run.seed] = f"failed: {type(error).__name__}: {error}"
+        results[number] = f"failed: {type(error).__name__}: {error}"
     release_memory()

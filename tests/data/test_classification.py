@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import random
 import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from types import SimpleNamespace
 
 import datasets
@@ -15,6 +17,7 @@ from helpers import ROOT
 from helpers.rows import WORDS, toy_rows, write_csv
 from sklearn.utils.class_weight import compute_class_weight
 
+from common.data import splits
 from common.data.classification import (
     ClassificationData,
     Example,
@@ -863,3 +866,22 @@ def test_demo_data_loads_without_any_option():
     assert all(entry.get("also_in_train", 0) == 0 == entry["duplicates"] for entry in data.report["rows"].values())
     several = load_classification(replace(Config(), label_column="categories", label_delimiter=";"))
     assert several.multi_label and several.labels == data.labels
+
+
+@pytest.mark.parametrize("kind", ["single", "multi"])
+def test_folds_test_every_row_once_with_the_labels_in_proportion(kind):
+    """Equal sizes; other rows by another seed; the same ones for the same seed."""
+    rng = random.Random(kind)
+    rows = [(i, tuple(sorted(rng.sample(range(4), 1 if kind == "single" else rng.randint(0, 3))))) for i in range(203)]
+    parts = [splits.hold_out(rows, fold, 5, 42, itemgetter(1)) for fold in range(1, 6)]
+    assert sorted(row for part in parts for row in part["test"]) == rows
+    assert all(sorted(part["test"] + part["train"]) == rows for part in parts)
+    sizes = [len(part["test"]) for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+    for labels in {labels for _, labels in rows}:
+        counts = [sum(row[1] == labels for row in part["test"]) for part in parts]
+        assert max(counts) - min(counts) <= 1
+    assert splits.hold_out(rows, 2, 5, 42, itemgetter(1)) == parts[1]
+    assert splits.hold_out(rows, 2, 5, 43, itemgetter(1)) != parts[1]
+    with pytest.raises(InputError, match="--folds 5: there are only 3 rows"):
+        splits.hold_out(rows[:3], 5, 5, 42, itemgetter(1))
