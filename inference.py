@@ -67,7 +67,7 @@ class Config(ModelConfig, Sampling):
     system_prompt: str | None = option(None, "system turn; unset: as trained", tasks=[CHAT])
     persona: str | None = option(None, "system turn from data/personas.yaml, by name", tasks=[CHAT])
     min_probability: float | None = option(
-        None, "no prediction where the label (of several: the least certain decision) has less",
+        None, "no prediction where the label (of several: the least certain decision) has less; promises nothing",
         at_least=0, at_most=1, tasks=[CLASSIFICATION],
     )  # fmt: skip
     labels: list[str] | None = option(
