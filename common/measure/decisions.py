@@ -19,7 +19,7 @@ As the order does not depend on half B, the first false candidate is passed in a
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -27,15 +27,18 @@ from common.measure.intervals import most_errors
 from common.measure.label_answer import Answer
 from common.measure.metrics import indicator, rows_right
 
-if TYPE_CHECKING:
-    from common.measure.tfidf import Tfidf
-
 SMALLEST = 1e-12  # a probability: one of 0 would outweigh everything else
 TEMPERATURES = (0.05, 20.0)
 BLENDS = np.linspace(0, 1, 21)
 CANDIDATES = 100  # cuts that are tested at most
 BINS = 15  # of the expected calibration error
 FEWEST = 10  # positive rows that a threshold of its own is fitted to
+
+
+class Baseline(Protocol):
+    """What can be blended with a model."""
+
+    def probabilities(self, texts: Sequence[str]) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Decision:
     blend: float = 0.0
     cut: float | None = None
     fitted: dict[str, Any] = field(default_factory=dict)
-    baseline: "Tfidf | None" = None
+    baseline: Baseline | None = None
 
     @classmethod
     def unfitted(cls, multi_label: bool, labels: int) -> "Decision":

@@ -1,4 +1,9 @@
-"""TF-IDF + logistic regression: the baseline of a classifier, and what its probabilities can be blended with."""
+"""TF-IDF + logistic regression: the baseline of a classifier, and what its probabilities can be blended with.
+
+It is to be as good as it can be for its cost: the strength of its regularization, and for several labels per row the
+thresholds, are chosen by cross-validation on the training rows. Their out-of-fold probabilities, each from a model that
+was not fitted to the row, also show labels that are probably wrong.
+"""
 
 import json
 import warnings
@@ -10,74 +15,76 @@ from typing import Any
 import numpy as np
 
 from common.data.classification import Example
+from common.data.splits import hold_out, stratified_sample
 from common.disk import write_json
-from common.measure.metrics import indicator
+from common.measure.decisions import fit_thresholds
+from common.measure.metrics import indicator, label_measure
 
-VECTORIZER = {"ngram_range": (1, 2), "token_pattern": r"(?u)\b\w+\b"}  # words and word pairs
+WORDS = {"ngram_range": (1, 2), "token_pattern": r"(?u)\b\w+\b"}  # words and word pairs
+MANY = 2000  # rows; of more, words and pairs in a single row are left out, and so many rows choose C
+STRENGTHS = (1.0, 10.0, 100.0)  # C: the smaller, the more regularized
+FOLDS = 5
+NEVER = -1e9  # the logit of a label without a training row
 
 
 @dataclass
 class Tfidf:
     """A fitted baseline.
 
-    vocabulary: word or pair -> column. idf: [columns]. weights: [labels, columns]. bias: [labels].
+    c: the inverse strength of the regularization. thresholds: [labels], for several labels per row. vocabulary: word or
+    pair -> column. idf: [columns]. weights: [labels, columns]. bias: [labels].
     """
 
     multi_label: bool
+    c: float
+    thresholds: list[float]
     vocabulary: dict[str, int]
     idf: np.ndarray
     weights: np.ndarray
     bias: np.ndarray
 
     @classmethod
-    def fit(cls, train: Sequence[Example], labels: int, multi_label: bool) -> "Tfidf":
-        """Logistic regression with C = 10; for several labels one per label.
+    def fit(
+        cls, train: Sequence[Example], labels: int, multi_label: bool, seed: int = 42
+    ) -> "tuple[Tfidf, np.ndarray]":
+        """The baseline of these rows, and their out-of-fold probabilities, [rows, labels]; folds are drawn by `seed`.
 
-        Raises ValueError for texts without words, or where one label is left.
+        Raises ValueError for texts without words, or where all rows have the same one label.
         """
         from sklearn.feature_extraction.text import TfidfVectorizer  # here, as only classification needs it
-        from sklearn.linear_model import LogisticRegression
 
-        vectorizer = TfidfVectorizer(**VECTORIZER)
+        vectorizer = TfidfVectorizer(**WORDS, min_df=1 if len(train) <= MANY else 2)
         features = vectorizer.fit_transform([example.text for example in train])
         real = indicator([example.labels for example in train], labels)
-        weights, bias = np.zeros((labels, features.shape[1])), np.full(labels, -np.inf)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if multi_label:
-                for k in range(labels):
-                    if 0 < real[:, k].sum() < len(real):
-                        found = LogisticRegression(C=10, max_iter=1000).fit(features, real[:, k])
-                        weights[k], bias[k] = found.coef_[0], found.intercept_[0]
-                    else:
-                        bias[k] = 30.0 if real[:, k].any() else -30.0  # a label in every row, or in none
-            else:
-                found = LogisticRegression(C=10, max_iter=1000).fit(features, real.argmax(1))
-                coefficients, intercepts = found.coef_, found.intercept_
-                if len(found.classes_) == 2:  # as two classes whose logits differ by scikit-learn's one
-                    coefficients = np.vstack([-coefficients, coefficients]) / 2
-                    intercepts = np.append(-intercepts, intercepts) / 2
-                weights[found.classes_], bias[found.classes_] = coefficients, intercepts
+        if not multi_label and len(np.unique(real.argmax(1))) < 2:
+            raise ValueError("one label")
+        some = np.array(stratified_sample([example.labels for example in train], min(MANY, len(train)), seed))
+        c = max(STRENGTHS, key=lambda c: _quality(_out_of_fold(features[some], real[some], multi_label, c, seed),
+                                                  real[some], multi_label))  # fmt: skip
+        unseen = _out_of_fold(features, real, multi_label, c, seed)
+        thresholds = fit_thresholds(unseen, real) if multi_label else [0.5] * labels
         vocabulary = {word: int(column) for word, column in vectorizer.vocabulary_.items()}
-        return cls(multi_label, vocabulary, vectorizer.idf_, weights, bias)
+        weights, bias = _regression(features, real, multi_label, c)
+        return cls(multi_label, c, thresholds, vocabulary, vectorizer.idf_, weights, bias), unseen
 
     def probabilities(self, texts: Sequence[str]) -> np.ndarray:
         """[rows, labels]: with one label per row they add up to 1."""
         from sklearn.feature_extraction.text import TfidfVectorizer
 
-        vectorizer = TfidfVectorizer(**VECTORIZER, vocabulary=self.vocabulary)
+        vectorizer = TfidfVectorizer(**WORDS, vocabulary=self.vocabulary)
         vectorizer.idf_ = self.idf
-        logits = vectorizer.transform(texts) @ self.weights.T + self.bias
-        if self.multi_label:
-            return 1 / (1 + np.exp(-logits))
-        powers = np.exp(logits - logits.max(1, keepdims=True))
-        return powers / powers.sum(1, keepdims=True)
+        return _probabilities(vectorizer.transform(texts) @ self.weights.T + self.bias, self.multi_label)
+
+    def labels(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        """The answer to each text."""
+        return _labels(self.probabilities(texts), self.multi_label, self.thresholds)
 
     def save(self, folder: Path) -> None:
         """JSON and safetensors, from which `load` makes the same."""
         from safetensors.numpy import save_file
 
-        write_json(folder / "tfidf.json", {"multi_label": self.multi_label, "vocabulary": self.vocabulary})
+        values = {"multi_label": self.multi_label, "c": self.c, "thresholds": self.thresholds}
+        write_json(folder / "tfidf.json", {**values, "vocabulary": self.vocabulary})
         save_file({name: getattr(self, name) for name in ("idf", "weights", "bias")}, folder / "tfidf.safetensors")
 
     @classmethod
@@ -88,3 +95,64 @@ class Tfidf:
         described = json.loads((folder / "tfidf.json").read_text(encoding="utf-8"))
         values: dict[str, Any] = {**described, **load_file(folder / "tfidf.safetensors")}
         return cls(**values)
+
+
+def _regression(features: Any, real: np.ndarray, multi_label: bool, c: float) -> tuple[np.ndarray, np.ndarray]:
+    """Weights [labels, columns] and bias [labels]: a softmax over the labels, or a regression of each."""
+    from sklearn.linear_model import LogisticRegression
+
+    weights, bias = np.zeros((real.shape[1], features.shape[1])), np.full(real.shape[1], NEVER)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an optimizer that stops at its last step
+        if multi_label:
+            for k in np.flatnonzero(real.any(0)):
+                if real[:, k].all():
+                    bias[k] = -NEVER
+                    continue
+                found = LogisticRegression(C=c, solver="liblinear", dual=True, max_iter=1000, random_state=0)
+                found.fit(features, real[:, k])
+                weights[k], bias[k] = found.coef_[0], found.intercept_[0]
+            return weights, bias
+        gold = real.argmax(1)
+        classes = np.unique(gold)
+        if len(classes) == 1:
+            bias[classes] = 0
+            return weights, bias
+        found = LogisticRegression(C=c, tol=1e-3, max_iter=1000).fit(features, gold)
+    coefficients, intercepts = found.coef_, found.intercept_
+    if len(classes) == 2:  # as two whose logits differ by scikit-learn's one
+        coefficients, intercepts = np.vstack([-coefficients, coefficients]) / 2, np.append(-intercepts, intercepts) / 2
+    weights[classes], bias[classes] = coefficients, intercepts
+    return weights, bias
+
+
+def _out_of_fold(features: Any, real: np.ndarray, multi_label: bool, c: float, seed: int) -> np.ndarray:
+    """The probabilities of each row by the regression on the folds that it is not in."""
+    found = np.empty(real.shape)
+    folds = min(FOLDS, len(real))
+    for fold in range(1, folds + 1):
+        parts = hold_out(range(len(real)), fold, folds, seed, lambda i: tuple(real[i]))
+        weights, bias = _regression(features[parts["train"]], real[parts["train"]], multi_label, c)
+        found[parts["test"]] = _probabilities(features[parts["test"]] @ weights.T + bias, multi_label)
+    return found
+
+
+def _quality(p: np.ndarray, real: np.ndarray, multi_label: bool) -> float:
+    """Accuracy, or of several labels per row micro-F1 with the best threshold for all of them."""
+    thresholds = [fit_thresholds(p.reshape(-1, 1), real.reshape(-1, 1))[0]] * p.shape[1] if multi_label else []
+    gold = [tuple(np.flatnonzero(row).tolist()) for row in real]
+    measure = label_measure(gold, _labels(p, multi_label, thresholds), p.shape[1])
+    return float(measure(np.ones((1, len(p))))["f1_micro"][0])
+
+
+def _labels(p: np.ndarray, multi_label: bool, thresholds: Sequence[float]) -> list[tuple[int, ...]]:
+    if multi_label:
+        return [tuple(np.flatnonzero(row).tolist()) for row in p >= np.asarray(thresholds)]
+    return [(int(k),) for k in p.argmax(1)]
+
+
+def _probabilities(logits: np.ndarray, multi_label: bool) -> np.ndarray:
+    if multi_label:
+        return 1 / (1 + np.exp(-np.clip(logits, -500, 500)))
+    powers = np.exp(logits - logits.max(1, keepdims=True))
+    return powers / powers.sum(1, keepdims=True)
