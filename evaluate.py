@@ -6,6 +6,7 @@
     python evaluate.py --run meta-llama/Llama-3.2-1B --test_file t.csv --text_fields text --labels good bad
     python evaluate.py --run meta-llama/Llama-3.2-1B --task causal_lm --test_file t.txt --stride 64
     python evaluate.py --run meta-llama/Llama-3.2-1B-Instruct --task chat --test_file chats.jsonl
+    python evaluate.py --compare RUN_A RUN_B base                             # differences on the same rows
 
 Without --run: the newest run under outputs/, else the embedded model on the demo data. Results go to RUN/eval/test.
 A classification head cannot generate.
@@ -20,12 +21,11 @@ from typing import Any, Literal
 
 from common.data.classification import draw_few_shot, load_classification
 from common.data.conversations import load_conversations
-from common.data.corpus import load_corpus_once, open_sources
-from common.data.splits import Sources, origin
-from common.disk import read_json, train_figures
+from common.data.corpus import load_corpus_once, open_sources, units_of
 from common.errors import InputError, cli_errors
 from common.hub import resolve_model
 from common.log import evaluation_cost, say
+from common.measure.intervals import sums_of, wilson
 from common.measure.label_answer import Answer
 from common.measure.metrics import perplexity_metrics, require_overlap_packages, summarize, text_overlap
 from common.options import (
@@ -41,6 +41,7 @@ from common.options import (
     parse_given,
 )
 from common.text.prompts import check_prompt
+from common.use.compared import compare, options_of_each, runs_to_compare
 from common.use.runs import Run, open_run
 
 # torch and what needs it is imported inside the functions: options and data are checked before, in a moment.
@@ -50,13 +51,16 @@ from common.use.runs import Run, open_run
 class Config(ModelConfig, ClassificationDataConfig, CorpusDataConfig, ChatDataConfig):
     """evaluate"""
 
-    run: str | None = option(None, "run folder, adapter folder, or base model")
-    task: Literal["classification", "causal_lm", "chat"] | None = option(
-        None, "for a base model; unset: classification"
+    run: str | None = option(None, "run folder, adapter folder, or base model", binds=False)
+    compare: list[str] | None = option(
+        None, "runs, folders of several seeds, and `base`: each against the first, on the same rows", binds=False
     )
-    split: Literal["train", "validation", "test"] = option("test", "split of the run to evaluate on")
+    task: Literal["classification", "causal_lm", "chat"] | None = option(
+        None, "for a base model; unset: classification", binds=False
+    )
+    split: Literal["train", "validation", "test"] = option("test", "split of the run to evaluate on", binds=False)
     decode: Literal["score", "generate"] | None = option(
-        None, "labels: score every one (unset), or generate text greedily", tasks=[CLASSIFICATION]
+        None, "labels: score every one (unset), or generate text greedily", binds=False, tasks=[CLASSIFICATION]
     )
     fit_decisions: bool = option(
         False, "fit probabilities, thresholds and abstention on the validation split; saved with the run",
@@ -72,11 +76,17 @@ class Config(ModelConfig, ClassificationDataConfig, CorpusDataConfig, ChatDataCo
         None, "conversations: tokens of an answer at most; unset: 256, or the longest reference's",
         at_least=1, tasks=[CHAT],
     )  # fmt: skip
-    per_device_eval_batch_size: int = option(16, "a pass holds the tokens of this many of the longest rows", at_least=1)
+    per_device_eval_batch_size: int = option(
+        16, "a pass holds the tokens of this many of the longest rows", at_least=1, binds=False
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "unset: as trained; for a base model, bf16")
-    num_threads: int | None = option(None, "CPU threads; unset: cores / processes on this machine", at_least=1)
+    num_threads: int | None = option(
+        None, "CPU threads; unset: cores / processes on this machine", at_least=1, binds=False
+    )
     tf32: bool = option(False, "TF32 products on NVIDIA GPUs for what runs in fp32")
-    output_dir: str | None = option(None, "unset: RUN/eval/<split>, or outputs/<model>/eval for a base model")
+    output_dir: str | None = option(
+        None, "unset: RUN/eval/<split>, or outputs/<model>/eval for a base model; --compare: that of RUN_A", binds=False
+    )
 
     def broken_rules(self) -> Iterator[str]:
         if self.fit_decisions and (self.split != "validation" or self.decode == "generate"):
@@ -85,12 +95,12 @@ class Config(ModelConfig, ClassificationDataConfig, CorpusDataConfig, ChatDataCo
             yield "--min_precision and --blend_baseline need --fit_decisions"
 
 
-def read_options(given: dict[str, Any]) -> tuple[Config, Run, bool]:
+def read_options(given: dict[str, Any], run: Run | None = None) -> tuple[Config, Run, bool]:
     """The options, the run (or base model), and whether the rows are others than the run's own.
 
     given: the options of the command line. Data and labels are those of the run unless it names others.
     """
-    run = open_run(given.get("run"), given.get("task"))
+    run = run or open_run(given.get("run"), given.get("task"))
     if given.get("fit_decisions"):
         if run.folder is None:
             raise InputError(f"--fit_decisions: {run.name} is a base model. Name a trained run with --run.")
@@ -101,25 +111,7 @@ def read_options(given: dict[str, Any]) -> tuple[Config, Run, bool]:
     return config, run, run.folder is None or "test_file" in given
 
 
-def results_of(
-    config: Config, run: Run, sources: Sources, other_rows: bool, metrics: dict[str, Any], name: str, usual: bool = True
-) -> tuple[Path, dict[str, Any], dict[str, Any]]:
-    """The folder of the results, the metrics with those of the training, and the results table's rows.
-
-    name: of the folder; other rows have their file's name in it. usual: the rows were read as after training, so that
-    its figures and baselines stand beside these.
-    """
-    metrics |= origin(sources, config.split, run.folder)
-    results = {"this run" if run.folder else "untrained base": metrics}
-    if run.folder and other_rows:
-        name += f"-{Path(config.test_file).stem}"
-    if run.folder and usual and not other_rows:
-        results |= read_json(run.home / "eval" / config.split / "baselines.json")
-        metrics = {**train_figures(run.home), **metrics}
-    return Path(config.output_dir) if config.output_dir else run.home / "eval" / name, metrics, results
-
-
-def evaluate_classifier(config: Config, run: Run, other_rows: bool) -> None:
+def evaluate_classifier(config: Config, run: Run, other_rows: bool, reuse: bool = False) -> Path:
     """Accuracy, F1 and predictions of a classifier, or of a base model that is prompted."""
     config.decode = config.decode or "score"
     data = load_classification(config, training=False)
@@ -136,6 +128,11 @@ def evaluate_classifier(config: Config, run: Run, other_rows: bool) -> None:
             run.check_unchanged(data.sources, config.split)
         if run.trained["approach"] == "head" and config.decode == "generate":
             raise InputError("--decode generate: this run has a classification head and writes no text.")
+    decode = "head" if run.trained.get("approach") == "head" else config.decode
+    name = f"{config.split}-generate" if decode == "generate" else config.split
+    target = run.results_folder(config, name, other_rows)
+    if reuse and run.has_results(target, data.sources, config.split, decode=decode):
+        return target
 
     from common.measure import report
     from common.measure.partial_results import measure_in_chunks
@@ -155,12 +152,12 @@ def evaluate_classifier(config: Config, run: Run, other_rows: bool) -> None:
     if config.fit_decisions:
         if accelerator.is_main_process:
             say(accelerator, f"{fit_decisions(config, run, examples, answers)}\nSaved in {run.folder}.")
-        return loop.finish(accelerator)
+        loop.finish(accelerator)
+        return target
     metrics = summarize(answers, [example.labels for example in examples], data.labels)
     metrics |= evaluation_cost(len(examples), started)
     if accelerator.is_main_process:
-        name = config.split if config.decode == "score" else f"{config.split}-generate"
-        target, metrics, results = results_of(config, run, data.sources, other_rows, metrics, name)
+        metrics, results = run.results(data.sources, config.split, metrics, usual=not other_rows)
         say(accelerator, report.write_classification(
             target, metrics, results, config.split, classifier=classifier, examples=examples, answers=answers,
             decode=config.decode,
@@ -168,15 +165,22 @@ def evaluate_classifier(config: Config, run: Run, other_rows: bool) -> None:
         outside = f"{metrics['outside_label_set']} of {metrics['rows']} answers outside the label set"
         speed = f"{metrics['examples_per_second']:.1f} examples/s"
         say(accelerator, f"\n{outside}; {speed}; {run.loaded_as(config)}\nWritten to {target}")
-    loop.finish(accelerator)
+    loop.finish(accelerator, last=not reuse)
+    return target
 
 
-def evaluate_text(config: Config, run: Run, other_rows: bool) -> None:
+def evaluate_text(config: Config, run: Run, other_rows: bool, reuse: bool = False) -> Path:
     """Perplexity of a model on running text."""
     sources = open_sources(config, training=False)
     if run.folder and not other_rows:
         named = {split: source.origin for split, source in sources.items()}
         run.check_unchanged(named, config.split)
+    trained = run.options  # a copied adapter has no stride to compare with
+    usual = all(getattr(config, x) == trained.get(x) for x in ("block_size", "stride")) or run.folder is None
+    windows = f"{config.block_size}-{config.stride or config.block_size}"
+    target = run.results_folder(config, config.split if usual else f"{config.split}-windows-{windows}", other_rows)
+    if reuse and run.has_results(target, {split: source.origin for split, source in sources.items()}, config.split):
+        return target
     path = str(run.folder or resolve_model(config.model, config.revision))
 
     from common.measure import report
@@ -209,23 +213,23 @@ def evaluate_text(config: Config, run: Run, other_rows: bool) -> None:
                       batch_size=config.per_device_eval_batch_size)  # fmt: skip
     losses = measure_in_chunks(measure, blocks, what=config.split, restore=tuple,
                                **run.partial_results(config, data.sources, accelerator))  # fmt: skip
-    metrics = perplexity_metrics(losses, data.per_token[config.split]) | evaluation_cost(len(blocks), started)
+    units, unit = units_of(blocks)
+    metrics = perplexity_metrics(losses, data.per_token[config.split], units=units, unit=unit)
+    metrics |= evaluation_cost(len(blocks), started)
     sample = continue_text(model, tokenizer, config.sample_prompt, accelerator, seed=42)
     if accelerator.is_main_process:
-        trained = run.options  # a copied adapter has no stride to compare with
-        usual = all(getattr(config, x) == trained.get(x) for x in ("block_size", "stride")) or run.folder is None
-        windows = f"{config.block_size}-{config.stride or config.block_size}"
-        name = config.split if usual else f"{config.split}-windows-{windows}"
-        target, metrics, results = results_of(config, run, data.sources, other_rows, metrics, name, usual)
-        say(accelerator, report.write_causal_lm(target, metrics, results, config.split, blocks=losses, sample=sample))
+        metrics, results = run.results(data.sources, config.split, metrics, usual and not other_rows)
+        say(accelerator, report.write_causal_lm(target, metrics, results, config.split, blocks=losses, units=units,
+                                                sample=sample))  # fmt: skip
         before = f"after {tokenizer.decode(start)}" if start else "without a BOS token before them"
         apart = f"windows of {config.block_size} tokens, {config.stride or config.block_size} apart, {before}"
         say(accelerator, f"\n{apart}: {metrics['predicted_tokens']:,} tokens predicted; {run.loaded_as(config)}")
         say(accelerator, f"A sample: {sample}\n\nWritten to {target}")
-    loop.finish(accelerator)
+    loop.finish(accelerator, last=not reuse)
+    return target
 
 
-def evaluate_chat(config: Config, run: Run, other_rows: bool) -> None:
+def evaluate_chat(config: Config, run: Run, other_rows: bool, reuse: bool = False) -> Path:
     """Loss of the reference answers, and greedy answers of the model beside them."""
     require_overlap_packages()
     data = load_conversations(config, training=False)
@@ -233,6 +237,9 @@ def evaluate_chat(config: Config, run: Run, other_rows: bool) -> None:
         raise InputError(f"There are no {config.split} rows: name some with --test_file.")
     if run.folder and not other_rows:
         run.check_unchanged(data.sources, config.split)
+    target = run.results_folder(config, config.split, other_rows)
+    if reuse and run.has_results(target, data.sources, config.split):
+        return target
 
     from common.measure import report
     from common.measure.answers import answer_conversations, answer_length
@@ -241,7 +248,7 @@ def evaluate_chat(config: Config, run: Run, other_rows: bool) -> None:
     from common.model import base_model
     from common.model.token_losses import TokenLosses
     from common.text.batches import collate_chat
-    from common.text.chat import FITTED, chat_rows
+    from common.text.chat import FITTED, chat_rows, conversation_numbers
     from common.train import loop
 
     run.resolve(config)
@@ -261,25 +268,38 @@ def evaluate_chat(config: Config, run: Run, other_rows: bool) -> None:
                       max_length=config.max_length, max_new_tokens=most, batch_size=batch_size)  # fmt: skip
     answers = measure_in_chunks(measure, conversations, what="answers", restore=dict,
                                 **run.partial_results(config, data.sources, accelerator))  # fmt: skip
-    metrics = perplexity_metrics(losses)
+    units = conversation_numbers(rows)
+    for answer, (nats, count) in zip(answers, sums_of(losses, units).tolist(), strict=True):
+        answer |= {"nats": nats, "predicted_tokens": int(count)}
+    metrics = perplexity_metrics(losses, units=units, unit="conversations")
     overlap = text_overlap([row["prediction"] for row in answers], [row["gold"] for row in answers])
     overlap["intervals_95"] |= metrics["intervals_95"]
-    metrics |= overlap | {"stopped": sum(row["stopped"] for row in answers) / len(answers), "answers": len(answers)}
+    stopped = sum(row["stopped"] for row in answers)
+    overlap["intervals_95"]["stopped"] = wilson(stopped, len(answers))
+    metrics |= overlap | {"stopped": stopped / len(answers), "answers": len(answers)}
     metrics |= evaluation_cost(len(answers), started)
     if accelerator.is_main_process:
-        target, metrics, results = results_of(config, run, data.sources, other_rows, metrics, config.split)
+        metrics, results = run.results(data.sources, config.split, metrics, usual=not other_rows)
         say(accelerator, report.write_chat(target, metrics, results, config.split, answers=answers))
         speed = f"{metrics['examples_per_second']:.1f} examples/s"
         say(accelerator, f"\n{speed}; {run.loaded_as(config)}; samples in {target / 'report.md'}")
         fitted = [f"{name.replace('_', ' ')} {data.report['rows'][config.split][name]}" for name in FITTED]
         say(accelerator, f"Rows made to fit --max_length {config.max_length}: {', '.join(fitted)}")
-    loop.finish(accelerator)
+    loop.finish(accelerator, last=not reuse)
+    return target
 
 
 def main() -> None:
-    config, run, other_rows = read_options(parse_given(Config))
+    given = parse_given(Config)
     evaluations = {CLASSIFICATION: evaluate_classifier, CAUSAL_LM: evaluate_text, CHAT: evaluate_chat}
-    evaluations[run.task](config, run, other_rows)
+    if "compare" not in given:
+        config, run, other_rows = read_options(given)
+        evaluations[run.task](config, run, other_rows)
+        return
+    compared = runs_to_compare(given)
+    read = {name: [read_options(options_of_each(given), run) for run in runs] for name, runs in compared.items()}
+    folders = {name: [evaluations[each[1].task](*each, reuse=True) for each in runs] for name, runs in read.items()}
+    compare(given, folders, {name: [(run, config) for config, run, _ in runs] for name, runs in read.items()})
 
 
 if __name__ == "__main__":

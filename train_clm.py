@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from common.data.corpus import Block, Source, load_corpus_once, open_sources
+from common.data.corpus import Block, Source, load_corpus_once, open_sources, units_of
 from common.data.report import corpus_report
 from common.data.splits import origin
 from common.errors import RESUME_HINT, InputError, cli_errors
@@ -62,7 +62,8 @@ def evaluate(
     """
     started = time.perf_counter()
     losses = row_losses(blocks, what=what)
-    return losses, perplexity_metrics(losses, per_token) | evaluation_cost(len(blocks), started)
+    units, unit = units_of(blocks)
+    return losses, perplexity_metrics(losses, per_token, units=units, unit=unit) | evaluation_cost(len(blocks), started)
 
 
 def train(config: Config, sources: dict[str, Source], path: str, last: bool = True) -> dict[str, Any]:
@@ -206,7 +207,7 @@ def train(config: Config, sources: dict[str, Source], path: str, last: bool = Tr
         if test:
             metrics |= origin(data.sources, "test", run.best)
             table = report.write_causal_lm(run.path / "eval" / "test", {**figures, **metrics}, results, "test",
-                                           blocks=losses, sample=sample)  # fmt: skip
+                                           blocks=losses, units=units_of(test)[0], sample=sample)  # fmt: skip
             say(accelerator, f"\n{table}")
         say(accelerator, f"\nA sample: {sample}")
         draw_learning_curve(run.path, TASKS[CAUSAL_LM].curve)

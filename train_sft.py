@@ -25,7 +25,7 @@ from common.log import RunLog, chosen_trackers, evaluation_cost, say
 from common.measure.metrics import TASKS, choosable, perplexity_metrics
 from common.model.losses import token_losses
 from common.options import CHAT, CHAT_LENGTH, ChatDataConfig, PackConfig, RunConfig, option, parse_config
-from common.text.chat import ChatRow, chat_rows, choose_template, show_chat_row
+from common.text.chat import ChatRow, chat_rows, choose_template, conversation_numbers, show_chat_row
 from common.train.run_folder import RunFolder
 from common.train.seeds import configs_per_seed, train_each
 
@@ -68,7 +68,8 @@ def evaluate(row_losses: Callable[..., list[tuple[float, int]]], rows: Sequence[
     """
     started = time.perf_counter()
     losses = row_losses(rows, what=what)
-    return perplexity_metrics(losses) | evaluation_cost(len(rows), started)
+    metrics = perplexity_metrics(losses, units=conversation_numbers(rows), unit="conversations")
+    return metrics | evaluation_cost(len(rows), started)
 
 
 def train(config: Config, data: ChatData, path: str, last: bool = True) -> dict[str, Any]:

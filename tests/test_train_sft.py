@@ -9,7 +9,7 @@ import torch
 import transformers
 from helpers import ROOT
 from helpers.models import FAMILIES, build_model
-from helpers.rows import TOPICS, chats, write_jsonl
+from helpers.rows import TOPICS, chats, read_jsonl, write_jsonl
 from helpers.runs import Stopped, assert_same_bits, assert_same_updates, quick, run_evaluate, stop_at
 from helpers.runs import train_chat as train
 from helpers.scripts import run_script
@@ -198,9 +198,11 @@ def test_answers_are_measured(models, chat_files, tmp_path):
         run_evaluate("--run", tmp_path / "run", *more)
         found[batch] = json.loads((tmp_path / str(batch) / "metrics.json").read_text())
     assert found[8]["eval_loss"] == pytest.approx(figures["eval_loss"], rel=1e-5)
-    files_of = {batch: (tmp_path / str(batch) / "predictions.jsonl").read_text() for batch in found}
-    assert files_of[1] == files_of[8]  # greedy answers do not depend on the batch
-    rows = [json.loads(line) for line in files_of[8].splitlines()]
+    rows_of = {batch: read_jsonl(tmp_path / str(batch) / "predictions.jsonl") for batch in found}
+    nats = [[row.pop("nats") for row in rows] for rows in rows_of.values()]
+    assert nats[0] == pytest.approx(nats[1], rel=1e-4) and sum(nats[0]) > 0
+    assert rows_of[1] == rows_of[8]  # greedy answers do not depend on the batch
+    rows = rows_of[8]
     assert [row["id"] for row in rows] == [str(i) for i in range(7)]
     gold = [row["messages"][-1]["content"] for row in chats(7, 30)]
     assert [row["gold"] for row in rows] == gold

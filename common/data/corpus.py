@@ -40,17 +40,23 @@ AT_ONCE = 2**22  # characters that are tokenized together
 CUTS = (re.compile(r"(?<=\S)(?= \S)"), re.compile(r"(?<=\S\n)(?=\S)"))
 LEAD = "\n"  # precedes a piece that continues a document: alone, some tokenizers would put a space in front
 ROWS_LOOKED_AT = 1000  # before a column counts as missing
-MIN_DOCUMENTS = 10  # with fewer, splits are cut from the end of the text instead of drawn by document
+# With fewer, splits are cut from the end of the text instead of drawn by document, and intervals draw stretches of it.
+MIN_DOCUMENTS = 10
+STRETCHES = 50
 PIECE = np.dtype([(name, np.int64) for name in ("start", "tokens", "bytes", "words", "document", "ends")])
 
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive `tokens`; the first `seen` of them count in the block before this one and are context here."""
+    """Consecutive `tokens`; the first `seen` of them count in the block before this one and are context here.
+
+    document: the number of the one that the first token that counts is from.
+    """
 
     id: str
     tokens: list[int]
     seen: int = 0
+    document: int = 0
 
     @property
     def length(self) -> int:
@@ -85,8 +91,9 @@ class Blocks(Sequence[Block]):
 
     def __getitem__(self, index: int) -> Block:  # type: ignore[override]
         number = int(self.numbers[index])
-        start = number * self.stride
-        return Block(str(number), self._slice(start, start + self.size), self.size - self.stride if number else 0)
+        start, seen = number * self.stride, self.size - self.stride if number else 0
+        document = self.pieces["document"][np.searchsorted(self.ends, start + seen, side="right")]
+        return Block(str(number), self._slice(start, start + self.size), seen, int(document))
 
     @property
     def lengths(self) -> np.ndarray:
@@ -388,6 +395,20 @@ def _cut(pieces: np.ndarray, given: set[str], config: CorpusDataConfig) -> dict[
             "or set --validation_fraction 0 --test_fraction 0."
         )
     return {**result, "train": rest}
+
+
+def units_of(blocks: Sequence[Block]) -> tuple[list[int], str]:
+    """The unit of each block, numbered from 0, and what the units are: what an interval's resamples draw.
+
+    Blocks of one text are alike, so whole documents are drawn. Of fewer than MIN_DOCUMENTS, about STRETCHES stretches
+    of consecutive blocks are, as in the block bootstrap of a series (Kuensch, 1989; without overlap: Carlstein, 1986).
+    """
+    documents, numbers = np.unique([block.document for block in blocks], return_inverse=True)
+    if len(documents) >= MIN_DOCUMENTS:
+        return numbers.tolist(), "documents"
+    length = -(-len(blocks) // STRETCHES)
+    name = f"stretches of {length} consecutive blocks" if length > 1 else "blocks"
+    return [i // max(length, 1) for i in range(len(blocks))], name
 
 
 def document_starts(tokens: Sequence[int], end_id: int) -> list[int]:

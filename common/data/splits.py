@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from common.data.files import Row, file_hash, read_rows
+from common.disk import TASK_FILE
 from common.errors import InputError
 from common.hub import hub_answers
 from common.options import DataConfig
@@ -89,10 +90,10 @@ def open_hub(
 def origin(sources: Sources, split: str, weights: Path | None) -> dict[str, Any]:
     """What figures are of, for a metrics.json: the file of the rows, and the SHA-256 of the trained weights.
 
-    sources: a split that is not among them was cut from the training rows. weights: their folder; None: an untrained
-    base.
+    sources: a split that is not among them was cut from the training rows. weights: their folder, whose task.json says
+    how they are used, and so counts too; None: an untrained base.
     """
-    files = sorted(weights.glob("*.safetensors")) if weights else []
+    files = [*sorted(weights.glob("*.safetensors")), weights / TASK_FILE] if weights else []
     return {"source": sources.get(split) or sources["train"], "weights": {file.name: file_hash(file) for file in files}}
 
 

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
+COLUMNS = 3  # of panels
+
+
 def can_draw() -> bool:
     """Whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
@@ -43,6 +46,26 @@ def draw_bars(path: Path, results: Mapping[str, dict[str, Any] | str], name: str
         axes.barh(list(measured), values, xerr=errors, color="tab:blue", capsize=3)
         axes.invert_yaxis()
         axes.set(xlabel=name)
+
+
+def draw_differences(path: Path, differences: Mapping[str, Mapping[str, Sequence[float]]], first: str) -> None:
+    """A panel per metric: how much more each one measures than `first`, with its 95 % interval, against 0.
+
+    differences: metric's title -> name -> (difference, low, high).
+    """
+    count = max(map(len, differences.values()))
+    lines = -(-len(differences) // COLUMNS)
+    with _picture(path, (3.2 * COLUMNS, lines * (1.4 + 0.4 * count)), (lines, COLUMNS)) as panels:
+        for axes in panels.flat[len(differences) :]:
+            axes.axis("off")
+        for axes, (title, entries) in zip(panels.flat, differences.items(), strict=False):
+            for place, (value, low, high) in enumerate(entries.values()):
+                reach = [[max(0.0, value - low)], [max(0.0, high - value)]]
+                axes.errorbar(value, place, xerr=reach, fmt="o", capsize=3)
+            axes.axvline(0, color="gray", linewidth=1)
+            axes.set_yticks(range(len(entries)), list(entries) if axes in panels[:, 0] else [])
+            axes.set_ylim(len(entries) - 0.5, -0.5)
+            axes.set(title=title, xlabel=f"difference from {first}")
 
 
 def draw_speed(path: Path, runs: Mapping[str, tuple[float, float]], name: str) -> None:
@@ -122,10 +145,10 @@ def draw_learning_curve(run: Path, name: str) -> None:
 
 
 @contextlib.contextmanager
-def _picture(path: Path, size: tuple[float, float]) -> Iterator[Any]:
-    """matplotlib axes to draw on, saved to `path` at the end. size: width and height in inches."""
+def _picture(path: Path, size: tuple[float, float], panels: tuple[int, int] = (1, 1)) -> Iterator[Any]:
+    """matplotlib axes to draw on (of several panels, an array), saved to `path` at the end. size: in inches."""
     plt = pyplot()
-    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    figure, axes = plt.subplots(*panels, figsize=size, layout="constrained", squeeze=panels == (1, 1))
     yield axes
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a name in a script that the font lacks

@@ -11,6 +11,7 @@ of a document or parts of a conversation do, their sums are one row here (see `s
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -43,13 +44,51 @@ def difference(first: Measure, second: Measure) -> Measure:
     return measure
 
 
+def merged(*measures: Measure) -> Measure:
+    """All that several measure of the same rows."""
+    return lambda weights: {name: values for measure in measures for name, values in measure(weights).items()}
+
+
+def mean_measure(name: str, rows: np.ndarray) -> Measure:
+    """The mean of a number of each row, [rows]."""
+    return lambda weights: {name: weights @ rows / weights.sum(1)}
+
+
+def mean_of(measures: Sequence[Measure]) -> Measure:
+    """The mean over several runs of one recipe (its seeds), measured on the same rows."""
+
+    def measure(weights: np.ndarray) -> dict[str, np.ndarray]:
+        values = [each(weights) for each in measures]
+        return {name: np.mean([each[name] for each in values], 0) for name in values[0]}
+
+    return measure
+
+
+def mean_of_drawn(measures: Sequence[Measure], seed: int) -> Measure:
+    """`mean_of` with the runs drawn again for each resample of the rows, for what is said about a recipe.
+
+    Which seed a run had moves its result as the choice of rows does (Bouthillier et al., 2021, arXiv 2103.03098). One
+    run fewer than there are is drawn: so the variance of the mean of few is right (Rao and Wu, 1988). A single run
+    cannot tell how much seeds matter, and counts as it is.
+    """
+    rng, count = np.random.default_rng(seed), len(measures)
+
+    def measure(weights: np.ndarray) -> dict[str, np.ndarray]:
+        values = [each(weights) for each in measures]
+        shares = rng.multinomial(count - 1, np.full(count, 1 / count), size=len(weights)) / (count - 1)
+        return {name: (shares.T * [each[name] for each in values]).sum(0) for name in values[0]}
+
+    return measure if count > 1 else measures[0]
+
+
 def percentiles(values: np.ndarray) -> list[float]:
     """The bounds that 95 % of the values are between."""
     return np.percentile(values, [2.5, 97.5]).tolist()
 
 
-def sums_of(values: np.ndarray, groups: Sequence[int]) -> np.ndarray:
-    """values [rows, ...] -> [groups, ...]: those of each group added up. groups: of each row, numbered from 0."""
+def sums_of(rows: Sequence[Any] | np.ndarray, groups: Sequence[int]) -> np.ndarray:
+    """rows [rows, ...] -> [groups, ...]: those of each group added up. groups: of each row, numbered from 0."""
+    values = np.asarray(rows, dtype=float)
     total = np.zeros((max(groups) + 1, *values.shape[1:]))
     np.add.at(total, np.asarray(groups), values)
     return total
@@ -78,6 +117,14 @@ def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
 
     gained, lost = int((~first & second).sum()), int((first & ~second).sum())
     return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+
+
+def sign_test(differences: Sequence[float]) -> float:
+    """The exact p-value of differences being above and below 0 equally often; those of 0 do not count."""
+    from scipy.stats import binomtest
+
+    up, down = (sum(sign * x > 0 for x in differences) for sign in (1, -1))
+    return float(binomtest(up, up + down).pvalue) if up + down else 1.0
 
 
 def rows_to_see(change: float, differences: np.ndarray, rows: int) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import InputError
-from common.measure.intervals import Measure, percentiles, point, resampled, wilson
+from common.measure.intervals import Measure, percentiles, point, resampled, sums_of, wilson
 from common.measure.label_answer import Answer
 from common.options import CAUSAL_LM, CHAT, CLASSIFICATION
 
@@ -21,11 +21,15 @@ LARGEST_EXPONENT = 700.0  # a float ends at e^709
 
 @dataclass(frozen=True)
 class Metric:
-    """One number of metrics.json: its key there, its title in tables, and which way is better."""
+    """One number of metrics.json: its key there, its title in tables, and which way is better.
+
+    point: a difference of one point, of a share 0.01; None: 1 % of the value.
+    """
 
     name: str
     title: str
     higher_is_better: bool
+    point: float | None = None
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,11 @@ METRICS: dict[str, Metric] = {}
 TASKS: dict[str, Task] = {}
 
 
-def register_metric(name: str, title: str, *, higher_is_better: bool, tasks: Sequence[str] = ()) -> None:
+def register_metric(
+    name: str, title: str, *, higher_is_better: bool, point: float | None = None, tasks: Sequence[str] = ()
+) -> None:
     """Adds a metric. tasks: those whose tables show it where it was measured, and whose best weights it may choose."""
-    METRICS[name] = Metric(name, title, higher_is_better)
+    METRICS[name] = Metric(name, title, higher_is_better, point)
     for task in tasks:
         if name not in choosable(task):
             old = TASKS[task]
@@ -82,17 +88,17 @@ def choosable(task: str) -> tuple[str, ...]:
     return TASKS[task].choosable
 
 
-register_metric("accuracy", "accuracy", higher_is_better=True)
-register_metric("f1_micro", "micro-F1", higher_is_better=True)
-register_metric("f1_macro", "macro-F1", higher_is_better=True)
+register_metric("accuracy", "accuracy", higher_is_better=True, point=0.01)
+register_metric("f1_micro", "micro-F1", higher_is_better=True, point=0.01)
+register_metric("f1_macro", "macro-F1", higher_is_better=True, point=0.01)
 register_metric("perplexity", "perplexity", higher_is_better=False)
 register_metric("eval_loss", "nats per token", higher_is_better=False)
 register_metric("bits_per_byte", "bits per byte", higher_is_better=False)
 register_metric("word_perplexity", "perplexity per word", higher_is_better=False)
-register_metric("rouge_l", "ROUGE-L", higher_is_better=True)
-register_metric("chrf", "chrF", higher_is_better=True)
-register_metric("bleu", "BLEU", higher_is_better=True)
-register_metric("stopped", "ends by itself", higher_is_better=True)
+register_metric("rouge_l", "ROUGE-L", higher_is_better=True, point=1)
+register_metric("chrf", "chrF", higher_is_better=True, point=1)
+register_metric("bleu", "BLEU", higher_is_better=True, point=1)
+register_metric("stopped", "ends by itself", higher_is_better=True, point=0.01)
 register_metric("ece", "expected calibration error", higher_is_better=False)
 register_metric("brier_score", "Brier score", higher_is_better=False)
 register_metric("nll", "nats per row", higher_is_better=False)
@@ -175,7 +181,7 @@ def summarize(answers: Sequence[Answer], gold: Sequence[Sequence[int]], labels: 
 
 
 def loss_measure(nats: np.ndarray, tokens: np.ndarray, per_token: dict[str, float] | None = None) -> Measure:
-    """Losses and perplexities of `perplexity_metrics` from the nats and predicted tokens of each row."""
+    """Losses and perplexities of `perplexity_metrics` from the nats and predicted tokens of each unit, [units]."""
 
     def measure(weights: np.ndarray) -> dict[str, np.ndarray]:
         loss = weights @ nats / (weights @ tokens)
@@ -190,22 +196,31 @@ def loss_measure(nats: np.ndarray, tokens: np.ndarray, per_token: dict[str, floa
 
 
 def perplexity_metrics(
-    blocks: Sequence[tuple[float, int]], per_token: dict[str, float] | None = None, seed: int = 0
+    rows: Sequence[tuple[float, int]],
+    per_token: dict[str, float] | None = None,
+    *,
+    units: Sequence[int] | None = None,
+    unit: str = "rows",
+    seed: int = 0,
 ) -> dict[str, Any]:
-    """Perplexity and related metrics from (nats, predicted tokens) of every block: sums over all, no means of means.
+    """Perplexity and related metrics from (nats, predicted tokens) of every row: sums over all, no means of means.
 
     eval_loss: nats per token; perplexity: e to that. bits_per_byte and word_perplexity divide by the split's UTF-8
     bytes and white-space words instead, so that models with different tokenizers compare.
-    per_token: {bytes, words} per token; unset: without these two. 95 % intervals: percentiles of a bootstrap.
+    per_token: {bytes, words} per token; unset: without these two. 95 % intervals: percentiles of a bootstrap that draws
+    units. units: of each row, numbered from 0; unset: each row is one. unit: what they are, in the plural.
     """
-    nats, tokens = np.array(blocks, dtype=float).T
-    measure = loss_measure(nats, tokens, per_token)
-    return {
-        **point(measure, len(nats)),
-        "intervals_95": {name: percentiles(values) for name, values in resampled(measure, len(nats), seed).items()},
-        "rows": len(nats),
-        "predicted_tokens": int(tokens.sum()),
+    sums = sums_of(rows, range(len(rows)) if units is None else units)
+    measure = loss_measure(sums[:, 0], sums[:, 1], per_token)
+    metrics: dict[str, Any] = {
+        **point(measure, len(sums)),
+        "intervals_95": {name: percentiles(values) for name, values in resampled(measure, len(sums), seed).items()},
+        "rows": len(rows),
+        "units": len(sums),
+        "unit": unit,
+        "predicted_tokens": int(sums[:, 1].sum()),
     }
+    return metrics | ({"per_token": per_token} if per_token else {})
 
 
 def require_overlap_packages() -> None:

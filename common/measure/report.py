@@ -116,21 +116,30 @@ def _certainties(
 
 
 def write_causal_lm(
-    folder: Path, metrics: Metrics, results: Results, split: str, *, blocks: Sequence[tuple[float, int]], sample: str
+    folder: Path,
+    metrics: Metrics,
+    results: Results,
+    split: str,
+    *,
+    blocks: Sequence[tuple[float, int]],
+    units: Sequence[int],
+    sample: str,
 ) -> str:
     """metrics.json, blocks.jsonl, perplexity.png and report.md; returns the results table.
 
-    blocks: nats and predicted tokens of each. sample: a prompt and how the model continued it.
+    blocks: nats and predicted tokens of each. units: of each (`units_of`). sample: a prompt and how the model continued
+    it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "blocks.jsonl", "w", encoding="utf-8") as file:
-        for number, (nats, tokens) in enumerate(blocks):
-            file.write(to_json({"block": number, "nats": nats, "predicted_tokens": tokens}) + "\n")
+        for number, ((nats, tokens), unit) in enumerate(zip(blocks, units, strict=True)):
+            row = {"block": number, "unit": unit, "nats": nats, "predicted_tokens": tokens}
+            file.write(to_json(row) + "\n")
     picture = ["![perplexity](perplexity.png)"] if figures.can_draw() else []
     if picture:
         figures.draw_bars(folder / "perplexity.png", results, "perplexity")
     sampled = ["A sample, the prompt included:", _quoted(sample)] if sample else []
-    return write(folder, metrics, results, split, CAUSAL_LM, *picture, *sampled, unit="blocks")
+    return write(folder, metrics, results, split, CAUSAL_LM, *picture, *sampled, unit=metrics.get("unit", "blocks"))
 
 
 def write_chat(
@@ -148,7 +157,7 @@ def write_chat(
         for row in answers[:: -(-len(answers) // SAMPLES)]:
             prompt, gold, prediction = (_quoted(row[name]) for name in ("prompt", "gold", "prediction"))
             parts += [f"### {row['id']}", prompt, "reference:", gold, "answer:", prediction]
-    return write(folder, metrics, results, split, CHAT, *parts)
+    return write(folder, metrics, results, split, CHAT, *parts, unit=metrics.get("unit", "rows"))
 
 
 def write(

@@ -115,6 +115,12 @@ def _adapted(model: nn.Module) -> peft.PeftModel | None:
     return next((module for module in model.modules() if isinstance(module, peft.PeftModel)), None)
 
 
+def remove_adapter(model: nn.Module) -> Any:
+    """The untrained base of a model, whose adapter is gone after it; of one without an adapter, the model."""
+    adapted = _adapted(model)
+    return adapted.unload() if adapted else model
+
+
 @contextlib.contextmanager
 def without_adapter(model: nn.Module):
     """The untrained base inside the block."""

@@ -247,6 +247,12 @@ def chat_rows(
     return result
 
 
+def conversation_numbers(rows: Sequence[ChatRow]) -> list[int]:
+    """The conversation of each row, numbered from 0 in their order: the rows of one are not independent."""
+    numbers: dict[str, int] = {}
+    return [numbers.setdefault(row.id, len(numbers)) for row in rows]
+
+
 def show_chat_row(row: ChatRow, tokenizer: "PreTrainedTokenizerBase") -> str:
     """The row as the model sees it, with [[ ]] around what is trained on."""
     text = ""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
@@ -237,3 +238,4 @@ def finish(accelerator: Accelerator, *objects: Any, last: bool = True) -> None:
     else:
         for tracker in accelerator.trackers:
             tracker.finish()
+        AcceleratorState._reset_state()  # the next one may have another precision

@@ -10,7 +10,7 @@ Whatever imports torch is imported when a model is loaded.
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,6 +27,8 @@ from common.disk import (
     load_task,
     newest_run,
     read_json,
+    to_json,
+    train_figures,
     weights_folder,
 )
 from common.errors import InputError
@@ -63,7 +65,8 @@ class Run:
 
     name: as it was given, or found. task: classification, causal_lm or chat. folder: of the trained weights; None: a
     base model. trained: what task.json says; empty for a base model. options: those of the training, in their types;
-    of a copied adapter, which has no config.yaml, those that task.json keeps.
+    of a copied adapter, which has no config.yaml, those that task.json keeps. given: what a script was given that
+    changes its figures. untrained: it stands for its own base, with its prompt, labels and options.
     """
 
     name: str
@@ -71,6 +74,8 @@ class Run:
     folder: Path | None
     trained: dict[str, Any]
     options: dict[str, Any]
+    given: dict[str, Any] = field(default_factory=dict)
+    untrained: bool = False
 
     @property
     def run_folder(self) -> Path:
@@ -82,6 +87,11 @@ class Run:
     def home(self) -> Path:
         """Where results are written: the run folder; of a base model, outputs/<model>."""
         return self.run_folder if self.folder else OUTPUTS / Path(self.name).name
+
+    @property
+    def weights(self) -> Path | None:
+        """The folder of the trained weights that are measured; None: those of a base."""
+        return None if self.untrained else self.folder
 
     def configure(self, cls: type[T], given: dict[str, Any], defaults: dict[str, Any]) -> T:
         """The options of a script: those given, else `defaults`, else as declared.
@@ -95,6 +105,7 @@ class Run:
                 raise InputError(f"--{name} was settled when {self.name} was trained: drop it.")
         if not self.folder and given.get("model", self.name) != self.name:
             raise InputError(f"--model {given['model']}: give the model as --run.")
+        self.given = {name: given[name] for name in names(cls, "binds") if name in given}
         known = {item.name for item in fields(cls)}  # type: ignore[arg-type]
         model = {} if self.folder else {"model": self.name}
         values = {**defaults, **given, **model, "task": self.task, "run": self.name}
@@ -126,13 +137,48 @@ class Run:
                 options.pop(f"{other}_file", None)
         return options
 
+    def results_folder(self, config: Any, name: str, other_rows: bool) -> Path:
+        """Where the results of an evaluation are written: --output_dir, or `name` under eval/.
+
+        config: of evaluate.py. other_rows: than the run's own; their file's name is in that of the folder.
+        """
+        if self.folder and other_rows:
+            name += f"-{Path(config.test_file).stem}"
+        return Path(config.output_dir or self.home / "eval" / (f"{name}-base" if self.untrained else name))
+
+    def made_from(self, sources: Sources, split: str) -> dict[str, Any]:
+        """What figures are of, for a metrics.json: rows, weights, and the options that were given."""
+        return {**origin(sources, split, self.weights), **({"options": self.given} if self.given else {})}
+
+    def results(
+        self, sources: Sources, split: str, metrics: dict[str, Any], usual: bool
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The metrics with what they are of and the figures of the training, and the results table's rows.
+
+        usual: the rows are the run's own, read as after training, whose figures and baselines can stand beside these.
+        """
+        metrics |= self.made_from(sources, split)
+        results = {"this run" if self.weights else "untrained base": metrics}
+        if self.weights and usual:
+            results |= read_json(self.home / "eval" / split / "baselines.json")
+            metrics = {**train_figures(self.home), **metrics}
+        return metrics, results
+
+    def has_results(self, folder: Path, sources: Sources, split: str, **facts: Any) -> bool:
+        """Whether the folder has this evaluation already, with what a comparison needs. facts: of its metrics.json."""
+        found, needed = read_json(folder / "metrics.json"), {CAUSAL_LM: ["unit"], CHAT: ["unit", "answers"]}
+        made = {"options": {}, **self.made_from(sources, split), **facts}
+        same = all({"options": {}, **found}.get(name) == value for name, value in json.loads(to_json(made)).items())
+        rows = folder / ("blocks.jsonl" if self.task == CAUSAL_LM else "predictions.jsonl")
+        return same and rows.is_file() and all(name in found for name in needed.get(self.task, ()))
+
     def partial_results(self, config: Any, sources: Sources, accelerator: "Accelerator") -> dict[str, Any]:
         """Options of `measure_in_chunks`: where results are kept until all are there, and what they are made from.
 
         config: of evaluate.py.
         """
         file = Path(config.output_dir or self.home / "eval") / f".{config.split}.partial.jsonl"
-        source = {**origin(sources, config.split, self.folder), "options": asdict(config)}
+        source = {**origin(sources, config.split, self.weights), "options": asdict(config)}
         source[DECISION] = self.trained.get(DECISION)
         options = {"file": file, "source": source, "accelerator": accelerator}
         return {**options, "batch_size": config.per_device_eval_batch_size}
@@ -231,6 +277,8 @@ class Run:
             classifier = storage.load_classifier(
                 self.folder, device, config.mixed_precision, config.trust_remote_code
             )
+            if self.untrained:
+                classifier = replace(classifier, model=self._base(classifier.model, config, device))
             return LabelModel(classifier, device, config.mixed_precision, self.decision())
         path = resolve_model(config.model, config.revision)
         base_model.check_length(path, config, config.max_length, "--max_length")
@@ -253,7 +301,7 @@ class Run:
         assert self.folder
         plain = Decision.unfitted(self.trained["multi_label"], len(self.trained["labels"]))
         try:
-            decision = replace(plain, **self.trained.get(DECISION, {}))
+            decision = replace(plain, **({} if self.untrained else self.trained.get(DECISION, {})))
         except TypeError as error:
             raise InputError(f"{self.folder / TASK_FILE}: {DECISION}: {error}. {COPY_AGAIN}") from None
         if not decision.blend:
@@ -284,9 +332,22 @@ class Run:
             model, tokenizer = storage.load_language_model(
                 self.folder, device, config.mixed_precision, config.trust_remote_code
             )
+        if self.untrained:
+            model = self._base(model, config, device)
         start = [] if template else self.trained.get("start", base_model.start_ids(tokenizer))
         system = config.system_prompt or self.trained.get("system_prompt")
         return TextModel(model, tokenizer, template, start, system, device, config.mixed_precision)
+
+
+    def _base(self, model: Any, config: Any, device: "torch.device") -> Any:
+        """The base of the trained model; loaded again where it is not in there any more."""
+        from common.model import base_model, lora, storage
+
+        init = read_json(self.folder / "adapter_config.json").get("init_lora_weights")
+        if not self.trained["full_finetuning"] and init not in BASE_CHANGING_INITS:
+            return lora.remove_adapter(model)
+        options = storage.trained_options(self.trained, config.mixed_precision, config.trust_remote_code)
+        return base_model.load_base(resolve_model(options.model, options.revision), options, device=device)[0].eval()
 
 
 def best_device() -> "torch.device":

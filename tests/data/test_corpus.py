@@ -13,7 +13,7 @@ from helpers import ROOT, SHARED
 from helpers.texts import WORDS, Config, load, prose
 
 from common.data import corpus
-from common.data.corpus import PIECE, Blocks, open_sources, tokenize
+from common.data.corpus import PIECE, Blocks, open_sources, tokenize, units_of
 from common.errors import InputError
 
 
@@ -190,6 +190,32 @@ def test_splits_are_whole_documents_drawn_by_their_own_seed(tokenizer, tmp_path)
     again = load(tokenizer, train_file=file)
     other = load(tokenizer, train_file=file, split_seed=7)
     assert joined(again.splits["test"]) == joined(data.splits["test"]) != joined(other.splits["test"])
+
+
+def test_blocks_know_the_document_that_they_begin_in():
+    """By the first token that counts: in an overlapping window, the one after those of the window before."""
+    pieces = np.zeros(4, PIECE)
+    pieces["tokens"], pieces["start"], pieces["document"] = [3, 2, 6, 5], [10, 30, 40, 60], [7, 7, 8, 11]
+    blocks = Blocks(np.arange(100), pieces, 4)
+    assert [block.document for block in blocks] == [7, 7, 8, 11]  # from tokens 0, 4, 8 and 12 of 5, 6 and 5
+    assert [block.document for block in Blocks(np.arange(100), pieces, 4, 2)] == [7, 7, 8, 8, 8, 11, 11]
+    blocks.draw(2, seed=0)
+    assert [block.document for block in blocks] == [[7, 7, 8, 11][number] for number in blocks.numbers]
+
+
+@pytest.mark.parametrize(
+    ("documents", "size", "units", "name"),
+    [(12, 20, 12, "documents"), (12, 2000, 0, "blocks"), (3, 20, 0, "blocks"), (3, 2, 50, "stretches of 3 ")],
+)
+def test_what_an_interval_draws(documents, size, units, name):
+    """Documents where there are enough of them; else at most 50 stretches of blocks of one length, but the last."""
+    pieces = np.zeros(documents, PIECE)
+    pieces["tokens"], pieces["document"] = 100, np.arange(documents)
+    pieces["start"] = 100 * np.arange(documents)
+    blocks = Blocks(np.arange(100 * documents), pieces, size)
+    numbers, found = units_of(blocks)
+    assert found.startswith(name) and len(numbers) == len(blocks) and numbers == sorted(numbers)
+    assert set(numbers) == set(range(units or len(blocks))) and len(set(numbers)) == max(numbers) + 1
 
 
 def test_one_document_is_cut_at_its_end(tokenizer, tmp_path):

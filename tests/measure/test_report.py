@@ -113,13 +113,14 @@ def test_answers_are_kept_and_some_are_shown(tmp_path):
 
 
 def test_a_perplexity_leaves_its_blocks_and_a_sample(tmp_path):
-    metrics = {"perplexity": 2.0}
+    metrics = {"perplexity": 2.0, "unit": "documents"}
     results = {"this run": metrics, "untrained base": "n/a"}
-    report.write_causal_lm(tmp_path, metrics, results, "test", blocks=[(3.5, 5), (1.0, 2)], sample="Once\nupon")
+    given = {"blocks": [(3.5, 5), (1.0, 2)], "units": [0, 4], "sample": "Once\nupon"}
+    report.write_causal_lm(tmp_path, metrics, results, "test", **given)
     blocks = [json.loads(line) for line in (tmp_path / "blocks.jsonl").read_text().splitlines()]
-    assert blocks[1] == {"block": 1, "nats": 1.0, "predicted_tokens": 2}
+    assert blocks[1] == {"block": 1, "unit": 4, "nats": 1.0, "predicted_tokens": 2}
     assert (
-        "bootstrap over the blocks.\n\nA sample, the prompt included:\n\n> Once\n> upon\n"
+        "bootstrap over the documents.\n\nA sample, the prompt included:\n\n> Once\n> upon\n"
         in (tmp_path / "report.md").read_text()
     )
 
