@@ -13,7 +13,7 @@ A classification head cannot generate.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,9 +25,9 @@ from common.data.corpus import load_corpus_once, open_sources, units_of
 from common.errors import InputError, cli_errors
 from common.hub import resolve_model
 from common.log import evaluation_cost, say
-from common.measure.intervals import sums_of, wilson
+from common.measure.intervals import sums_of
 from common.measure.label_answer import Answer
-from common.measure.metrics import perplexity_metrics, require_overlap_packages, summarize, text_overlap
+from common.measure.metrics import chat_metrics, perplexity_metrics, require_overlap_packages, summarize
 from common.options import (
     CAUSAL_LM,
     CHAT,
@@ -35,6 +35,7 @@ from common.options import (
     ChatDataConfig,
     ClassificationDataConfig,
     CorpusDataConfig,
+    DecisionConfig,
     ModelConfig,
     check,
     option,
@@ -48,7 +49,7 @@ from common.use.runs import Run, open_run
 
 
 @dataclass
-class Config(ModelConfig, ClassificationDataConfig, CorpusDataConfig, ChatDataConfig):
+class Config(ModelConfig, ClassificationDataConfig, CorpusDataConfig, ChatDataConfig, DecisionConfig):
     """evaluate"""
 
     run: str | None = option(None, "run folder, adapter folder, or base model", binds=False)
@@ -62,16 +63,6 @@ class Config(ModelConfig, ClassificationDataConfig, CorpusDataConfig, ChatDataCo
     decode: Literal["score", "generate"] | None = option(
         None, "labels: score every one (unset), or generate text greedily", binds=False, tasks=[CLASSIFICATION]
     )
-    fit_decisions: bool = option(
-        False, "fit probabilities, thresholds and abstention on the validation split; saved with the run",
-        flag=True, tasks=[CLASSIFICATION],
-    )  # fmt: skip
-    min_precision: float | None = option(
-        None, "fit: so many of the answers given are right, or none is given", at_least=0.01, at_most=0.999,
-        tasks=[CLASSIFICATION],
-    )  # fmt: skip
-    confidence: float = option(0.9, "fit: of --min_precision", at_least=0.5, at_most=0.999, tasks=[CLASSIFICATION])
-    blend_baseline: bool = option(False, "fit: mix in TF-IDF as far as it helps", tasks=[CLASSIFICATION])
     max_new_tokens: int | None = option(
         None, "conversations: tokens of an answer at most; unset: 256, or the longest reference's",
         at_least=1, tasks=[CHAT],
@@ -87,12 +78,6 @@ class Config(ModelConfig, ClassificationDataConfig, CorpusDataConfig, ChatDataCo
     output_dir: str | None = option(
         None, "unset: RUN/eval/<split>, or outputs/<model>/eval for a base model; --compare: that of RUN_A", binds=False
     )
-
-    def broken_rules(self) -> Iterator[str]:
-        if self.fit_decisions and (self.split != "validation" or self.decode == "generate"):
-            yield "--fit_decisions is about the validation split and scored labels: drop --split, --test_file, --decode"
-        if not self.fit_decisions and (self.min_precision is not None or self.blend_baseline):
-            yield "--min_precision and --blend_baseline need --fit_decisions"
 
 
 def read_options(given: dict[str, Any], run: Run | None = None) -> tuple[Config, Run, bool]:
@@ -111,13 +96,17 @@ def read_options(given: dict[str, Any], run: Run | None = None) -> tuple[Config,
     return config, run, run.folder is None or "test_file" in given
 
 
+def require_rows(rows: Sequence[Any], config: Config) -> None:
+    if not len(rows):
+        raise InputError(f"There are no {config.split} rows: name some with --test_file.")
+
+
 def evaluate_classifier(config: Config, run: Run, other_rows: bool, reuse: bool = False) -> Path:
     """Accuracy, F1 and predictions of a classifier, or of a base model that is prompted."""
     config.decode = config.decode or "score"
     data = load_classification(config, training=False)
     examples = data.splits[config.split]
-    if not examples:
-        raise InputError(f"There are no {config.split} rows: name some with --test_file.")
+    require_rows(examples, config)
     if run.folder is None:
         config.labels = data.labels
         path = resolve_model(config.model, config.revision)
@@ -154,14 +143,12 @@ def evaluate_classifier(config: Config, run: Run, other_rows: bool, reuse: bool 
             say(accelerator, f"{fit_decisions(config, run, examples, answers)}\nSaved in {run.folder}.")
         loop.finish(accelerator)
         return target
-    metrics = summarize(answers, [example.labels for example in examples], data.labels)
-    metrics |= evaluation_cost(len(examples), started)
+    gold = [example.labels for example in examples]
+    metrics = summarize(answers, gold, data.labels) | evaluation_cost(len(examples), started)
     if accelerator.is_main_process:
         metrics, results = run.results(data.sources, config.split, metrics, usual=not other_rows)
-        say(accelerator, report.write_classification(
-            target, metrics, results, config.split, classifier=classifier, examples=examples, answers=answers,
-            decode=config.decode,
-        ))  # fmt: skip
+        say(accelerator, report.write_classification(target, metrics, results, config.split, classifier=classifier,
+                                                     examples=examples, answers=answers, decode=config.decode))
         outside = f"{metrics['outside_label_set']} of {metrics['rows']} answers outside the label set"
         speed = f"{metrics['examples_per_second']:.1f} examples/s"
         say(accelerator, f"\n{outside}; {speed}; {run.loaded_as(config)}\nWritten to {target}")
@@ -172,14 +159,14 @@ def evaluate_classifier(config: Config, run: Run, other_rows: bool, reuse: bool 
 def evaluate_text(config: Config, run: Run, other_rows: bool, reuse: bool = False) -> Path:
     """Perplexity of a model on running text."""
     sources = open_sources(config, training=False)
+    named = {split: source.origin for split, source in sources.items()}
     if run.folder and not other_rows:
-        named = {split: source.origin for split, source in sources.items()}
         run.check_unchanged(named, config.split)
     trained = run.options  # a copied adapter has no stride to compare with
     usual = all(getattr(config, x) == trained.get(x) for x in ("block_size", "stride")) or run.folder is None
     windows = f"{config.block_size}-{config.stride or config.block_size}"
     target = run.results_folder(config, config.split if usual else f"{config.split}-windows-{windows}", other_rows)
-    if reuse and run.has_results(target, {split: source.origin for split, source in sources.items()}, config.split):
+    if reuse and run.has_results(target, named, config.split):
         return target
     path = str(run.folder or resolve_model(config.model, config.revision))
 
@@ -198,8 +185,7 @@ def evaluate_text(config: Config, run: Run, other_rows: bool, reuse: bool = Fals
     start = run.trained.get("start", base_model.start_ids(tokenizer))
     data = load_corpus_once(sources, config, tokenizer, accelerator)
     blocks = data.splits[config.split]
-    if not len(blocks):
-        raise InputError(f"There is no {config.split} text: name one with --test_file.")
+    require_rows(blocks, config)
     model = run.load_text_model(config, accelerator.device).model
     most = positions(model) or config.block_size + len(start)
     if config.block_size + len(start) > most:
@@ -233,8 +219,7 @@ def evaluate_chat(config: Config, run: Run, other_rows: bool, reuse: bool = Fals
     """Loss of the reference answers, and greedy answers of the model beside them."""
     require_overlap_packages()
     data = load_conversations(config, training=False)
-    if not data.splits[config.split]:
-        raise InputError(f"There are no {config.split} rows: name some with --test_file.")
+    require_rows(data.splits[config.split], config)
     if run.folder and not other_rows:
         run.check_unchanged(data.sources, config.split)
     target = run.results_folder(config, config.split, other_rows)
@@ -271,13 +256,7 @@ def evaluate_chat(config: Config, run: Run, other_rows: bool, reuse: bool = Fals
     units = conversation_numbers(rows)
     for answer, (nats, count) in zip(answers, sums_of(losses, units).tolist(), strict=True):
         answer |= {"nats": nats, "predicted_tokens": int(count)}
-    metrics = perplexity_metrics(losses, units=units, unit="conversations")
-    overlap = text_overlap([row["prediction"] for row in answers], [row["gold"] for row in answers])
-    overlap["intervals_95"] |= metrics["intervals_95"]
-    stopped = sum(row["stopped"] for row in answers)
-    overlap["intervals_95"]["stopped"] = wilson(stopped, len(answers))
-    metrics |= overlap | {"stopped": stopped / len(answers), "answers": len(answers)}
-    metrics |= evaluation_cost(len(answers), started)
+    metrics = chat_metrics(losses, units, answers) | evaluation_cost(len(answers), started)
     if accelerator.is_main_process:
         metrics, results = run.results(data.sources, config.split, metrics, usual=not other_rows)
         say(accelerator, report.write_chat(target, metrics, results, config.split, answers=answers))

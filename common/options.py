@@ -359,6 +359,28 @@ class ClassificationDataConfig(DataConfig, ClassificationConfig):
 
 
 @dataclass
+class DecisionConfig:
+    """decisions"""
+
+    belongs_to: ClassVar[tuple[str, ...]] = (CLASSIFICATION,)
+
+    fit_decisions: bool = option(
+        False, "fit temperature or thresholds on the validation split, and save them with the run", flag=True
+    )
+    min_precision: float | None = option(
+        None, "fit when to give no answer: so many of the answers given are right", at_least=0.01, at_most=0.999
+    )
+    confidence: float = option(0.9, "of --min_precision", at_least=0.5, at_most=0.999)
+    blend_baseline: bool = option(False, "fit how much TF-IDF's probabilities count; may be nothing")
+
+    def broken_rules(self: Any) -> Iterator[str]:
+        if self.fit_decisions and (self.split != "validation" or self.decode == "generate"):
+            yield "--fit_decisions is about the validation split and scored labels: drop --split, --test_file, --decode"
+        if not self.fit_decisions and (self.min_precision is not None or self.blend_baseline):
+            yield "--min_precision and --blend_baseline need --fit_decisions"
+
+
+@dataclass
 class CorpusDataConfig(DataConfig, CausalConfig):
     """which text is read for causal language modeling, and how"""
 

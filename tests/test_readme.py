@@ -180,6 +180,8 @@ def test_commands_on_running_text_are_accepted(line):
 def test_commands_that_evaluate_are_accepted(line):
     """Each `evaluate.py` command names options that exist, fit each other, and belong to the task."""
     given = parse_given(evaluate.Config, line)
+    if given.get("fit_decisions"):
+        given.setdefault("split", "validation")  # as read_options does
     config = evaluate.Config(**given)
     config.task = config.task or CLASSIFICATION
     check(config)

@@ -264,6 +264,21 @@ def text_overlap(answers: Sequence[str], references: Sequence[str], seed: int = 
     return {**point(measure, rows), "intervals_95": intervals}
 
 
+def chat_metrics(
+    losses: Sequence[tuple[float, int]], units: Sequence[int], answers: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """`perplexity_metrics` of the references, `text_overlap` of the answers, and the share that ended by itself.
+
+    losses, units: of each row, and its conversation. answers: gold, prediction and stopped of each conversation.
+    """
+    metrics = perplexity_metrics(losses, units=units, unit="conversations")
+    overlap = text_overlap([row["prediction"] for row in answers], [row["gold"] for row in answers])
+    stopped = sum(row["stopped"] for row in answers)
+    intervals = metrics["intervals_95"] | overlap["intervals_95"] | {"stopped": wilson(stopped, len(answers))}
+    shares = {"stopped": stopped / len(answers), "answers": len(answers)}
+    return {**metrics, **overlap, **shares, "intervals_95": intervals}
+
+
 def confusion_matrix(
     gold: Sequence[Sequence[int]], predicted: Sequence[Sequence[int] | None], labels: int, multi_label: bool
 ) -> np.ndarray:
