@@ -14,9 +14,10 @@ from helpers.models import FAMILIES
 from helpers.rows import multi_rows, task_options, toy_options, toy_rows, write_csv
 from helpers.runs import COMBINATIONS, QUANTIZED, RUNS, name_of, run_evaluate, timeless, train
 from helpers.scripts import run_script
+from sklearn.metrics import f1_score
 
 import evaluate
-from common.data.classification import load_classification
+from common.data.classification import SEPARATOR, load_classification
 from common.errors import InputError
 from common.model import storage
 from common.options import TrainingConfig, read_saved
@@ -194,6 +195,27 @@ def test_two_processes_write_one_processes_files(trained, tmp_path):
         assert two.pop(name) == pytest.approx(one.pop(name), rel=1e-4)
     assert np.array(two.pop("calibration_bins")) == pytest.approx(np.array(one.pop("calibration_bins")), rel=1e-4)
     assert two == one
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+def test_the_figures_are_those_of_the_predictions(trained, combination):
+    """scikit-learn's of the columns of predictions.csv."""
+    for family in FAMILIES:
+        folder = trained(family, *combination) / "eval" / "test"
+        with open(folder / "predictions.csv", encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        labels = [name[2:-1] for name in rows[0] if name.startswith("p(")]
+        gold, found = (
+            np.array([[label in row[column].split(SEPARATOR) for label in labels] for row in rows])
+            for column in ("gold", "prediction")
+        )
+        metrics = figures(folder)
+        assert metrics["accuracy"] == pytest.approx((gold == found).all(1).mean())
+        for average in ("micro", "macro", "weighted"):
+            expected = f1_score(gold, found, average=average, zero_division=0)
+            assert metrics[f"f1_{average}"] == pytest.approx(expected)
+        p = np.array([[float(row[f"p({label})"]) for label in labels] for row in rows])
+        assert metrics["brier_score"] == pytest.approx(((p - gold) ** 2).sum(1).mean(), abs=1e-5)
 
 
 def test_loaded_precision_follows_the_option(models, tmp_path):

@@ -5,6 +5,7 @@ import shutil
 import sys
 
 import pytest
+import sacrebleu
 import torch
 import transformers
 from helpers import ROOT
@@ -208,7 +209,10 @@ def test_answers_are_measured(models, chat_files, tmp_path):
     assert [row["gold"] for row in rows] == gold
     assert found[8]["stopped"] == sum(row["stopped"] for row in rows) / 7
     same = [100.0 * (row["gold"] == row["prediction"]) for row in rows]
-    assert found[8]["rouge_l"] >= sum(same) / 7 and 0 < found[8]["chrf"] <= 100
+    assert found[8]["rouge_l"] >= sum(same) / 7
+    answers = [row["prediction"] for row in rows]
+    assert found[8]["chrf"] == pytest.approx(sacrebleu.corpus_chrf(answers, [gold]).score)
+    assert found[8]["bleu"] == pytest.approx(sacrebleu.corpus_bleu(answers, [gold]).score)
     report = (tmp_path / "8" / "report.md").read_text()
     assert "untrained base" in report and report.count("reference:") == 7
     run_evaluate("--run", models["qwen"], "--task", "chat", "--chat_template", "plain", *chat_files[4:],
