@@ -292,3 +292,25 @@ def test_decisions_are_fitted_on_validation_rows_alone(trained, models, tmp_path
     (folder / "adapter" / "task.json").write_text(json.dumps({**task, "decision": {"temperatur": 2}}))
     with pytest.raises(InputError, match="task.json: decision: .*temperatur"):
         run_evaluate("--run", folder)
+
+
+MEMORY = """
+import resource, sys
+sys.path[:0] = [sys.argv.pop(1)]
+import evaluate
+evaluate.main()
+print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_twice_the_rows_take_no_more_memory(trained, tmp_path):
+    """Peak resident set of evaluate.py, all probabilities included: at most 5 % more."""
+    (tmp_path / "memory.py").write_text(MEMORY)
+    peaks = []
+    for rows in (150, 300):
+        file = write_csv(tmp_path / f"{rows}.csv", toy_rows(rows // 3))
+        run = trained("llama", "generative", "single")
+        options = ["--run", str(run), "--test_file", str(file), "--output_dir", str(tmp_path / str(rows))]
+        found = run_script(tmp_path / "memory.py", str(ROOT), *options)
+        peaks.append(int(found.stdout.split("PEAK")[1]))
+    assert peaks[1] < 1.05 * peaks[0]
