@@ -133,10 +133,10 @@ def evaluate_classifier(config: Config, run: Run, other_rows: bool, reuse: bool 
     accelerator = loop.start_accelerator(config)
     shots, _ = draw_few_shot(data, config) if run.folder is None else ([], [])
     model = run.load_classifier(config, accelerator.device, data.multi_label, examples, shots)
-    started, classifier = time.perf_counter(), model.classifier
+    classifier = model.classifier
     measure = partial(predict, classifier, accelerator=accelerator, batch_size=config.per_device_eval_batch_size,
                       decode=config.decode, decision=None if config.fit_decisions else model.decision)  # fmt: skip
-    answers = measure_in_chunks(measure, examples, what=config.split, restore=Answer.restored,
+    answers, seconds = measure_in_chunks(measure, examples, what=config.split, restore=Answer.restored,
                                 **run.partial_results(config, data.sources, accelerator))  # fmt: skip
     if config.fit_decisions:
         if accelerator.is_main_process:
@@ -144,7 +144,7 @@ def evaluate_classifier(config: Config, run: Run, other_rows: bool, reuse: bool 
         loop.finish(accelerator)
         return target
     gold = [example.labels for example in examples]
-    metrics = summarize(answers, gold, data.labels) | evaluation_cost(len(examples), started)
+    metrics = summarize(answers, gold, data.labels) | evaluation_cost(len(examples), time.perf_counter() - seconds)
     if accelerator.is_main_process:
         metrics, results = run.results(data.sources, config.split, metrics, usual=not other_rows)
         say(accelerator, report.write_classification(target, metrics, results, config.split, classifier=classifier,
@@ -192,16 +192,15 @@ def evaluate_text(config: Config, run: Run, other_rows: bool, reuse: bool = Fals
         raise InputError(f"--block_size {config.block_size}: longer than the {most} positions of the model.")
     if config.document_masking:
         attention.check_masks(model, config, "document_masking", config.block_size)
-    started = time.perf_counter()
     collate = partial(collate_blocks, start=start, end_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
                       document_masking=config.document_masking)  # fmt: skip
     measure = partial(row_losses, TokenLosses(model), collate=collate, accelerator=accelerator,
                       batch_size=config.per_device_eval_batch_size)  # fmt: skip
-    losses = measure_in_chunks(measure, blocks, what=config.split, restore=tuple,
+    losses, seconds = measure_in_chunks(measure, blocks, what=config.split, restore=tuple,
                                **run.partial_results(config, data.sources, accelerator))  # fmt: skip
     units, unit = units_of(blocks)
     metrics = perplexity_metrics(losses, data.per_token[config.split], units=units, unit=unit)
-    metrics |= evaluation_cost(len(blocks), started)
+    metrics |= evaluation_cost(len(blocks), time.perf_counter() - seconds)
     sample = continue_text(model, tokenizer, config.sample_prompt, accelerator, seed=42)
     if accelerator.is_main_process:
         metrics, results = run.results(data.sources, config.split, metrics, usual and not other_rows)
@@ -243,7 +242,7 @@ def evaluate_chat(config: Config, run: Run, other_rows: bool, reuse: bool = Fals
     chat = run.load_text_model(config, accelerator.device)
     data.splits = {config.split: data.splits[config.split]}
     rows = chat_rows(data, chat.template, config.max_length, config.loss_on)[config.split]
-    started, batch_size = time.perf_counter(), config.per_device_eval_batch_size
+    batch_size = config.per_device_eval_batch_size
     collate = partial(collate_chat, pad_id=chat.tokenizer.pad_token_id)
     losses = row_losses(TokenLosses(chat.model), rows, collate=collate, accelerator=accelerator,
                         batch_size=batch_size, what=config.split)  # fmt: skip
@@ -251,12 +250,12 @@ def evaluate_chat(config: Config, run: Run, other_rows: bool, reuse: bool = Fals
     most = config.max_new_tokens or answer_length(chat.tokenizer, conversations, config.max_length)
     measure = partial(answer_conversations, chat.model, chat.tokenizer, chat.template, accelerator=accelerator,
                       max_length=config.max_length, max_new_tokens=most, batch_size=batch_size)  # fmt: skip
-    answers = measure_in_chunks(measure, conversations, what="answers", restore=dict,
+    answers, seconds = measure_in_chunks(measure, conversations, what="answers", restore=dict,
                                 **run.partial_results(config, data.sources, accelerator))  # fmt: skip
     units = conversation_numbers(rows)
     for answer, (nats, count) in zip(answers, sums_of(losses, units).tolist(), strict=True):
         answer |= {"nats": nats, "predicted_tokens": int(count)}
-    metrics = chat_metrics(losses, units, answers) | evaluation_cost(len(answers), started)
+    metrics = chat_metrics(losses, units, answers) | evaluation_cost(len(answers), time.perf_counter() - seconds)
     if accelerator.is_main_process:
         metrics, results = run.results(data.sources, config.split, metrics, usual=not other_rows)
         say(accelerator, report.write_chat(target, metrics, results, config.split, answers=answers))

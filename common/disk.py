@@ -92,8 +92,16 @@ def lock(path: Path, what: str) -> "BaseFileLock":
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is no such file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """The object in a JSON file; empty if there is no such file. Raises InputError for a damaged one."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: damaged ({error}). Copy it again, or delete it.") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: damaged (no object). Copy it again, or delete it.")
+    return content
 
 
 def replace_folder(new: Path, target: Path) -> None:
@@ -207,9 +215,18 @@ def _damage(folder: Path) -> str | None:
     return None
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects in a JSONL file, if there is one; without a last line that a kill has cut."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
 def train_figures(run_dir: Path) -> dict[str, Any]:
     """train_loss, train_runtime and the like, from the last line about training in metrics.jsonl."""
     path = run_dir / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    lines = read_lines(path)
     figures: dict[str, Any] = next((line for line in reversed(lines) if "train_runtime" in line), {})
     return {name: value for name, value in figures.items() if name != "update"}

@@ -1,6 +1,7 @@
 """Errors that a user can act on, and how a script ends with them."""
 
 import errno
+import os
 import re
 import signal
 import sys
@@ -48,9 +49,14 @@ def cli_errors(how_to_continue: str = "") -> Iterator[None]:
     except (KeyboardInterrupt, Terminated) as error:
         how, code = ("SIGTERM", 143) if isinstance(error, Terminated) else ("Ctrl-C", 130)
         message = f"\nStopped by {how}. Everything saved so far is kept. {how_to_continue}"
+    except BrokenPipeError:  # whoever reads the output has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         code = 2
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENAMETOOLONG, errno.EFBIG):
+            message = f"error: {error.filename or 'a file'}: {error.strerror}. Choose another place or name."
+        elif error.errno in (errno.ENOSPC, errno.EDQUOT):
             place = error.filename or "a file"
             message = f"error: no space left on the disk while writing {place}. Free some. {how_to_continue}"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):

@@ -586,6 +586,8 @@ def _convert(name: str, hint: Any, value: Any, choices: Sequence[str] = ()) -> A
     problem = InputError(f"--{name} {value}: expected {expected}.")
     if not isinstance(value, str):
         raise problem
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise InputError(f"--{name} {value}: the text is not UTF-8. Rename the file, or write the text in UTF-8.")
     allowed = choices or (get_args(hint) if get_origin(hint) is Literal else ())
     if allowed:
         if value not in allowed:

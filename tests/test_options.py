@@ -342,6 +342,9 @@ def test_everything_about_an_option_is_said_where_it_is_declared():
         (KeyboardInterrupt(), 130, "Stopped by Ctrl-C. Everything saved so far is kept. Continue with --this."),
         (OSError(errno.ENOSPC, "No space left on device", "x.bin"), 2, "no space left on the disk while writing x.bin"),
         (PermissionError(errno.EACCES, "Permission denied", "x.bin"), 2, "x.bin: Permission denied"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "x.bin"), 2, "no space left on the disk while writing x.bin"),
+        (OSError(errno.EFBIG, "File too large", "x.bin"), 2, "x.bin: File too large"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "x.bin"), 2, "x.bin: File name too long"),
     ],
 )
 def test_expected_errors_end_without_a_traceback(capsys, error, code, message):

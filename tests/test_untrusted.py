@@ -2,18 +2,25 @@
 
 import csv
 import json
+import re
 import shutil
+from html import unescape
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
-from helpers.rows import toy_options, write_csv
+from helpers.rows import toy_options, toy_rows, write_csv
 from helpers.runs import run_evaluate, train, train_chat
 
 import evaluate
 from common import open_run
+from common.data.report import table
 from common.errors import InputError, printable
 from common.options import parse_config
+from common.train.run_folder import list_checkpoints
 from common.use import terminal
+from common.use.questions import made_from
 
 CODE = """
 from pathlib import Path
@@ -140,3 +147,64 @@ def test_an_adapter_names_its_base_as_it_was_given(kind, models, toy_files, chat
     assert adapter["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     card = (tmp_path / "run" / "adapter" / "README.md").read_text()
     assert 'base_model: "HuggingFaceTB/SmolLM2-135M-Instruct"' in card
+
+
+@pytest.mark.parametrize("text", [r"\<img src=x>", r"\\<img src=x>", "![x](http://a.b)", r"\|a", r"[x]\(y)", r"a\b"])
+def test_a_cell_is_shown_as_it_is_by_a_markdown_reader(text):
+    """No backslash of the text's own takes the escapes away."""
+    html = pytest.importorskip("markdown_it").MarkdownIt("commonmark").enable("table").render(table(["a"], [[text]]))
+    shown = unescape(re.search("<td>(.*)</td>", html)[1])
+    assert shown == text and "<img" not in html and "href" not in html
+
+
+def test_results_are_written_nowhere_else(trained, tmp_path):
+    """Not over a user's files, and through no link in a run folder that came from elsewhere."""
+    run, mine = shutil.copytree(trained("llama", "generative", "single"), tmp_path / "run"), tmp_path / "mine"
+    mine.mkdir()
+    (mine / "report.md").write_text("precious")
+    with pytest.raises(InputError, match="there is report.md already"):
+        run_evaluate("--run", run, "--output_dir", mine)
+    with pytest.raises(InputError, match="this is a file"):
+        run_evaluate("--run", run, "--output_dir", mine / "report.md")
+    shutil.rmtree(run / "eval" / "test")
+    (run / "eval" / "test").symlink_to(mine)
+    with pytest.raises(InputError, match="test is a link"):
+        run_evaluate("--run", run)
+    (run / "eval" / "test").unlink()
+    (run / "eval" / ".test.partial.jsonl").symlink_to(mine / "report.md")
+    with pytest.raises(InputError, match="partial.jsonl is a link"):
+        run_evaluate("--run", run)
+    assert (mine / "report.md").read_text() == "precious" and len(list(mine.iterdir())) == 1
+
+
+def test_answers_of_another_base_are_not_continued(models, trained, tmp_path):
+    """Neither of an evaluation nor of a batch: what they are made from names the weights of the base."""
+    base = shutil.copytree(models["llama"], tmp_path / "base")
+    file = write_csv(tmp_path / "rows.csv", toy_rows(2))
+    run = open_run(str(base), "classification")
+    config = SimpleNamespace(model=str(base), revision=None, input_file=file, chat_template=None, prompt_template=None,
+                             output_dir=None, split="test", per_device_eval_batch_size=1)  # fmt: skip
+
+    def source() -> dict:
+        return run.partial_results(config, {"test": {}, "train": {}}, None)["source"]
+
+    with mock.patch("common.use.questions.binding_options", vars), mock.patch("common.use.runs.asdict", vars):
+        before = made_from(config, run)["weights"], source()
+        weights = base / "model.safetensors"
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+        after = made_from(config, run)["weights"], source()
+    assert before[0]["base"] != after[0]["base"] and before[1]["base"] != after[1]["base"]
+
+
+def test_damaged_files_of_a_run_are_named(trained, tmp_path):
+    run = shutil.copytree(trained("llama", "generative", "single"), tmp_path / "run")
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"update": 5, "lo')  # cut by a kill
+    shutil.copytree(run / "checkpoints" / "step_4", run / "checkpoints" / "step_4_good")
+    assert "step_4_good" not in [path.name for path in list_checkpoints(run)]
+    run_evaluate("--run", run)
+    (run / "splits.json").write_text('{"sources": ')
+    with pytest.raises(InputError, match="splits.json: damaged"):
+        run_evaluate("--run", run)

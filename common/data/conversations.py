@@ -227,7 +227,7 @@ def _calls_in(cell: Any, where: str) -> list[str]:
         return []
     if not isinstance(cell, list) or not all(isinstance(call, dict) for call in cell):
         raise InputError(f"{where}: 'tool_calls' is not a list of calls. Correct it.")
-    return [json.dumps(call.get("function", call), ensure_ascii=False) for call in cell]
+    return [_as_json(call.get("function", call), f"{where}: 'tool_calls'") for call in cell]
 
 
 def _check_order(turns: list[Message], where: str) -> None:
@@ -251,10 +251,17 @@ def _add_instructions(turns: list[Message], row: Row, where: str, system_prompt:
     system = [turns.pop(0)["content"]] if turns[0]["role"] == "system" else [system_prompt] if system_prompt else []
     tools = _parse_json(row.get("tools"), f"{where}, column 'tools': not valid JSON")
     if not _is_empty(tools):
-        system.append(TOOLS.format(tools=json.dumps(tools, ensure_ascii=False)))
+        system.append(TOOLS.format(tools=_as_json(tools, f"{where}, column 'tools'")))
     if system:
         turns.insert(0, {"role": "system", "content": "\n\n".join(system)})
     return not _is_empty(tools)
+
+
+def _as_json(value: Any, where: str) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except TypeError as error:
+        raise InputError(f"{where}: {error}. Write it as text.") from None
 
 
 def _parse_json(cell: Any, problem: str) -> Any:

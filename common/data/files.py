@@ -16,6 +16,7 @@ from common.errors import InputError, why_unreadable
 
 Row = dict[str, Any]  # column -> cell
 UTF_16 = "UTF-16. Save it as UTF-8, for example with `iconv -f utf-16 -t utf-8 {name}`"
+TWICE = "an object has twice the name"
 OTHER_KINDS = {  # first bytes -> what the file is, and the remedy
     b"\xff\xfe": UTF_16,
     b"\xfe\xff": UTF_16,
@@ -207,9 +208,12 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
 
 
 def parse_json(text: str) -> Any:
-    """The value that a text spells. Raises ValueError with the reason: of JSON that is not valid, a JSONDecodeError."""
+    """The value that a text spells. Raises ValueError with the reason: of JSON that is not valid, a JSONDecodeError.
+
+    An object that has a name twice is refused, as one of the values would be lost.
+    """
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_object)
         if re.search(r"\\u[dD][89a-fA-F]", text):
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError:
@@ -218,9 +222,18 @@ def parse_json(text: str) -> Any:
         raise ValueError("half of a surrogate pair, which is no character") from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    except ValueError:  # of Python's own limit
-        raise ValueError("a number has too many digits") from None
+    except ValueError as error:
+        twice = str(error).startswith(TWICE)  # else of Python's own limit
+        raise ValueError(str(error) if twice else "a number has too many digits") from None
     return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{TWICE} {next(name for name in names if names.count(name) > 1)!r}")
+    return found
 
 
 def _check_rows(rows: Any, path: Path) -> None:
@@ -240,3 +253,5 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     except pyarrow.ArrowInvalid as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: not a complete Parquet file ({reason}). Copy or save it again.") from None
+    except (OverflowError, ValueError) as error:  # a date outside Python's years, a struct with a name twice
+        raise InputError(f"{path}: a column cannot be read ({error}). Write only the columns that you need.") from None

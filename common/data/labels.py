@@ -132,6 +132,12 @@ def label_notes(names: Sequence[LabelNames]) -> list[str]:
             f"labels that often stand for a missing value: {', '.join(missing)}. If they do, fill them in or delete "
             "the rows."
         )
+    if lists := [shown[name] for name in shown if re.fullmatch(r"\[.*\]", name)]:
+        more = ", ..." if len(lists) > SHOWN else ""
+        notes.append(
+            f"labels that are written as a list: {', '.join(lists[:SHOWN])}{more}. If a row has several labels, write "
+            "them as a;b and set --label_delimiter, or use JSON lists in a JSONL file."
+        )
     return notes
 
 

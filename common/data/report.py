@@ -1,5 +1,6 @@
 """The data report as Markdown: what was read, kept, shortened and dropped, and one row as the model sees it."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,12 +15,14 @@ ROW_COLUMNS = {  # key in the report -> title; those that no split has are left 
     "without_early_turns": "rows without early turns", "shortened": "shortened", "cut_answers": "answers cut",
     "duplicates": "duplicate texts", "also_in_train": "also in train",
 }  # fmt: skip
+# A cell's end, HTML, the target of a link or picture, and a backslash that would escape what follows.
+OBEYED = r"""[|<]|\](?=\()|\\(?=[!-/:-@\[-`{-~])"""
 CORPUS_COLUMNS = ("documents", "bytes", "words", "tokens", "blocks", "used")
 
 
 def markdown(text: str) -> str:
     """A text within a line of Markdown: shown as it is, whatever it contains."""
-    return printable(text).replace("\n", r"\n").replace("|", r"\|").replace("<", r"\<")
+    return re.sub(OBEYED, r"\\\g<0>", printable(text)).replace("\n", r"\n")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -31,7 +34,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         padded = [f"{c:<{w}}" if i == 0 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
         return f"| {' | '.join(padded)} |"
 
-    rule = [("-" * w if i == 0 else "-" * (w - 1) + ":") for i, w in enumerate(widths)]
+    rule = [("-" * w if i == 0 else "-" * max(1, w - 1) + ":") for i, w in enumerate(widths)]
     return "\n".join([line(header), f"| {' | '.join(rule)} |", *map(line, rows)])
 
 

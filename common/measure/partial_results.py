@@ -1,6 +1,7 @@
 """An evaluation that continues after a kill: the results of rows are on disk as soon as they are there."""
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,14 +26,18 @@ def measure_in_chunks(
     accelerator: Accelerator,
     what: str,
     restore: Callable[[Any], Result],
-) -> list[Result]:
+) -> tuple[list[Result], float]:
     """The results of all rows, in their order, on every process; those that are in `file` are not computed again.
+
+    And the seconds that it took, those before a kill included.
 
     measure: (rows, what=caption of the progress bar) -> their results, on every process. A chunk always has the same
     rows, so a kill changes no batch, and so no result. source: what the results are made from; those of anything else
     are dropped. restore: makes a result of its JSON. The file is deleted once all are there.
     """
-    results = [restore(line) for line in _complete_lines(file, source)]
+    chunks = _complete_chunks(file, source)
+    results = [restore(line) for chunk in chunks for line in chunk["results"]]
+    seconds = sum(chunk["seconds"] for chunk in chunks)
     accelerator.wait_for_everyone()  # all have read what is there, before anything is written
     if results:
         say(accelerator, f"{len(results)} rows had been evaluated before, and are kept.")
@@ -41,29 +46,34 @@ def measure_in_chunks(
         if end <= len(results):
             continue
         caption = what if end - start == len(rows) else f"{what}, rows {start + 1} to {end} of {len(rows)}"
+        started = time.perf_counter()
         results += measure([rows[i] for i in range(start, end)], what=caption)
+        took = time.perf_counter() - started
+        seconds += took
         if accelerator.is_main_process:
-            _append(file, source, start, results[start:])
+            _append(file, source, start, results[start:], took)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         file.unlink(missing_ok=True)
-    return results
+    return results, seconds
 
 
-def _append(file: Path, source: dict[str, Any], start: int, results: Sequence[Any]) -> None:
+def _append(file: Path, source: dict[str, Any], start: int, results: Sequence[Any], seconds: float) -> None:
     """One line per chunk: a kill leaves it complete, or without its end."""
     if not start:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(to_json(source) + "\n", encoding="utf-8")
     with open(file, "a", encoding="utf-8") as lines:
-        lines.write(to_json([getattr(result, "__dict__", result) for result in results]) + "\n")
+        values = [getattr(result, "__dict__", result) for result in results]
+        lines.write(to_json({"seconds": seconds, "results": values}) + "\n")
 
 
-def _complete_lines(file: Path, source: dict[str, Any]) -> list[Any]:
-    """The results in the file, if they are of this source."""
+def _complete_chunks(file: Path, source: dict[str, Any]) -> list[dict[str, Any]]:
+    """The chunks in the file, if they are of this source: seconds and results of each."""
     if not file.is_file():
         return []
-    first, *chunks = file.read_bytes().split(b"\n")[:-1]  # the last one has no end
-    if json.loads(first) != json.loads(to_json(source)):
+    try:
+        first, *chunks = [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]]  # the last one has no end
+    except ValueError:  # empty, or damaged
         return []
-    return [result for chunk in chunks for result in json.loads(chunk)]
+    return chunks if first == json.loads(to_json(source)) else []

@@ -156,7 +156,7 @@ def write_chat(
         parts = ["ROUGE-L, chrF and BLEU compare greedy answers with references.", "## Samples"]
         for row in answers[:: -(-len(answers) // SAMPLES)]:
             prompt, gold, prediction = (_quoted(row[name]) for name in ("prompt", "gold", "prediction"))
-            parts += [f"### {row['id']}", prompt, "reference:", gold, "answer:", prediction]
+            parts += [f"### {markdown(row['id'])}", prompt, "reference:", gold, "answer:", prediction]
     return write(folder, metrics, results, split, CHAT, *parts, unit=metrics.get("unit", "rows"))
 
 

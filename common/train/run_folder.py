@@ -189,6 +189,7 @@ def find_resume(config: Any) -> tuple[Path, Path | None]:
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     folders = [path.parent for path in run_dir.glob("checkpoints/step_*/state.json")]
+    folders = [path for path in folders if path.name.removeprefix("step_").isdecimal()]  # no copies of a user's
     return sorted(folders, key=lambda path: int(path.name.removeprefix("step_")))
 
 

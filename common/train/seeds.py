@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common.errors import InputError
+from common.errors import InputError, printable
 from common.log import chosen_trackers
 from common.train.run_folder import check_output_dir, runs_folder
 
@@ -28,6 +28,9 @@ def configs_per_seed(config: Any) -> list[Any]:
     ]
     for run in [] if config.resume_from_checkpoint else runs or [config]:
         check_output_dir(run)
+    for table in ("seeds.md", "folds.md") if runs and config.output_dir else ():
+        if (Path(config.output_dir) / table).exists():
+            raise InputError(f"--output_dir {config.output_dir}: there is {table} already. Choose another folder.")
     return runs or [config]
 
 
@@ -64,6 +67,9 @@ def _continue_after_failure(results: dict[int, Any], number: int, several: bool)
         alone = PartialState().num_processes == 1 or isinstance(error, InputError | FloatingPointError)
         if not several or not alone:  # the other processes may not have failed
             raise
-        traceback.print_exc()
+        if isinstance(error, InputError | FloatingPointError):
+            print(printable(f"error: {error}"), file=sys.stderr)
+        else:
+            traceback.print_exc()
         results[number] = f"failed: {type(error).__name__}: {error}"
     release_memory()

@@ -38,6 +38,7 @@ def made_from(config: Any, run: Run) -> dict[str, Any]:
     files = [*source.glob("*.safetensors"), source / "task.json"] if source.is_dir() else []
     weights = {"model": None if run.folder else config.model, "revision": config.revision}
     weights |= {file.name: file_hash(file) for file in sorted(files) if file.is_file()}
+    weights["base"] = run.base_fingerprint()
     options = {name: value for name, value in binding_options(config).items() if name not in ("model", "revision")}
     for name in ("chat_template", "prompt_template"):
         if options[name] and Path(options[name]).is_file():

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from common.data.classification import Example
+from common.data.files import file_hash
 from common.data.labels import label_text
 from common.data.splits import SPLITS, Sources, origin
 from common.disk import (
@@ -32,7 +33,7 @@ from common.disk import (
     weights_folder,
 )
 from common.errors import InputError
-from common.hub import EMBEDDED, resolve_model
+from common.hub import EMBEDDED, resolve_model, weights_fingerprint
 from common.options import (
     BASE_CHANGING_INITS,
     CAUSAL_LM,
@@ -144,11 +145,35 @@ class Run:
         """
         if self.folder and other_rows:
             name += f"-{Path(config.test_file).stem}"
-        return Path(config.output_dir or self.home / "eval" / (f"{name}-base" if self.untrained else name))
+        folder = Path(config.output_dir or self.home / "eval" / (f"{name}-base" if self.untrained else name))
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"--output_dir {folder}: this is a file. Choose another folder.")
+        if config.output_dir and not (folder / "metrics.json").exists():
+            for found in ("report.md", "predictions.jsonl", "predictions.csv", "blocks.jsonl"):
+                if (folder / found).exists():
+                    raise InputError(
+                        f"--output_dir {folder}: there is {found} already, which no evaluation has written and this "
+                        "one would replace. Choose another folder."
+                    )
+        self.refuse_links(folder)
+        return folder
+
+    def refuse_links(self, path: Path) -> None:
+        """Raises InputError where a result of this run, which may be somebody else's, would be written elsewhere."""
+        for part in (path, *path.parents):
+            if part.is_symlink() and part.is_relative_to(self.home) and part != self.home:
+                raise InputError(f"{part} is a link, and results are not written through it. Name an --output_dir.")
 
     def made_from(self, sources: Sources, split: str) -> dict[str, Any]:
         """What figures are of, for a metrics.json: rows, weights, and the options that were given."""
         return {**origin(sources, split, self.weights), **({"options": self.given} if self.given else {})}
+
+    def base_fingerprint(self) -> str:
+        """Of the weights of the base model; empty where all weights were trained."""
+        if self.trained.get("full_finetuning") and not self.untrained:
+            return ""
+        known = self.trained["model_options"] if self.trained else {"model": self.name, **self.given}
+        return weights_fingerprint(resolve_model(known["model"], known.get("revision")), known.get("revision"))
 
     def results(
         self, sources: Sources, split: str, metrics: dict[str, Any], usual: bool
@@ -178,8 +203,11 @@ class Run:
         config: of evaluate.py.
         """
         file = Path(config.output_dir or self.home / "eval") / f".{config.split}.partial.jsonl"
-        source = {**origin(sources, config.split, self.weights), "options": asdict(config)}
-        source[DECISION] = self.trained.get(DECISION)
+        self.refuse_links(file)
+        templates = {name: file_hash(path) for name in ("prompt_template", "chat_template")
+                     if (path := getattr(config, name)) and Path(path).is_file()}  # fmt: skip
+        source = {**self.made_from(sources, config.split), "options": asdict(config), "templates": templates}
+        source |= {DECISION: self.trained.get(DECISION), "base": self.base_fingerprint()}
         options = {"file": file, "source": source, "accelerator": accelerator}
         return {**options, "batch_size": config.per_device_eval_batch_size}
 
@@ -201,7 +229,7 @@ class Run:
     def check_unchanged(self, sources: dict[str, dict[str, str]], split: str) -> None:
         """Refuses to evaluate a run on a file that is no longer the one it was split from."""
         file = self.run_folder / "splits.json"
-        saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"sources": sources}
+        saved = read_json(file) or {"sources": sources}
         for name, source in sources.items():
             if saved["sources"].get(name, {}).get("sha256") != source["sha256"]:
                 raise InputError(

@@ -885,3 +885,21 @@ def test_folds_test_every_row_once_with_the_labels_in_proportion(kind):
     assert splits.hold_out(rows, 2, 5, 43, itemgetter(1)) != parts[1]
     with pytest.raises(InputError, match="--folds 5: there are only 3 rows"):
         splits.hold_out(rows[:3], 5, 5, 42, itemgetter(1))
+
+
+def test_what_would_be_lost_or_misread_is_said(tmp_path):
+    """A name twice in an object, a date outside of Python's years, labels that are lists in text."""
+    import pyarrow.parquet
+
+    (tmp_path / "t.jsonl").write_text('{"text": "a", "label": "x"}\n{"text": "a", "text": "b", "label": "y"}\n')
+    with pytest.raises(InputError, match="t.jsonl, line 2: .*twice the name 'text'"):
+        load(train_file=str(tmp_path / "t.jsonl"))
+    when = pyarrow.array([2**62, 2**62], pyarrow.timestamp("us"))
+    columns = pyarrow.table({"text": ["a", "b"], "label": ["x", "y"], "when": when})
+    pyarrow.parquet.write_table(columns, tmp_path / "t.parquet")
+    with pytest.raises(InputError, match="t.parquet: a column cannot be read"):
+        load(train_file=str(tmp_path / "t.parquet"))
+    rows = [{"text": f"t{i}", "label": ("['x', 'z']", "['y']")[i % 2]} for i in range(6)]
+    data = load(train_file=str(write_csv(tmp_path / "t.csv", rows)))
+    (note,) = data.report["notes"]
+    assert "written as a list" in note and "\"['x', 'z']\" in 3 rows" in note and "--label_delimiter" in note

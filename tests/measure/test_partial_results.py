@@ -24,7 +24,9 @@ def measured(tmp_path, source: dict, calls: list, stop: int | None = None, rows:
         return [(row * row, row / 7) for row in some]
 
     options = {"file": tmp_path / "kept.jsonl", "source": source, "batch_size": 1, "accelerator": ALONE}
-    return measure_in_chunks(square, range(rows), what="test", restore=tuple, **options)
+    results, seconds = measure_in_chunks(square, range(rows), what="test", restore=tuple, **options)
+    assert 0 < seconds < 10
+    return results
 
 
 def test_only_what_is_missing_is_computed(tmp_path, capsys):
@@ -32,7 +34,7 @@ def test_only_what_is_missing_is_computed(tmp_path, capsys):
     with pytest.raises(Stopped):
         measured(tmp_path, {"a": 1}, calls, stop=2)
     with open(tmp_path / "kept.jsonl", "a") as file:
-        file.write("[[1024, 4.57")  # cut by the kill
+        file.write('{"seconds": 0.1, "results": [[1024, 4.57')  # cut by the kill
     results = measured(tmp_path, {"a": 1}, again)
     assert results == [(row * row, row / 7) for row in range(40)]
     assert [some for some, _ in calls + again] == [[*range(16)], [*range(16, 32)], [*range(32, 40)]]
@@ -48,6 +50,9 @@ def test_results_of_something_else_are_dropped(tmp_path):
     with pytest.raises(Stopped):
         measured(tmp_path, {"a": 2}, calls, stop=2)
     assert len(read_jsonl(tmp_path / "kept.jsonl")) == 3 and len(calls) == 2
+    for damaged in ("", '{"a": \n', '{"a": 2}\n{"seconds"\n'):
+        (tmp_path / "kept.jsonl").write_text(damaged)
+        assert measured(tmp_path, {"a": 2}, calls)[39] == (1521, 39 / 7)
     assert measured(tmp_path, {"a": 2}, [], rows=40)[39] == (1521, 39 / 7)
 
 
