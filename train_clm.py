@@ -191,6 +191,7 @@ def train(config: Config, sources: dict[str, Source], path: str, last: bool = Tr
             save()
     # --- end loop
 
+    updates.close()  # signals end the program from here on
     log.close()
     if state.best_update is None:
         keep_best()

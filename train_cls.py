@@ -201,6 +201,7 @@ def train(config: Config, data: ClassificationData, path: str, last: bool = True
             save()
     # --- end loop
 
+    updates.close()  # signals end the program from here on
     log.close()
     if state.best_update is None:
         keep_best()

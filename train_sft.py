@@ -195,6 +195,7 @@ def train(config: Config, data: ChatData, path: str, last: bool = True) -> dict[
             save()
     # --- end loop
 
+    updates.close()  # signals end the program from here on
     log.close()
     if state.best_update is None:
         keep_best()

@@ -72,10 +72,10 @@ class Decision:
         if not answers or not answers[0].probabilities:
             return list(answers)
         p = self.probabilities(np.array([answer.probabilities for answer in answers]), self.of_baseline(texts))
-        accepted = certainty(p, self.multi_label) >= (self.cut or 0)
+        sure = self.certainty(p).tolist()
         return [
-            replace(answer, labels=labels, probabilities=row, accepted=bool(kept))
-            for answer, labels, row, kept in zip(answers, self.labels(p), p.tolist(), accepted, strict=True)
+            replace(answer, labels=labels, probabilities=row, certainty=x, accepted=x >= (self.cut or 0))
+            for answer, labels, row, x in zip(answers, self.labels(p), p.tolist(), sure, strict=True)
         ]
 
     def of_baseline(self, texts: Sequence[str]) -> np.ndarray | None:
@@ -96,14 +96,21 @@ class Decision:
             return [tuple(np.flatnonzero(row).tolist()) for row in p >= np.asarray(self.thresholds)]
         return [(int(k),) for k in p.argmax(1)]
 
+    def certainty(self, p: np.ndarray) -> np.ndarray:
+        """[rows]: the probability of the answer; of several labels per row, the least certain yes or no.
+
+        A yes or no has certainty 0.5 at its threshold, and 1 at a probability of 1 or 0, linearly.
+        """
+        if not self.multi_label:
+            return p.max(1)
+        t = np.asarray(self.thresholds)
+        yes = (p - t) / np.maximum(1 - t, SMALLEST)
+        no = (t - p) / np.maximum(t, SMALLEST)
+        return (0.5 + np.where(p >= t, yes, no) / 2).min(1)
+
     def saved(self) -> dict[str, Any]:
         """What task.json keeps; the baseline has files of its own."""
         return {name: value for name, value in asdict(replace(self, baseline=None)).items() if name != "baseline"}
-
-
-def certainty(p: np.ndarray, multi_label: bool) -> np.ndarray:
-    """[rows]: the probability of the answer; of several labels, that of the least certain yes or no."""
-    return np.maximum(p, 1 - p).min(1) if multi_label else p.max(1)
 
 
 def fit(
@@ -139,7 +146,7 @@ def fit(
     cut = None
     if min_precision is not None:
         right = rows_right(gold, decision.labels(p))
-        cut, tested = certified_cut(certainty(p, multi_label), right, half, 1 - min_precision, confidence)
+        cut, tested = certified_cut(decision.certainty(p), right, half, 1 - min_precision, confidence)
         fitted["promise"] = {"min_precision": min_precision, "confidence": confidence, **tested}
     return replace(decision, cut=cut, fitted=fitted)
 

@@ -9,7 +9,8 @@ class Answer:
     """What is known of one row: `probabilities` one per label; `labels` the answer (None: none of the set).
 
     nll, correct: negative log-likelihood of the gold answer, and its greedily right tokens, of `targets` tokens.
-    text: what was generated. accepted: the answer is certain enough to be given (`Decision`).
+    text: what was generated. certainty, accepted: of the answer, and whether it is enough for it to be given, as a
+    `Decision` has it.
     """
 
     labels: tuple[int, ...] | None
@@ -18,6 +19,7 @@ class Answer:
     correct: int = 0
     targets: int = 0
     text: str | None = None
+    certainty: float = 0.0
     accepted: bool = True
 
     @classmethod

@@ -63,9 +63,12 @@ def _append(file: Path, source: dict[str, Any], start: int, results: Sequence[An
     if not start:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(to_json(source) + "\n", encoding="utf-8")
-    with open(file, "a", encoding="utf-8") as lines:
+    with open(file, "r+b") as lines:
+        content = lines.read()
+        lines.seek(content.rfind(b"\n") + 1)
+        lines.truncate()
         values = [getattr(result, "__dict__", result) for result in results]
-        lines.write(to_json({"seconds": seconds, "results": values}) + "\n")
+        lines.write(to_json({"start": start, "seconds": seconds, "results": values}).encode() + b"\n")
 
 
 def _complete_chunks(file: Path, source: dict[str, Any]) -> list[dict[str, Any]]:
@@ -76,4 +79,11 @@ def _complete_chunks(file: Path, source: dict[str, Any]) -> list[dict[str, Any]]
         first, *chunks = [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]]  # the last one has no end
     except ValueError:  # empty, or damaged
         return []
-    return chunks if first == json.loads(to_json(source)) else []
+    if first != json.loads(to_json(source)):
+        return []
+    found, rows = [], 0
+    for chunk in chunks:
+        if chunk["start"] == rows:  # another process with the same options may have written it as well
+            found.append(chunk)
+            rows += len(chunk["results"])
+    return found

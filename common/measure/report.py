@@ -13,7 +13,7 @@ from common.data.report import markdown, table
 from common.disk import to_json, write_json
 from common.errors import printable
 from common.measure import figures
-from common.measure.decisions import calibration, certainty
+from common.measure.decisions import calibration
 from common.measure.intervals import wilson
 from common.measure.label_answer import Answer
 from common.measure.metrics import METRICS, Metric, confusion_matrix, headlines, indicator, interval, rows_right
@@ -110,7 +110,7 @@ def _certainties(
             parts[-1] += f" Of these {hits / rows:.3f} [{low:.3f}, {high:.3f}] are right."
     if figures.can_draw():
         figures.draw_reliability(folder / "reliability.png", metrics["calibration_bins"])
-        figures.draw_risk_coverage(folder / "risk_coverage.png", certainty(p, multi_label), right)
+        figures.draw_risk_coverage(folder / "risk_coverage.png", np.array([x.certainty for x in answers]), right)
         parts += ["![reliability](reliability.png)", "![errors by coverage](risk_coverage.png)"]
     return metrics, parts
 

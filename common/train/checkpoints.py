@@ -21,7 +21,7 @@ from common.disk import read_json, replace_folder, write_json
 from common.errors import InputError
 from common.measure.metrics import metric
 from common.model.storage import load_weights, save_weights
-from common.train.run_folder import RunFolder, checksum, list_checkpoints
+from common.train.run_folder import RunFolder, checksum, list_checkpoints, number_of
 
 FULL_DISK = 2**20  # bytes: with less left, a failed save is put down to the disk
 
@@ -182,8 +182,11 @@ def _full_disk_named(folder: Path) -> Iterator[None]:
 
 
 def _prune(run_dir: Path, state: State, limit: int | None) -> None:
-    """Deletes the oldest checkpoints beyond `limit`, but never the best or the last."""
-    folders = list_checkpoints(run_dir)
+    """Deletes the oldest checkpoints beyond `limit`, but never the best or the last.
+
+    Later ones are damaged, as the run was resumed from an earlier one, and do not count.
+    """
+    folders = [folder for folder in list_checkpoints(run_dir) if number_of(folder) <= state.update]
     spare = [folder for folder in folders[:-1] if folder.name != f"step_{state.best_update}"]
     for folder in spare[: max(0, len(folders) - limit)] if limit else []:
         (folder / "state.json").unlink()  # without it a half-deleted folder is no checkpoint any more

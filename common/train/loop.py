@@ -5,7 +5,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -186,7 +186,7 @@ def prepare(
 
 def until_stopped(
     updates: Iterable[list[int]], accelerator: Accelerator, save: Callable[[], None]
-) -> Iterator[list[int]]:
+) -> Generator[list[int]]:
     """The row numbers of the updates, until SIGTERM or Ctrl-C: then the update in progress is finished, and saved.
 
     Raises Terminated or KeyboardInterrupt after that, on all ranks; at a second signal at once.

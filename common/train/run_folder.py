@@ -71,6 +71,7 @@ class RunFolder:
         self.best = self.path / ("model" if self.config.full_finetuning else "adapter")
         if main:
             self._lock = lock(self.path / ".lock", str(self.path))
+            self._check_unchanged()
         contents = {"weights of the base": weights_fingerprint(base, self.config.revision)[:12]}
         contents |= {f"content of {source['name']}": source["sha256"][:12] for source in data.sources.values()}
         self.resume_fingerprint = {**binding_options(self.config), **contents, **fingerprint}
@@ -82,6 +83,13 @@ class RunFolder:
             if not self.checkpoint:
                 self._write_start(data, splits, data_report, census, accelerator.num_processes)
         accelerator.wait_for_everyone()
+
+    def _check_unchanged(self) -> None:
+        """Raises InputError where another process has come first since the folder was looked at."""
+        if self.resumed and find_resume(self.config) != (self.resumed, self.checkpoint):
+            raise InputError(f"{self.path} was gone on with by another process. Resume it again.")
+        if not self.resumed and (self.path / "config.yaml").exists():
+            raise InputError(f"{self.path} already holds a run, which another process has made. Choose another folder.")
 
     def _write_start(self, data: Data, splits: dict, data_report: str, census: dict, processes: int) -> None:
         header = f"# the options as resolved; `--config` reads them back\n# given: {self.given}\n"
@@ -190,7 +198,12 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     folders = [path.parent for path in run_dir.glob("checkpoints/step_*/state.json")]
     folders = [path for path in folders if path.name.removeprefix("step_").isdecimal()]  # no copies of a user's
-    return sorted(folders, key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted(folders, key=number_of)
+
+
+def number_of(checkpoint: Path) -> int:
+    """The updates that were made before it."""
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def checksum(content: dict[str, Any]) -> str:

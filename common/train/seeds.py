@@ -64,8 +64,7 @@ def _continue_after_failure(results: dict[int, Any], number: int, several: bool)
     try:
         yield
     except Exception as error:
-        alone = PartialState().num_processes == 1 or isinstance(error, InputError | FloatingPointError)
-        if not several or not alone:  # the other processes may not have failed
+        if not several or PartialState().num_processes > 1:  # the other processes may not have failed
             raise
         if isinstance(error, InputError | FloatingPointError):
             print(printable(f"error: {error}"), file=sys.stderr)

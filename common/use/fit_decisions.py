@@ -1,6 +1,5 @@
 """Fitting how a classifier's probabilities become answers, and keeping it beside the weights."""
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from common.data.classification import Example
-from common.disk import TASK_FILE, load_task, write_json
+from common.disk import TASK_FILE, load_task, read_lines, write_json
 from common.errors import InputError
 from common.measure.decisions import Decision, calibration, fit
 from common.measure.label_answer import Answer
@@ -76,9 +75,7 @@ def describe(decision: Decision, labels: Sequence[str]) -> list[str]:
 
 def _chosen_by(run: Path) -> list[str]:
     """A warning where the same rows have chosen the weights, which makes them look a little better than others."""
-    file = run / "metrics.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    times = sum(line.get("split") == "validation" for line in lines)
+    times = sum(line.get("split") == "validation" for line in read_lines(run / "metrics.jsonl"))
     if times < 2:
         return []
     return [f"These rows also chose the best of {times} evaluations' weights, so new rows may do slightly worse."]

@@ -4,10 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from common.data.classification import Example, join_fields
-from common.measure.decisions import Decision, certainty
+from common.measure.decisions import Decision
 from common.measure.scoring import classify
 from common.model.base_model import precision
 from common.model.classifier import Classifier
@@ -57,9 +55,9 @@ class LabelModel:
     ) -> list[Prediction]:
         """The answers to rows, in their order; their labels are not looked at.
 
-        min_probability: where the answer's probability is below it (with several labels, that of the least certain
-        decision), there is no prediction, as where the fitted cut is not reached; it promises nothing about those that
-        remain. batch_size: as of `classify` in measure/scoring.py.
+        min_probability: where the answer's certainty (`Decision.certainty`) is below it, there is no prediction, as
+        below a fitted cut; it promises nothing about those that remain. batch_size: as of `classify` in
+        measure/scoring.py.
         """
         prompt = self.classifier.prompt
         with precision(self.device, self.precision):
@@ -74,8 +72,7 @@ class LabelModel:
                 continue
             answer = next(answers)
             p = answer.probabilities
-            sure = float(certainty(np.array([p]), prompt.multi_label)[0])
-            abstained = not answer.accepted or sure < (min_probability or 0)
+            abstained = not answer.accepted or answer.certainty < (min_probability or 0)
             chosen = [prompt.labels[k] for k in answer.labels]
             prediction = None if abstained else chosen if prompt.multi_label else chosen[0]
             truncated = prompt.prompt(example.text).truncated

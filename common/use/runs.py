@@ -8,6 +8,7 @@
 Whatever imports torch is imported when a model is loaded.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -202,12 +203,14 @@ class Run:
 
         config: of evaluate.py.
         """
-        file = Path(config.output_dir or self.home / "eval") / f".{config.split}.partial.jsonl"
-        self.refuse_links(file)
         templates = {name: file_hash(path) for name in ("prompt_template", "chat_template")
                      if (path := getattr(config, name)) and Path(path).is_file()}  # fmt: skip
         source = {**self.made_from(sources, config.split), "options": asdict(config), "templates": templates}
+        source["sources"] = sources  # of few-shot rows, too
         source |= {DECISION: self.trained.get(DECISION), "base": self.base_fingerprint()}
+        digest = hashlib.sha256(to_json(source).encode()).hexdigest()[:12]  # two evaluations at once keep apart
+        file = Path(config.output_dir or self.home / "eval") / f".{config.split}-{digest}.partial.jsonl"
+        self.refuse_links(file)
         options = {"file": file, "source": source, "accelerator": accelerator}
         return {**options, "batch_size": config.per_device_eval_batch_size}
 

@@ -8,7 +8,7 @@ import torch
 from sklearn.metrics import brier_score_loss, f1_score, log_loss
 
 from common.measure import decisions
-from common.measure.decisions import Decision, calibration, certainty, certified_cut, fit, fit_thresholds
+from common.measure.decisions import Decision, calibration, certified_cut, fit, fit_thresholds
 from common.measure.label_answer import Answer
 from common.measure.metrics import indicator
 
@@ -51,7 +51,9 @@ def test_a_decision_by_hand():
     assert found.probabilities == pytest.approx([0.8, 0.2]) and found.labels == ()
     (found,) = Decision(True, [0.5, 0.1], cut=0.85).decide([answer], [""])
     assert found.labels == (0, 1) and not found.accepted
-    assert certainty(np.array([[0.8, 0.3]]), True) == pytest.approx([0.7])
+    assert Decision.unfitted(True, 2).certainty(np.array([[0.8, 0.3]])) == pytest.approx([0.7])
+    sure = Decision(True, [0.1, 0.1]).certainty(np.array([[0.12, 0.02], [0.45, 0.02], [0.1, 0.0]]))
+    assert sure == pytest.approx([0.5 + 0.01 / 0.9, 0.5 + 0.175 / 0.9, 0.5]) and sure[1] > sure[0]
 
 
 def test_a_decision_is_the_same_from_json():

@@ -79,3 +79,16 @@ def test_a_killed_evaluation_ends_as_ever(approach, trained, tmp_path, monkeypat
     first, second = (tmp_path / name / "metrics.json" for name in ("straight", "killed"))
     assert timeless(json.loads(first.read_text())) == timeless(json.loads(second.read_text()))
     assert read_jsonl(first.with_name("predictions.jsonl")) == read_jsonl(second.with_name("predictions.jsonl"))
+
+
+def test_two_processes_that_evaluate_alike_do_not_count_rows_twice(tmp_path):
+    """A chunk that is in the file twice is read once; a line that a kill has cut is not continued in its middle."""
+    with pytest.raises(Stopped):
+        measured(tmp_path, {"a": 1}, [], stop=1)
+    source, chunk = (tmp_path / "kept.jsonl").read_text().splitlines()
+    (tmp_path / "kept.jsonl").write_text(f"{source}\n{chunk}\n{chunk}\n{chunk[:30]}")
+    calls = []
+    with pytest.raises(Stopped):
+        measured(tmp_path, {"a": 1}, calls, stop=1)
+    assert [some for some, _ in calls] == [[*range(16, 32)]]
+    assert measured(tmp_path, {"a": 1}, calls) == [(row * row, row / 7) for row in range(40)] and len(calls) == 2

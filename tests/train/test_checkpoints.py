@@ -1,12 +1,16 @@
 """What survives a kill: checkpoints, the best weights, run folders; and what a resumed run makes of them."""
 
+import contextlib
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
 from helpers import ROOT
@@ -22,7 +26,7 @@ from common.errors import InputError, cli_errors
 from common.measure import scoring
 from common.model import storage
 from common.options import parse_config
-from common.train import checkpoints, loop, run_folder
+from common.train import checkpoints, loop, run_folder, seeds
 from common.train.checkpoints import State
 
 # Updates of 4, 4 and 3 rows, so that checkpoints 2 and 4 are mid-epoch and 6 is an epoch's end. Dropout draws random
@@ -554,3 +558,55 @@ def test_a_cut_line_of_the_log_does_not_hinder_a_resume(options, tmp_path, famil
         file.write('{"update": 3, "split"')
     train(*run, "--resume_from_checkpoint", "latest")
     assert [line["update"] for line in log_lines(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_a_damaged_later_checkpoint_costs_no_good_one(tmp_path):
+    """After a resume from step 4, since step 8 was damaged: with a limit of 1, step 6 stays."""
+    for step in (4, 6, 8):
+        (tmp_path / "checkpoints" / f"step_{step}").mkdir(parents=True)
+        (tmp_path / "checkpoints" / f"step_{step}" / "state.json").write_text("{}")
+    checkpoints._prune(tmp_path, State(update=6), 1)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_6", "step_8"]
+
+
+def test_a_folder_that_another_run_has_taken_meanwhile_is_left_alone(options, tmp_path, monkeypatch):
+    """Between the look at --output_dir and the lock, that run may have come to its end."""
+    given = [*options["llama"], "--max_steps", 1, "--output_dir", tmp_path / "run"]
+    real = run_folder.lock
+
+    def late(path: Path, what: str) -> object:
+        (path.parent / "config.yaml").write_text("seed: 7")
+        return real(path, what)
+
+    monkeypatch.setattr(run_folder, "lock", late)
+    with pytest.raises(InputError, match="already holds a run, which another process has made"):
+        train(*given)
+    assert (tmp_path / "run" / "config.yaml").read_text() == "seed: 7"
+
+
+def test_sigterm_after_early_stopping_ends_the_run(options, tmp_path, monkeypatch):
+    """The loop gives the signals back when it ends early, too."""
+    handlers = []
+    real = train_cls.evaluate
+
+    def evaluate(predict, classifier, examples, *, what, **others):
+        handlers.append((what, signal.getsignal(signal.SIGTERM)))
+        return real(predict, classifier, examples, what=what, **others)
+
+    monkeypatch.setattr(train_cls, "evaluate", evaluate)
+    before = signal.getsignal(signal.SIGTERM)
+    stopping = ["--eval_strategy", "steps", "--eval_steps", 1, "--early_stopping_patience", 1, "--learning_rate", 1e-12]
+    train(*options["llama"], *stopping, "--output_dir", tmp_path / "run")
+    assert len(log_lines(tmp_path / "run", "eval_loss")) == 2  # it did end early
+    assert dict(handlers)["test"] is before and dict(handlers)["validation"] is not before
+
+
+def test_a_failure_of_one_of_several_processes_ends_them_all(monkeypatch):
+    """The others may wait for it; alone, the next run is made."""
+    for processes in (1, 2):
+        monkeypatch.setattr(accelerate, "PartialState", lambda: SimpleNamespace(num_processes=processes))  # noqa: B023
+        results: dict = {}
+        ends = contextlib.nullcontext() if processes == 1 else pytest.raises(InputError)
+        with ends, seeds._continue_after_failure(results, 3, True):
+            raise InputError("broken")
+        assert results == ({3: "failed: InputError: broken"} if processes == 1 else {})
