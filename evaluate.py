@@ -123,7 +123,7 @@ def evaluate_classifier(config: Config, run: Run, other_rows: bool, reuse: bool 
     if reuse and run.has_results(target, data.sources, config.split, decode=decode):
         return target
 
-    from common.measure import report
+    from common.measure import baselines, report
     from common.measure.partial_results import measure_in_chunks
     from common.measure.scoring import predict
     from common.train import loop
@@ -147,6 +147,8 @@ def evaluate_classifier(config: Config, run: Run, other_rows: bool, reuse: bool 
     metrics = summarize(answers, gold, data.labels) | evaluation_cost(len(examples), time.perf_counter() - seconds)
     if accelerator.is_main_process:
         metrics, results = run.results(data.sources, config.split, metrics, usual=not other_rows)
+        if run.weights:
+            results |= baselines.measure_kept(run.run_folder, target, examples, data.labels, data.multi_label)
         say(accelerator, report.write_classification(target, metrics, results, config.split, classifier=classifier,
                                                      examples=examples, answers=answers, decode=config.decode))
         outside = f"{metrics['outside_label_set']} of {metrics['rows']} answers outside the label set"

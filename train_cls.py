@@ -211,8 +211,8 @@ def train(config: Config, data: ClassificationData, path: str, last: bool = True
     answers, metrics = measure(classifier, test, what="test", probabilities=True) if test else ([], {})
     results = {"this run": metrics}
     if config.baselines and test:
-        results |= baselines.measure(run.path / "eval" / "test" / "baselines.json", classifier=classifier, data=data,
-                                     path=path, config=config, accelerator=accelerator, evaluate=measure)  # fmt: skip
+        results |= baselines.measure(run.path, classifier=classifier, data=data, path=path, config=config,
+                                     accelerator=accelerator, evaluate=measure)  # fmt: skip
     if accelerator.is_main_process:
         if test:
             metrics |= origin(data.sources, "test", run.best)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 OUTPUTS = Path("outputs")
 TASK_FILE = "task.json"  # in a folder of trained weights: how they are used
 WEIGHTS_FOLDERS = ("adapter", "model")  # in a run folder, the one or the other
+# What --baselines leaves in the run folder of a classifier; TF-IDF also lies beside weights that it is blended with.
+BASELINE, MAJORITY_FILE, SUSPECTS = "tfidf", "majority.json", "suspects.csv"
 # What every task.json has, and that of a classifier.
 TASK_FACTS = {"mixed_precision": str, "full_finetuning": bool, "model_options": dict}
 LABEL_FACTS = {

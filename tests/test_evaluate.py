@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -67,6 +68,36 @@ def test_other_rows_by_an_adapter_folder_alone(trained, combination, tmp_path):
         found = figures(tmp_path / family / "run")
         assert found["rows"] == len(rows) and "train_loss" not in found
         assert [line["id"] for line in predictions(tmp_path / family / "run")] == [str(i) for i in range(len(rows))]
+
+
+@pytest.mark.parametrize("kind", ["single", "multi"])
+def test_baselines_are_measured_on_whatever_rows(models, kind, tmp_path, capsys):
+    """Own test rows, validation rows and a --test_file: majority and TF-IDF, and first the gain over them."""
+    run, few = tmp_path / "run", ["--max_steps", 1, "--baselines", "true", "--approach", "head"]
+    train("--model", models["llama"], *task_options(kind, tmp_path / "data"), *few, "--output_dir", run)
+    for name in ("tfidf/tfidf.json", "tfidf/tfidf.safetensors", "majority.json"):
+        assert (run / name).is_file()
+    before, table = figures(run / "eval" / "test"), (run / "eval" / "test" / "report.md").read_text()
+    assert "TF-IDF + logistic regression |" in table and before["gain_over_best_baseline"]["rows"] == before["rows"]
+    capsys.readouterr()
+    rows = multi_rows(7, 80) if kind == "multi" else toy_rows(3, start=50)
+    other = write_csv(tmp_path / "other.csv", rows)
+    with mock.patch("common.measure.tfidf.Tfidf.fit", side_effect=AssertionError):
+        for options, folder in ((), "test"), (("--split", "validation"), "validation"), (("--test_file", other), None):
+            run_evaluate("--run", run, *options)
+            found = run / "eval" / (folder or "test-other")
+            text = (found / "report.md").read_text()
+            assert text.startswith("# Evaluation\n\nGain over the best baseline (")
+            assert text.splitlines()[2] in capsys.readouterr().out
+            assert "| majority class " in text and "| TF-IDF + logistic regression " in text
+            ids = [line["id"] for line in predictions(found)]
+            for name in ("majority", "tfidf"):
+                lines = (found / "baselines" / f"{name}.jsonl").read_text().splitlines()
+                assert [json.loads(line)["id"] for line in lines] == ids
+            assert figures(found)["gain_over_best_baseline"]["rows"] == len(ids)
+    assert figures(run / "eval" / "test")["gain_over_best_baseline"] == before["gain_over_best_baseline"]
+    run_evaluate("--run", run / "adapter", "--test_file", other, "--output_dir", tmp_path / "alone")
+    assert "gain_over_best_baseline" in figures(tmp_path / "alone")  # the run folder is around it
 
 
 @pytest.mark.parametrize("kind", ["single", "multi"])

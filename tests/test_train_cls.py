@@ -26,7 +26,7 @@ TREE = {
     "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/tokenizer.json", "adapter/task.json",
     "adapter/README.md", "checkpoints/step_4/weights/adapter_model.safetensors", "checkpoints/step_4/state.json",
     "eval/test/metrics.json", "eval/test/predictions.csv", "eval/test/predictions.jsonl",
-    "eval/test/report.md",
+    "eval/test/report.md", "eval/test/wrong.csv",
 }  # fmt: skip
 METRICS = {
     "train_loss", "train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos", "eval_runtime",

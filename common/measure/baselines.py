@@ -1,7 +1,7 @@
 """What a trained model must beat on the same rows: its untrained base; for labels also majority class and TF-IDF."""
 
 import contextlib
-import warnings
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -13,10 +13,13 @@ from accelerate import Accelerator
 from torch import nn
 
 from common.data.classification import ClassificationData, Example
-from common.disk import read_json, write_json
+from common.disk import BASELINE, MAJORITY_FILE, SUSPECTS, damage_named, read_json, replace_folder, write_json
 from common.errors import InputError
+from common.measure.gain import MAJORITY, TFIDF, ZERO_SHOT, write_predictions
 from common.measure.label_answer import Answer
-from common.measure.metrics import classification_metrics, indicator
+from common.measure.metrics import classification_metrics
+from common.measure.suspects import write_suspects
+from common.measure.tfidf import Tfidf
 from common.model import base_model, lora
 from common.model.classifier import Classifier, HeadClassifier, classification_prompt
 from common.model.token_losses import TokenLosses
@@ -24,8 +27,6 @@ from common.options import BASE_CHANGING_INITS
 from common.text.prompts import GENERATIVE_TEMPLATE, ClassificationPrompt
 
 UNTRAINED = "untrained base"
-TFIDF = "TF-IDF + logistic regression"
-ZERO_SHOT = "untrained base, zero-shot"
 
 
 def untrained(
@@ -72,7 +73,7 @@ def _named(method: str, some: Sequence[Any], rows: Sequence[Any]) -> str:
 
 
 def measure(
-    file: Path,
+    run: Path,
     *,
     classifier: Classifier,
     data: ClassificationData,
@@ -81,29 +82,71 @@ def measure(
     accelerator: Accelerator,
     evaluate: Callable[..., tuple[Sequence[Answer], dict[str, Any]]],
 ) -> dict[str, Any]:
-    """All baselines of a classifier on the test split, name -> metrics or "n/a"; kept in `file`.
+    """All baselines of a classifier on the test split, name -> metrics or "n/a"; kept in the run folder.
 
-    path: of the base model, which is measured on --max_baseline_samples rows. evaluate: (classifier, examples,
-    what=...) -> answers, metrics.
+    They learn from the training rows alone. Left there: eval/test/baselines.json and their predictions; what
+    `measure_kept` needs for other rows; suspects.csv. path: of the base model, which is measured on
+    --max_baseline_samples rows. evaluate: (classifier, examples, what=...) -> answers, metrics.
     """
-    train, test, labels = data.splits["train"], data.splits["test"], data.labels
-    gold = [example.labels for example in test]
+    folder, test = run / "eval" / "test", data.splits["test"]
+    kind = data.labels, data.multi_label
 
     def measured() -> dict[str, Any]:
-        metrics = classification_metrics(gold, majority(train, test), labels)
-        results: dict[str, Any] = {"majority class": metrics, TFIDF: "n/a", ZERO_SHOT: "n/a"}
-        with contextlib.suppress(ValueError):  # scikit-learn's, for texts without words, or one label in a small sample
-            found = tfidf_logistic_regression(train, test, len(labels), data.multi_label)
-            results[TFIDF] = classification_metrics(gold, found, labels)
+        results: dict[str, Any] = {MAJORITY: "n/a", TFIDF: "n/a"}
+        if accelerator.is_main_process:  # the others wait; they show no results
+            suspects = _fit(run, data, config.split_seed)
+            results |= measure_kept(run, folder, test, *kind)
+            if suspects:
+                results[TFIDF]["suspects"] = suspects
+        results[ZERO_SHOT] = "n/a"
         if prompt := None if classifier.encoder else _zero_shot_prompt(classifier, data, config):
             some = _some(test, config)
             del results[ZERO_SHOT]
             with _untrained(classifier.model, path, config, accelerator) as model:
                 base = replace(classifier, model=model, prompt=prompt)
-                results[_named(ZERO_SHOT, some, test)] = evaluate(base, some, what=ZERO_SHOT)[1]
+                answers, metrics = evaluate(base, some, what=ZERO_SHOT)
+            results[_named(ZERO_SHOT, some, test)] = metrics
+            if accelerator.is_main_process:
+                write_predictions(folder, ZERO_SHOT, some, [answer.labels for answer in answers], *kind)
         return results
 
-    return _kept(file, accelerator, measured)
+    return _kept(folder / "baselines.json", accelerator, measured)
+
+
+def _fit(run: Path, data: ClassificationData, seed: int) -> int:
+    """Keeps majority.json, TF-IDF where it can be fitted, and suspects.csv; says how many suspects there are."""
+    train, labels = data.splits["train"], data.labels
+    write_json(run / MAJORITY_FILE, {"labels": [labels[k] for k in majority(train)]})
+    try:
+        model, unseen = Tfidf.fit(train, len(labels), data.multi_label, seed)
+    except ValueError:  # scikit-learn's, for texts without words, or one label in a small sample
+        return 0
+    with tempfile.TemporaryDirectory(dir=run, prefix=".tfidf-") as scratch:
+        (Path(scratch) / BASELINE).mkdir()
+        model.save(Path(scratch) / BASELINE)
+        replace_folder(Path(scratch) / BASELINE, run / BASELINE)
+    return write_suspects(run / SUSPECTS, train, unseen, labels, data.multi_label)
+
+
+def measure_kept(
+    run: Path, folder: Path, rows: Sequence[Example], labels: Sequence[str], multi_label: bool
+) -> dict[str, Any]:
+    """Majority class and TF-IDF of a run on whatever rows, name -> metrics; nothing is fitted.
+
+    run: its folder; empty where it has no baselines. folder: of the evaluation, which gets their predictions.
+    """
+    gold, results = [row.labels for row in rows], dict[str, Any]()
+    if names := read_json(run / MAJORITY_FILE):
+        answers = [tuple(labels.index(name) for name in names["labels"])] * len(rows)
+        write_predictions(folder, MAJORITY, rows, answers, labels, multi_label)
+        results[MAJORITY] = classification_metrics(gold, answers, labels)
+    if (run / BASELINE).is_dir():
+        with damage_named(run / BASELINE):
+            model = Tfidf.load(run / BASELINE)
+        p = model.probabilities([row.text for row in rows])
+        write_predictions(folder, TFIDF, rows, model.decide(p), labels, multi_label, p)
+        results[TFIDF] = classification_metrics(gold, model.decide(p), labels)
+    return results
 
 
 def _zero_shot_prompt(
@@ -132,32 +175,7 @@ def _kept(file: Path, accelerator: Accelerator, measure: Callable[[], dict[str, 
     return results
 
 
-def majority(train: Sequence[Example], test: Sequence[Example]) -> list[tuple[int, ...]]:
-    """The most frequent label (or label combination) of the training rows, for every test row."""
+def majority(train: Sequence[Example]) -> tuple[int, ...]:
+    """The most frequent label (or label combination) of the training rows; of several, the first."""
     counts = Counter(example.labels for example in train)
-    return [min(counts, key=lambda labels: (-counts[labels], labels))] * len(test)
-
-
-def tfidf_logistic_regression(
-    train: Sequence[Example], test: Sequence[Example], labels: int, multi_label: bool
-) -> list[tuple[int, ...]]:
-    """TF-IDF of words and word pairs, logistic regression with C = 10; for several labels one per label, at 0.5.
-
-    Raises ValueError for texts without words, or where one label is left.
-    """
-    from sklearn.feature_extraction.text import TfidfVectorizer  # here, as only classification needs it
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.multiclass import OneVsRestClassifier
-    from sklearn.pipeline import make_pipeline
-
-    vectorizer = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"(?u)\b\w+\b")
-    regression = LogisticRegression(C=10, max_iter=1000)
-    model = make_pipeline(vectorizer, OneVsRestClassifier(regression) if multi_label else regression)
-    gold = [example.labels for example in train]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a label without a row in a small training split
-        model.fit([example.text for example in train], indicator(gold, labels) if multi_label else [k for (k,) in gold])
-        predicted = model.predict([example.text for example in test])
-    if multi_label:
-        return [tuple(int(k) for k in np.flatnonzero(row)) for row in predicted]
-    return [(int(k),) for k in predicted]
+    return min(counts, key=lambda labels: (-counts[labels], labels))

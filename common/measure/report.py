@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,10 +11,11 @@ import numpy as np
 
 from common.data.classification import SEPARATOR, Example
 from common.data.report import markdown, table
-from common.disk import to_json, write_json
+from common.disk import SUSPECTS, to_json, write_json
 from common.errors import printable
 from common.measure import figures
 from common.measure.decisions import calibration
+from common.measure.gain import gain_over_best, gain_sentence
 from common.measure.intervals import wilson
 from common.measure.label_answer import Answer
 from common.measure.metrics import METRICS, Metric, confusion_matrix, headlines, indicator, interval, rows_right
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 Metrics = dict[str, Any]  # the content of a metrics.json
 Results = Mapping[str, Metrics | str]  # method -> its metrics, or a text in their place
 SAMPLES = 10  # answers shown in a report
+PAIRS = 10  # of labels that are confused most, shown in a report
 
 
 def results_table(results: Results, split: str, columns: Sequence[Metric]) -> str:
@@ -65,9 +68,10 @@ def write_classification(
     answers: Sequence[Answer],
     decode: str = "score",
 ) -> str:
-    """predictions.jsonl and .csv, metrics.json, confusion_matrix.png and report.md; returns the results table.
+    """predictions.jsonl and .csv, wrong.csv, metrics.json, confusion_matrix.png and report.md; returns what is first.
 
-    results: the rows of that table, baselines included.
+    That is the gain over the best baseline whose predictions are in the folder (`gain_over_best`), and the results
+    table. results: the rows of that table, baselines included.
     """
     folder.mkdir(parents=True, exist_ok=True)
     labels, multi_label = classifier.prompt.labels, classifier.prompt.multi_label
@@ -83,11 +87,50 @@ def write_classification(
         figures.draw_confusion(folder / "confusion_matrix.png", matrix, labels, multi_label)
         parts.append("![confusion matrix](confusion_matrix.png)")
     _write_predictions(folder, _predictions(classifier, examples, answers))
+    wrong = _wrong(labels, multi_label, examples, answers)
+    write_sheet(folder / "wrong.csv", wrong, ["id", "gold", "prediction", "p(prediction)", "p(gold)", "text"])
+    if wrong and not multi_label:
+        pairs = Counter((row["gold"], row["prediction"] or "none of the labels") for row in wrong)
+        most = [[gold, found, str(count)] for (gold, found), count in pairs.most_common(PAIRS)]
+        parts += ["Most confused, of all errors (wrong.csv):", table(["label", "answered", "rows"], most)]
+    if suspects := sum(entry.get("suspects", 0) for entry in results.values() if isinstance(entry, dict)):
+        parts.append(f"The labels of {suspects} training rows may be wrong: see {SUSPECTS} in the run folder.")
     metrics = {**metrics, "decode": "head" if classifier.head else decode, "confusion_matrix": matrix.tolist()}
     if answers and answers[0].probabilities:
         found, said = _certainties(folder, gold, answers, multi_label)
         metrics, parts = metrics | found, [*parts, *said]
-    return write(folder, metrics, results, split, CLASSIFICATION, *parts)
+    if gain := gain_over_best(folder, list(results), examples, predicted, labels):
+        metrics["gain_over_best_baseline"] = gain
+    first = gain_sentence(gain, len(examples), multi_label) if gain else ""
+    return write(folder, metrics, results, split, CLASSIFICATION, *parts, first=first)
+
+
+def _wrong(
+    labels: Sequence[str], multi_label: bool, examples: Sequence[Example], answers: Sequence[Answer]
+) -> list[dict[str, Any]]:
+    """The rows of wrong.csv: errors, the most certain ones first.
+
+    Of several labels per row, p(prediction) is of the least certain decision of the answer, p(gold) of the least
+    probable one of the right answer.
+    """
+
+    def probability(answer: Answer, indices: Sequence[int] | None) -> float | None:
+        if indices is None or not answer.probabilities:
+            return None
+        if not multi_label:
+            return answer.probabilities[indices[0]] if indices else None
+        return min(p if k in indices else 1 - p for k, p in enumerate(answer.probabilities))
+
+    def named(indices: Sequence[int] | None) -> str | None:
+        return None if indices is None else SEPARATOR.join(labels[k] for k in indices)
+
+    rows = [
+        {"id": example.id, "gold": named(example.labels), "prediction": named(answer.labels),
+         "p(prediction)": probability(answer, answer.labels), "p(gold)": probability(answer, example.labels),
+         "text": example.text}
+        for example, answer in zip(examples, answers, strict=True) if answer.labels != tuple(example.labels)
+    ]  # fmt: skip
+    return sorted(rows, key=lambda row: -(row["p(prediction)"] or 0))
 
 
 def _certainties(
@@ -161,18 +204,33 @@ def write_chat(
 
 
 def write(
-    folder: Path, metrics: Metrics, results: Results, split: str, task: str, *parts: str, unit: str = "rows"
+    folder: Path,
+    metrics: Metrics,
+    results: Results,
+    split: str,
+    task: str,
+    *parts: str,
+    unit: str = "rows",
+    first: str = "",
 ) -> str:
     """metrics.json, and report.md: the table of the task's headline metrics (returned), and below it the parts.
 
-    unit: what the bootstrap of the intervals draws.
+    unit: what the bootstrap of the intervals draws. first: a sentence before the table.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    shown = results_table(results, split, headlines(task))
+    shown = "\n\n".join(filter(None, [first, results_table(results, split, headlines(task))]))
     write_json(folder / "metrics.json", metrics)
     text = ["# Evaluation", shown, f"95 % intervals: bootstrap over the {unit}.", *parts]
     (folder / "report.md").write_text(printable("\n\n".join(text) + "\n"), encoding="utf-8")
     return shown
+
+
+def write_sheet(file: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """A CSV file. rows: column -> cell, in the order of the columns."""
+    with open(file, "w", encoding="utf-8", newline="") as sheet:
+        writer = csv.writer(sheet)
+        writer.writerow(map(_cell, columns))
+        writer.writerows(map(_cell, row.values()) for row in rows)
 
 
 def _write_predictions(folder: Path, rows: Iterable[tuple[dict[str, Any], dict[str, Any]]]) -> None:

@@ -4,12 +4,13 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from common.data.files import file_hash
-from common.disk import OUTPUTS, lock, read_json, recover, to_json, write_json
+from common.disk import BASELINE, MAJORITY_FILE, OUTPUTS, SUSPECTS, lock, read_json, recover, to_json, write_json
 from common.errors import InputError
 from common.hub import weights_fingerprint
 from common.log import describe_environment, say, warn
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 WRITTEN = (  # what a run has in its folder, besides config.yaml
     "adapter", "model", "checkpoints", "eval", "logs", "metrics.jsonl", "environment.json", "splits.json",
-    "data_report.md", "data_report.json", "learning_curve.png",
+    "data_report.md", "data_report.json", "learning_curve.png", BASELINE, MAJORITY_FILE, SUSPECTS,
 )  # fmt: skip
 
 
@@ -94,7 +95,9 @@ class RunFolder:
     def _write_start(self, data: Data, splits: dict, data_report: str, census: dict, processes: int) -> None:
         header = f"# the options as resolved; `--config` reads them back\n# given: {self.given}\n"
         environment = {**describe_environment(processes), "data": data.sources, "census": census}
-        (self.path / "eval" / "test" / "baselines.json").unlink(missing_ok=True)  # of a run killed before a checkpoint
+        for name in ("eval/test/baselines.json", MAJORITY_FILE, SUSPECTS):  # of a run killed before a checkpoint
+            (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.path / BASELINE, ignore_errors=True)
         files = {
             "config.yaml": header + dump_config(self.config),  # the first: it tells that the folder is a run's
             "environment.json": to_json(environment, indent=2),

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from common.data.classification import Example
-from common.disk import TASK_FILE, load_task, read_lines, write_json
+from common.disk import BASELINE, TASK_FILE, load_task, read_lines, write_json
 from common.errors import InputError
 from common.measure.decisions import Decision, calibration, fit
 from common.measure.label_answer import Answer
 from common.measure.metrics import METRICS, indicator
 from common.measure.tfidf import Tfidf
-from common.use.runs import BASELINE, DECISION, Run
+from common.use.runs import DECISION, Run
 
 
 def fit_decisions(config: Any, run: Run, examples: Sequence[Example], answers: Sequence[Answer]) -> str:

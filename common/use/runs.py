@@ -20,6 +20,7 @@ from common.data.files import file_hash
 from common.data.labels import label_text
 from common.data.splits import SPLITS, Sources, origin
 from common.disk import (
+    BASELINE,
     COPY_AGAIN,
     OUTPUTS,
     TASK_FILE,
@@ -57,7 +58,6 @@ if TYPE_CHECKING:
     from common.use.text_models import TextModel
 
 DECISION = "decision"  # of task.json
-BASELINE = "tfidf"  # folder of TF-IDF, in a run folder and, where it is blended in, beside the weights
 T = TypeVar("T")
 
 

@@ -14,7 +14,6 @@ import torch
 from helpers import ROOT
 from sklearn import metrics as sk
 
-from common.data.classification import Example
 from common.errors import InputError
 from common.measure import baselines
 from common.measure.label_answer import Answer
@@ -205,29 +204,6 @@ def test_loss_is_a_sum_over_targets_not_a_mean_of_means():
     assert (ours["eval_loss"], ours["mean_token_accuracy"]) == (0.5, 0.7)
     assert ours["perplexity"] == pytest.approx(math.exp(0.5))
     assert "eval_loss" not in summarize([Answer((0,), [])], [(0,)], LABELS)
-
-
-@pytest.mark.parametrize("kind", ["single", "multi"])
-def test_baselines_learn_what_words_give_away(kind):
-    """TF-IDF + logistic regression is right on words it has seen; the majority is the likeliest answer of training."""
-    texts = [(("sun", "rain", "snow")[i % 3], (i % 3,)) for i in range(12)] + [("sun sun", (0,))]
-    texts += [("sun rain", (0, 1))] * 4 + [("fog", ())] * 2 if kind == "multi" else []
-    rows = [Example(str(i), *row) for i, row in enumerate(texts)]
-    assert baselines.majority(rows, rows[:2]) == [(0,), (0,)]
-    found = baselines.tfidf_logistic_regression(rows, rows, 4, kind == "multi")  # no row has label 3
-    assert found == [row.labels for row in rows]
-
-
-def test_texts_without_words_leave_a_baseline_out(tmp_path):
-    """Emoji have no TF-IDF features: that baseline is n/a, the run continues."""
-    rows = [Example(str(i), "\U0001f600", (i % 2,)) for i in range(4)]
-    data = SimpleNamespace(splits={"train": rows, "test": rows}, labels=["a", "b"], multi_label=False)
-    given = {"classifier": SimpleNamespace(encoder=True), "data": data, "path": "", "config": None,
-             "accelerator": ALONE, "evaluate": None}  # fmt: skip
-    found = baselines.measure(tmp_path / "baselines.json", **given)
-    assert found[baselines.TFIDF] == "n/a" and found["majority class"]["accuracy"] == 0.5
-    assert found[baselines.ZERO_SHOT] == "n/a"  # an encoder cannot be prompted
-    assert baselines.measure(tmp_path / "baselines.json", **given) == found  # from the file, as a resumed run does
 
 
 @pytest.mark.parametrize(("init", "full"), [("true", False), ("pissa", False), ("true", True)])

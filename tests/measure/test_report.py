@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 
 from common.data.classification import Example
-from common.measure import figures, report
+from common.measure import figures, gain, report
 from common.measure.label_answer import Answer
 from common.measure.metrics import Metric, classification_metrics, headlines
 from common.options import CHAT, CLASSIFICATION
@@ -80,6 +80,54 @@ def test_a_classification_leaves_its_files(tmp_path, multi_label):
     assert saved["accuracy"] == 0.5 and len(saved["confusion_matrix"]) == (2 if multi_label else 3)
     text = (tmp_path / "test/report.md").read_text()
     assert table in text and "Answers outside the label set: 1 of 2." in text and "bootstrap over the rows" in text
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_errors_are_sorted_by_confidence(tmp_path, multi_label):
+    """wrong.csv holds every error and no right answer; the report has the pairs that are confused most."""
+    single = [((0,), (1,), 0.75), ((1,), (1,), 0.8), ((1,), (0,), 0.9), ((0,), (1,), 0.625), ((1,), None, 0.3)]
+    several = [((0,), (0, 1), 0.75), ((0, 1), (0, 1), 0.8), ((), (0,), 0.875), ((0,), (0, 1), 0.625), ((1,), None, 0.3)]
+    rows = several if multi_label else single
+    examples = [Example(str(i), f"={i}", gold) for i, (gold, _, _) in enumerate(rows)]
+    answers = []
+    for _, found, p in rows:
+        likely = [0.95, p] if found == (0, 1) else [p, 0.05] if multi_label else [p, 1 - p]
+        answers.append(Answer(found, likely if found != (1,) else likely[::-1]))
+    metrics = classification_metrics([row.labels for row in examples], [a.labels for a in answers], ["sun", "rain"])
+    results = {"this run": metrics, "words": {"accuracy": 0.5, "suspects": 7}}
+    given = {"classifier": classifier(multi_label), "examples": examples, "answers": answers}
+    report.write_classification(tmp_path, metrics, results, "test", **given)
+    found = list(csv.DictReader((tmp_path / "wrong.csv").open(newline="")))
+    assert [row["id"] for row in found] == ["2", "0", "3", "4"] and found[0]["text"] == "'=2"
+    assert list(found[0]) == ["id", "gold", "prediction", "p(prediction)", "p(gold)", "text"]
+    assert found[1]["gold"] == "sun" and found[1]["prediction"] == ("sun, rain" if multi_label else "rain")
+    assert [float(row["p(prediction)"]) for row in found[:3]] == [0.875 if multi_label else 0.9, 0.75, 0.625]
+    assert float(found[1]["p(gold)"]) == 0.25 and found[3]["prediction"] == found[3]["p(prediction)"] == ""
+    text = (tmp_path / "report.md").read_text()
+    assert "The labels of 7 training rows may be wrong: see suspects.csv" in text
+    if multi_label:
+        assert "Most confused" not in text
+    else:
+        part = text[text.index("Most confused") :]
+        expected = [["label", "answered", "rows"], ["sun", "rain", "2"], ["rain", "sun", "1"]]
+        assert cells(part)[:3] == expected and cells(part)[3] == ["rain", "none of the labels", "1"]
+
+
+def test_the_gain_over_the_best_baseline_comes_first(tmp_path):
+    """In report.md, in what is printed, and in metrics.json."""
+    examples = [Example(str(i), "dry", (i % 2,)) for i in range(6)]
+    gold = [example.labels for example in examples]
+    answers = [Answer(labels, [0.5, 0.5]) for labels in gold]
+    metrics = classification_metrics(gold, gold, ["sun", "rain"])
+    gain.write_predictions(tmp_path, gain.MAJORITY, examples, [(0,)] * 6, ["sun", "rain"], False)
+    given = {"classifier": classifier(False), "examples": examples, "answers": answers}
+    results = {"this run": metrics, gain.MAJORITY: classification_metrics(gold, [(0,)] * 6, ["sun", "rain"])}
+    shown = report.write_classification(tmp_path, metrics, results, "test", **given)
+    saved = json.loads((tmp_path / "metrics.json").read_text())["gain_over_best_baseline"]
+    low, high = saved["intervals_95"]["accuracy"]
+    assert saved["baseline"] == "majority class" and saved["accuracy"] == 0.5
+    first = f"Gain over the best baseline (majority class): accuracy +0.500 [{low:+.3f}, {high:+.3f}], macro-F1 +0.667"
+    assert shown.startswith(first) and (tmp_path / "report.md").read_text().startswith(f"# Evaluation\n\n{first}")
 
 
 def test_generated_labels_are_shown_with_their_text(tmp_path):
