@@ -223,7 +223,7 @@ def train(config: Config, data: ClassificationData, path: str, last: bool = True
         run.finish()
         say(accelerator, f"\nRun folder: {run.path}\nEvaluate again: python evaluate.py --run {run.path}")
     loop.finish(accelerator, model, optimizer, last=last)
-    return {**figures, **metrics, "run_folder": run.path}
+    return {**figures, **metrics, "run_folder": str(run.path)}
 
 
 def main() -> None:

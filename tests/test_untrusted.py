@@ -184,7 +184,8 @@ def test_answers_of_another_base_are_not_continued(models, trained, tmp_path):
     file = write_csv(tmp_path / "rows.csv", toy_rows(2))
     run = open_run(str(base), "classification")
     config = SimpleNamespace(model=str(base), revision=None, input_file=str(file), chat_template=None,
-                             prompt_template=None, output_dir=None, split="test", per_device_eval_batch_size=1)  # fmt: skip
+                             prompt_template=None, output_dir=None, split="test", per_device_eval_batch_size=1,
+                             )  # fmt: skip
 
     def source() -> dict:
         return run.partial_results(config, {"test": {}, "train": {}}, None)["source"]

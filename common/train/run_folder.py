@@ -218,7 +218,7 @@ def damaged_file(checkpoint: Path) -> Path | None:
     """A file of a checkpoint that is missing or not as it was written, or None."""
     try:
         content = read_json(checkpoint / "state.json")
-    except ValueError:
+    except InputError:
         return checkpoint / "state.json"
     if content.pop("checksum", None) != checksum(content):
         return checkpoint / "state.json"
