@@ -538,14 +538,15 @@ def test_model_cards_load_without_plainlora(kind, runs, trained, models, toy_fil
 def test_run_leaves_what_is_listed(models, toy_files, tmp_path):
     """docs/runs.md lists the files of a run folder."""
     run = tmp_path / "run"
-    options = ["--max_steps", "2", "--report_to", "tensorboard", "--output_dir", run]
+    options = ["--max_steps", "2", "--report_to", "tensorboard", "--baselines", "true", "--output_dir", run]
     train_labels("--model", models["llama"], *toy_options(toy_files), *options, draw=True)
     listing = next(content for _, content in BLOCKS if content.startswith("config.yaml"))
     named = [line.split()[0].replace("<n>", "*") for line in listing.splitlines()]
-    assert len(named) == 10 and [path for path in named if not list(run.glob(path.rstrip("/")))] == []
+    assert len(named) == 11 and [path for path in named if not list(run.glob(path.rstrip("/")))] == []
     (evaluation,) = [line for line in listing.splitlines() if line.startswith("eval/test/")]
-    for name in re.findall(r"\w+\.\w+", evaluation):
-        assert (run / "eval" / "test" / name).is_file()
+    assert "baselines/" in evaluation
+    for name in (*re.findall(r"\w+\.\w+", evaluation), "baselines"):
+        assert (run / "eval" / "test" / name).exists()
     assert (run / "eval" / "test" / "predictions.csv").is_file() and "predictions.jsonl and .csv" in evaluation
 
 

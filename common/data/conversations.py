@@ -36,6 +36,7 @@ ROLES = {
     "gpt": "assistant", "bot": "assistant", "model": "assistant", "function_call": "assistant", "tool": "tool",
     "function": "tool", "function_response": "tool", "observation": "tool", "ipython": "tool",
 }  # fmt: skip
+NO_TEXT = ("image", "images", "audio", "audios", "video", "videos")  # columns of what a turn shows beside its text
 NEXT_ROLES = {  # role of a turn ("": the start) -> the roles that may follow it; a tool turn answers a call
     "": ("system", "user"), "system": ("user",), "user": ("assistant",), "assistant": ("user", "tool"),
     "tool": ("tool", "assistant", "user"),
@@ -163,6 +164,8 @@ def _turns(row: Row, columns: Sequence[str], where: str) -> list[Message]:
 
     The text of a column `input` belongs to an `instruction`, that of a column `system` comes first.
     """
+    if seen := next((name for name in NO_TEXT if not _is_empty(row.get(name))), None):
+        raise InputError(f"{where}, column {seen!r}: only text can be read. Delete the row, or the column.")
     turns: list[Message] = []
     if columns[0] in ("messages", "conversations") or (columns[0] == "prompt" and isinstance(row["prompt"], list)):
         for column in columns:

@@ -152,6 +152,14 @@ def test_parts_that_are_no_text_are_named(tmp_path, part):
         read_question(row, "in.json, data row 1", {})
 
 
+def test_pictures_beside_the_turns_are_named(tmp_path):
+    """They are no part of a turn in some data sets; a row whose column is empty has none."""
+    row = {"messages": said(*TURNS), "images": ["a.png"]}
+    assert "row 2, column 'images': only text can be read" in problem(tmp_path, [{**PAIR, "images": []}, row])
+    with pytest.raises(InputError, match="in.json, data row 1, column 'images'"):
+        read_question(row, "in.json, data row 1", {})
+
+
 def test_every_row_has_its_own_shape(tmp_path):
     """JSON rows may mix shapes; Parquet fills what a row lacks with None."""
     rows = [PAIR, {"messages": said(*TURNS)}]
