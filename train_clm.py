@@ -73,6 +73,7 @@ def train(config: Config, sources: dict[str, Source], path: str, last: bool = Tr
 
     from common.measure import baselines, report
     from common.measure.figures import draw_learning_curve, say_what_is_missing
+    from common.measure.model_card import complete_card
     from common.measure.perplexity import continue_text, row_losses
     from common.model import attention, base_model, lora, storage
     from common.model.token_losses import TokenLosses
@@ -212,6 +213,7 @@ def train(config: Config, sources: dict[str, Source], path: str, last: bool = Tr
             say(accelerator, f"\n{table}")
         say(accelerator, f"\nA sample: {sample}")
         draw_learning_curve(run.path, TASKS[CAUSAL_LM].curve)
+        complete_card(run.path)
         run.finish()
         say(accelerator, f"\nRun folder: {run.path}\nEvaluate again: python evaluate.py --run {run.path}")
     loop.finish(accelerator, model, optimizer, last=last)

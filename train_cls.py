@@ -81,6 +81,7 @@ def train(config: Config, data: ClassificationData, path: str, last: bool = True
 
     from common.measure import baselines, report
     from common.measure.figures import draw_learning_curve, say_what_is_missing
+    from common.measure.model_card import complete_card
     from common.measure.scoring import predict
     from common.model import attention, base_model, lora, storage
     from common.model.classifier import Classifier, HeadClassifier, classification_prompt
@@ -220,6 +221,7 @@ def train(config: Config, data: ClassificationData, path: str, last: bool = True
                                                 classifier=classifier, examples=test, answers=answers)  # fmt: skip
             say(accelerator, f"\n{table}")
         draw_learning_curve(run.path, TASKS[CLASSIFICATION].curve)
+        complete_card(run.path)
         run.finish()
         say(accelerator, f"\nRun folder: {run.path}\nEvaluate again: python evaluate.py --run {run.path}")
     loop.finish(accelerator, model, optimizer, last=last)

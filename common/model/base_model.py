@@ -86,15 +86,23 @@ def check_length(path: str, config: Any, tokens: int, option: str) -> None:
 
 
 def load_base(
-    path: str, config: Any, *, labels: list[str] | None = None, multi_label: bool = False, device: Any = None
+    path: str,
+    config: Any,
+    *,
+    labels: list[str] | None = None,
+    multi_label: bool = False,
+    device: Any = None,
+    as_stored: bool = False,
 ) -> tuple[transformers.PreTrainedModel, list[str]]:
     """The base model, and the names of the modules that its checkpoint lacks (a new head, a new pooler).
 
-    labels: loads a sequence classifier with one output per label instead of a causal language model.
+    labels: loads a sequence classifier with one output per label instead of a causal language model. as_stored: in the
+    dtype of the files, as trained weights are.
     """
+    dtype = torch.float32 if config.full_finetuning else DTYPES[config.mixed_precision]
     quantized = config.load_in_4bit or config.load_in_8bit
     options: dict[str, Any] = {
-        "dtype": torch.float32 if config.full_finetuning else DTYPES[config.mixed_precision],
+        "dtype": "auto" if as_stored else dtype,
         "revision": config.revision,
         "trust_remote_code": config.trust_remote_code,
         "output_loading_info": True,

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from common.data.report import markdown
 from common.disk import TASK_FILE, damage_named, load_task, write_json
 from common.errors import InputError, printable
-from common.hub import EMBEDDED, EMBEDDED_ID, resolve_model, weights_fingerprint
+from common.hub import EMBEDDED, EMBEDDED_ID, license_of, resolve_model, weights_fingerprint
 from common.log import warn
 from common.model.base_model import load_base, load_tokenizer
 from common.model.classifier import Classifier, HeadClassifier, classification_prompt
@@ -31,6 +31,7 @@ def stored_model(model: Any) -> Any:
     return model.model if isinstance(model, HeadClassifier | TokenLosses) else model
 
 
+ADAPTER_ALONE = "; this folder holds the adapter alone."
 LARGEST = 1e15  # of a weight; fp32 ends at 3e38, and products of products must fit
 SAVED_OPTIONS = [item.name for item in fields(ModelConfig) if item.name != "trust_remote_code"]  # no file turns it on
 
@@ -122,34 +123,44 @@ def save_trained(
         "model_options": {name: getattr(config, name) for name in SAVED_OPTIONS},
     }
     (folder / TASK_FILE).write_text(json.dumps(task, indent=2, ensure_ascii=False), encoding="utf-8")
-    (folder / "README.md").write_text(_model_card(model, task["task"], use, config), encoding="utf-8")
+    (folder / "README.md").write_text(_model_card(model, tokenizer, task["task"], use, config), encoding="utf-8")
 
 
-def _model_card(model: nn.Module, task: str, use: str, config: Any) -> str:
-    """What the weights are and how to use them; figures are in the run's eval folder, where they were measured."""
+def _model_card(model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: str, use: str, config: Any) -> str:
+    """What the weights are and how to use them; `common.measure.model_card` adds what was measured at the end."""
     quantized = "8-bit " if config.load_in_8bit else f"4-bit {config.bnb_4bit_quant_type} " * config.load_in_4bit
-    trained = (
-        "All its weights were trained."
-        if config.full_finetuning
-        else f"Trained with LoRA (r {config.lora_r}, alpha {config.lora_alpha:g}) on its {quantized}weights; this "
-        "folder holds the adapter alone."
-    )
+    size = f"r {config.lora_r}, alpha {config.lora_alpha:g}"
+    lora = f"Trained with LoRA ({size}) on its {quantized}weights{ADAPTER_ALONE}"
+    trained = "All its weights were trained." if config.full_finetuning else lora
     head = isinstance(model, HeadClassifier)
     base = EMBEDDED_ID if config.model == EMBEDDED else config.model
     tag = "text-classification" if head or task == CLASSIFICATION else "text-generation"
-    package, auto = ("transformers", "AutoModelFor") if config.full_finetuning else ("peft", "AutoPeftModelFor")
-    auto += "SequenceClassification" if head else "CausalLM"
-    outputs = f", num_labels={stored_model(model).config.num_labels}" if head else ""
-    loading = (
+    license = license_of(config.model, config.revision)
+    known = f"license: {json.dumps(license)}\n" if license else ""
+    labels = stored_model(model).config.num_labels if head else 0
+    return (
+        f"---\nbase_model: {json.dumps(base)}\n{known}tags: [{tag}, plainlora]\n---\n"
+        f"# {config.model}, fine-tuned\n\n{trained}\n\n{use}\n\n"
+        f"{_loading(not config.full_finetuning, labels, tokenizer.pad_token_id)}"
+    )
+
+
+def merged_card(text: str, labels: int, pad_id: int) -> str:
+    """The model card of an adapter as that of the merged model. labels: of a head, else 0."""
+    merged = text.replace(ADAPTER_ALONE, ", and merged into them.")
+    return merged.replace(_loading(True, labels, pad_id), _loading(False, labels, pad_id))
+
+
+def _loading(adapter: bool, labels: int, pad_id: int) -> str:
+    """How other programs load the weights; those read a head at the last token that is not the pad token."""
+    package, auto = ("peft", "AutoPeftModelFor") if adapter else ("transformers", "AutoModelFor")
+    auto += "SequenceClassification" if labels else "CausalLM"
+    outputs = f", num_labels={labels}, pad_token_id={pad_id}" if labels and adapter else ""
+    return (
+        "Load it without plainlora:\n\n```python\n"
         f"from {package} import {auto}\nfrom transformers import AutoTokenizer\n\n"
         f'model = {auto}.from_pretrained("THIS_FOLDER"{outputs}).eval()\n'
-        'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")'
-    )
-    return (
-        f"---\nbase_model: {json.dumps(base)}\ntags: [{tag}, plainlora]\n---\n"
-        f"# {config.model}, fine-tuned\n\n{trained} Learning rate {config.learning_rate:g}, seed {config.seed}; all "
-        f"options are in `config.yaml` of the run folder, the measured quality in `eval/`.\n\n{use}\n\n"
-        f"Load it without plainlora:\n\n```python\n{loading}\n```\n"
+        'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")\n```\n'
     )
 
 
@@ -171,13 +182,18 @@ def load_model(
 ) -> PreTrainedModel:
     """Base and trained weights. kind: `labels` and `multi_label` of a classification head (base_model.load_base)."""
     path = str(folder) if options.full_finetuning else resolve_model(options.model, options.revision)
-    model, missing = load_base(path, options, device=device, **kind)
+    model, missing = load_base(path, options, device=device, as_stored=options.full_finetuning, **kind)
     if options.full_finetuning:
         if missing:
             raise InputError(f"{folder}: the trained weights of {', '.join(missing)} are missing.")
         return model
     if options.base_fingerprint not in ("", weights_fingerprint(path, options.revision)):
         warn(f"{options.model} has other weights than when {folder} was trained, so the results may be worse.")
+    return with_adapter(model, folder)
+
+
+def with_adapter(model: PreTrainedModel, folder: Path) -> Any:
+    """A base model with the adapter that `save_weights` wrote into the folder."""
     with damage_named(folder):
         lora = peft.PeftConfig.from_pretrained(str(folder))
         lora.base_model_name_or_path = None  # where the base was when it was trained
@@ -296,7 +312,27 @@ def save_classifier(folder: Path, classifier: Classifier, config: Any, task_name
         f"Answers a text with {answer}, {way}.\n\nLabels:\n\n{labels}\n\nPrompt:\n\n{shown}\n\n"
         "Evaluate it on a file with the same columns:\n\n    python evaluate.py --run THIS_FOLDER --test_file FILE"
     )
-    save_trained(folder, classifier.model, classifier.tokenizer, task, use, config)
+    tokenizer = classifier.tokenizer
+    if classifier.head:
+        tokenizer = pad_beside_end(tokenizer)
+        if config.full_finetuning:
+            stored_model(classifier.model).config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    save_trained(folder, classifier.model, tokenizer, task, use, config)
+
+
+def pad_beside_end(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer of a head, whose pad token is not the end token; a copy if it has to be changed.
+
+    transformers reads a head at the last token that is not the pad token, and our texts end with the end token. Which
+    other token pads does not matter, as none comes last.
+    """
+    if tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    special = tokenizer.unk_token, tokenizer.bos_token, *tokenizer.all_special_tokens
+    others = (*special, *tokenizer.convert_ids_to_tokens([0, 1]))
+    tokenizer.pad_token = next(token for token in others if token not in (None, tokenizer.eos_token))
+    return tokenizer
 
 
 def load_classifier(
