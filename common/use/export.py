@@ -25,6 +25,7 @@ from common.data.conversations import load_conversations
 from common.data.corpus import load_corpus_once, open_sources
 from common.disk import BASELINE, TASK_FILE, recover, replace_folder, write_json
 from common.errors import InputError
+from common.hub import hub_answers
 from common.measure.certificate import (
     LAYER_BOUNDS,
     POSITIONS,
@@ -384,9 +385,12 @@ def push(folder: Path, name: str) -> None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    kept = f"The export itself is complete in {folder}."
+    if not hub_answers():
+        raise InputError(f"--push_to_hub {name}: the hub cannot be reached. {kept}")
     try:
         api = HfApi()
         api.create_repo(name, exist_ok=True)
         print(f"Uploaded to {api.upload_folder(repo_id=name, folder_path=folder)}")
     except (HFValidationError, HfHubHTTPError, OSError) as error:
-        raise InputError(f"--push_to_hub {name}: {error}. The export itself is complete in {folder}.") from None
+        raise InputError(f"--push_to_hub {name}: {error}. {kept}") from None

@@ -265,3 +265,31 @@ def test_ollama_renders_a_conversation_as_the_chat_template(name, system):
     first = [{"role": "system", "content": system}] if system else []
     for count in (1, 3, 5):
         assert rendered(go_template(template), system, turns[:count]) == template.text_of(first + turns[:count])
+
+
+def test_an_export_is_uploaded_in_one_commit(trained, tmp_path, monkeypatch, capsys):
+    """To a stand-in for the hub, by the hub's own client."""
+    import huggingface_hub
+
+    calls = []
+
+    class StandIn(huggingface_hub.HfApi):
+        def create_repo(self, name, **options):
+            calls.append(("create", name, options))
+
+        def upload_folder(self, **options):
+            calls.append(("upload", options["repo_id"], sorted(path.name for path in options["folder_path"].iterdir())))
+            return "https://hub/me/mine"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", StandIn)
+    monkeypatch.setattr(export, "hub_answers", lambda: True)
+    run = trained("llama", "generative", "single")
+    few = ["--run", run, "--output_dir", tmp_path / "out", "--max_eval_samples", 2, "--dtype", "fp32"]
+    run_export(monkeypatch, *few, "--push_to_hub", "me/mine")
+    (created, uploaded) = calls
+    assert created == ("create", "me/mine", {"exist_ok": True}) and uploaded[:2] == ("upload", "me/mine")
+    assert {"README.md", "config.json", "model.safetensors", "task.json", "certificate.json"} <= set(uploaded[2])
+    assert "Uploaded to https://hub/me/mine" in capsys.readouterr().out
+    monkeypatch.setattr(export, "hub_answers", lambda: False)
+    with pytest.raises(InputError, match="--push_to_hub me/mine: .*export itself is complete"):
+        export.push(tmp_path / "out", "me/mine")
