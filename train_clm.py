@@ -79,7 +79,7 @@ def train(config: Config, sources: dict[str, Source], path: str, last: bool = Tr
     from common.model.token_losses import TokenLosses
     from common.text import batches
     from common.text.plan import Plan
-    from common.train import loop
+    from common.train import ahead, loop
     from common.train.checkpoints import load_state, save_best, save_checkpoint
 
     run = RunFolder(config)
@@ -155,17 +155,19 @@ def train(config: Config, sources: dict[str, Source], path: str, last: bool = Tr
 
     write = partial(storage.save_language_model, model=base, tokenizer=tokenizer, start=start, config=config)
     keep_best = partial(save_best, accelerator, run, write)
-    save = partial(save_checkpoint, accelerator, run, state, config.save_total_limit)
-    updates = loop.until_stopped(plan.updates(state.update, total), accelerator, save)
+    ledger = ahead.Ledger(accelerator, state, log)
+    save = partial(save_checkpoint, accelerator, run, ledger.settle, config.save_total_limit)
+    planned = ahead.batches_ahead(plan.updates(state.update, total), rows, batch_size, accelerator, collate)
+    updates = loop.until_stopped(planned, accelerator, save)
     # A batch of R rows with T target tokens (common/text/batches.py): input_ids, attention_mask, position_ids
     # [R, length]; positions [T], where in the flattened batch the targets are predicted; targets, weights, rows [T].
     # --- loop
-    for numbers in updates:  # the row numbers of one update, the same on every rank
+    for numbers, collated in updates:  # the row numbers of one update, the same on every rank
         if config.early_stopping_patience and state.stale_evaluations >= config.early_stopping_patience:
             break
         started = time.perf_counter()
         model.train()
-        micro_batches = loop.micro_batches([rows[i] for i in numbers], batch_size, accelerator, collate)
+        micro_batches = collated.result()  # by a thread, while the update before ran
         target_count = accelerator.reduce(loop.count_targets(micro_batches), "sum")  # on all ranks
         loss_sum = torch.zeros_like(target_count)
         for i, batch in enumerate(micro_batches):
@@ -175,15 +177,14 @@ def train(config: Config, sources: dict[str, Source], path: str, last: bool = Tr
             loss_sum += loss.detach()
         loss_sum = accelerator.reduce(loss_sum, "sum")
         norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
-        ids = [examples[i].id for i in numbers]
-        mean_loss = loop.finite_mean(loss_sum, target_count, norm, accelerator, state.update, ids)
-        rates = loop.learning_rates(scheduler)
+        ids = (examples[i].id for i in numbers)
+        ledger.check(loss_sum, target_count, norm, loop.learning_rates(scheduler), ids)  # stops a broken run
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        state.count(mean_loss, target_count.item(), [rows[i].length for i in numbers], time.perf_counter() - started)
-        log.update(state, mean_loss, **rates, grad_norm=float(norm))
+        ledger.count(plan.lengths[numbers].tolist(), time.perf_counter() - started)
         if loop.is_due(config.eval_strategy, config.eval_steps, state.update, plan.updates_per_epoch, total):
+            ledger.settle()  # before anything is kept
             metrics = validate()
             log.write(state.update, {"split": "validation", **metrics})
             if state.improves(config.metric_for_best_model, metrics):
@@ -193,7 +194,7 @@ def train(config: Config, sources: dict[str, Source], path: str, last: bool = Tr
     # --- end loop
 
     updates.close()  # signals end the program from here on
-    log.close()
+    ledger.close()
     if state.best_update is None:
         keep_best()
     storage.load_weights(base, run.best)  # what was saved is what is measured

@@ -227,15 +227,18 @@ def plainlora(work: Work, folder: Path) -> tuple[list[float], list[float]]:
     own |= {"save_strategy": "no", "report_to": ["none"], "output_dir": str(folder / "run"), "warmup_ratio": 0.0}
     own |= {"lr_scheduler_type": "constant", "weight_decay": 0.0}
     own |= {"mixed_precision": "no", "load_in_4bit": False} if work.checking else {"mixed_precision": "bf16"}
-    count = checkpoints.State.count
+    count, count_loss = checkpoints.State.count, checkpoints.State.count_loss
 
-    def counted(self: Any, loss: float, targets: float, lengths: list[int], seconds: float) -> None:
+    def counted(self: Any, lengths: list[int], seconds: float) -> None:
         ticks.append(seconds)
+        count(self, lengths, seconds)
+
+    def loss_counted(self: Any, loss: float, targets: float) -> None:
         losses.append(loss)
-        count(self, loss, targets, lengths, seconds)
+        count_loss(self, loss, targets)
 
     settings = script.Config(**own)
-    with mock.patch.object(checkpoints.State, "count", counted):
+    with mock.patch.multiple(checkpoints.State, count=counted, count_loss=loss_counted):
         script.train(settings, load_data(settings), work.path)
     return ticks, losses
 

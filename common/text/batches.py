@@ -10,8 +10,10 @@ common/model/attention.py has a worked example.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 
 from common.data.corpus import Block, document_starts
@@ -72,9 +74,14 @@ class Batch:
         return self.rows is None
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch with all tensors on `device`."""
+        """The same batch with all tensors on `device`; a GPU copies them itself, and nothing waits for it."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved: dict[str, Any] = {k: v.to(device) for k, v in values.items() if isinstance(v, torch.Tensor)}
+        pinned = torch.device(device).type == "cuda"  # only from pinned memory does it copy by itself
+        moved: dict[str, Any] = {
+            name: (value.pin_memory() if pinned else value).to(device, non_blocking=pinned)
+            for name, value in values.items()
+            if isinstance(value, torch.Tensor)
+        }
         return replace(self, **moved)
 
 
@@ -86,9 +93,11 @@ def pad_left(sequences: Sequence[Sequence[int]], pad_id: int) -> dict[str, torch
 
     The mask comes from the lengths, never from the pad id, which may be the end token's.
     """
-    length = max(len(ids) for ids in sequences)
-    input_ids = torch.tensor([[pad_id] * (length - len(ids)) + list(ids) for ids in sequences])
-    attention_mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in sequences])
+    lengths = np.array([len(ids) for ids in sequences])
+    tokens = np.arange(lengths.max()) >= lengths.max() - lengths[:, None]
+    filled = np.full(tokens.shape, pad_id)
+    filled[tokens] = _joined(sequences)
+    input_ids, attention_mask = torch.from_numpy(filled), torch.from_numpy(tokens.astype(np.int64))
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
     return {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
 
@@ -115,7 +124,7 @@ def flatten(sequences: Sequence[Sequence[int]]) -> dict[str, Any]:
     """Inputs of a padding-free batch. Shapes as in Batch."""
     lengths = torch.tensor([len(ids) for ids in sequences])
     return {
-        "input_ids": torch.tensor([[token for ids in sequences for token in ids]]),
+        "input_ids": torch.from_numpy(_joined(sequences))[None],
         "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None])[:, None, None],
         "position_ids": torch.cat([torch.arange(len(ids)) for ids in sequences])[None],
         "layout": Layout(len(sequences), lengths=tuple(lengths.tolist())),
@@ -170,11 +179,7 @@ def collate_answers(rows: Sequence[tuple[AnswerRow, bool]], pad_id: int, shared_
     """Prompts with their answers; the answers' tokens are the targets."""
     sequences = [row.prompt + row.answer for row, _ in rows]
     inputs, ends = join([row.prompt for row, _ in rows], sequences, pad_id, shared_prefix)
-    found = []
-    for i, (row, counts) in enumerate(rows):
-        first = int(ends[i]) - len(row.answer)  # of the prompt's last token, which predicts the answer's first
-        found += [(i, first + t, token, row.weight * counts) for t, token in enumerate(row.answer)]
-    return _token_batch(inputs, found)
+    return _token_batch(inputs, ends, [row.answer for row, _ in rows], [row.weight * counts for row, counts in rows])
 
 
 def collate_head(
@@ -223,18 +228,16 @@ def collate_blocks(
     Without it a block is a window of text in which documents follow each other (wrapped packing).
     """
     inputs = pad_left([[*start, *block.tokens] for block, _ in rows], pad_id)
-    length = inputs["input_ids"].shape[1]
+    count, length = inputs["input_ids"].shape
     starts = [document_starts(block.tokens, end_id) if document_masking else [] for block, _ in rows]
-    found = []
-    for i, (block, counts) in enumerate(rows):
-        offset = (i + 1) * length - len(block.tokens)  # of the block's first token
-        for t in range(max(block.seen, 0 if start else 1), len(block.tokens)):
-            if t not in starts[i]:
-                found.append((i, offset + t - 1, block.tokens[t], counts))
+    trained = [np.arange(len(block.tokens)) >= max(block.seen, 0 if start else 1) for block, _ in rows]
+    for predicted, own in zip(trained, starts, strict=True):
+        predicted[own] = False
     if document_masking:
         columns = [[length - len(block.tokens) + s for s in own] for (block, _), own in zip(rows, starts, strict=True)]
         _separate_documents(inputs, columns)
-    return _token_batch(inputs, found)
+    ends, tokens = length * torch.arange(1, count + 1) - 1, [block.tokens for block, _ in rows]
+    return _token_batch(inputs, ends, tokens, [float(counts) for _, counts in rows], trained)
 
 
 def collate_chat(
@@ -250,18 +253,32 @@ def collate_chat(
         inputs, ends = flatten(sequences), torch.tensor([row.length for row, _ in rows]).cumsum(0) - 1
     else:
         inputs, ends = join([row.prompt for row, _ in rows], sequences, pad_id, shared_prefix)
-    found = []
-    for i, (row, counts) in enumerate(rows):
-        first = int(ends[i]) - row.length  # of what is in front of the row's first token
-        found += [(i, first + t, row.ids[t], counts) for t, trained in enumerate(row.mask) if trained]
-    return _token_batch(inputs, found)
+    trained = [np.array(row.mask, bool) for row, _ in rows]
+    return _token_batch(inputs, ends, sequences, [float(counts) for _, counts in rows], trained)
 
 
-def _token_batch(inputs: dict[str, Any], found: Sequence[tuple[int, int, int, float]]) -> Batch:
-    """found: for every target its row, the position that predicts it, its token id, and its weight."""
-    *numbers, weights = torch.tensor(found, dtype=torch.double).reshape(-1, 4).unbind(1)
-    rows, positions, targets = (column.long() for column in numbers)
-    return Batch(**inputs, positions=positions, targets=targets, weights=weights.float(), rows=rows)
+def _token_batch(
+    inputs: dict[str, Any],
+    ends: torch.Tensor,  # [rows], where in the flattened input_ids each row's last token is
+    tokens: Sequence[Sequence[int]],  # of each row, the last ones
+    weights: Sequence[float],  # of each row's targets
+    trained: Sequence[np.ndarray] | None = None,  # of each row [tokens], which are targets; None: all
+) -> Batch:
+    """A batch whose targets are tokens; each is predicted at the place in front of its own."""
+    lengths = np.array([len(ids) for ids in tokens])
+    rows = np.repeat(np.arange(len(tokens)), lengths)
+    # A row's tokens end at its end, and in the joined ones at the sum of the lengths up to it.
+    positions = np.arange(len(rows)) + np.repeat(ends.numpy() - lengths.cumsum(), lengths)
+    columns = [rows, positions, _joined(tokens), np.array(weights, np.float32)[rows]]
+    if trained is not None:
+        columns = [column[np.concatenate(trained)] for column in columns]
+    rows_of, places, targets, factors = map(torch.from_numpy, columns)
+    return Batch(**inputs, positions=places, targets=targets, weights=factors, rows=rows_of)
+
+
+def _joined(sequences: Sequence[Sequence[int]]) -> np.ndarray:
+    """All ids, one sequence after another, [tokens]."""
+    return np.fromiter(chain.from_iterable(sequences), np.int64)
 
 
 def _separate_documents(inputs: dict[str, torch.Tensor], starts: Sequence[Sequence[int]]) -> None:

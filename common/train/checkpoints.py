@@ -42,16 +42,19 @@ class State:
     tokens: int = 0
     seconds: float = 0.0
 
-    def count(self, loss: float, targets: float, lengths: Sequence[int], seconds: float) -> None:
+    def count(self, lengths: Sequence[int], seconds: float) -> None:
         """One update more, of rows with these lengths in tokens."""
         self.update += 1
+        self.rows += len(lengths)
+        self.tokens += sum(lengths)
+        self.seconds += seconds
+
+    def count_loss(self, loss: float, targets: float) -> None:
+        """The mean loss of an update's targets."""
         self.loss_sum += loss * targets
         self.target_sum += targets
         self.window_loss += loss * targets
         self.window_targets += targets
-        self.rows += len(lengths)
-        self.tokens += sum(lengths)
-        self.seconds += seconds
 
     def take_window(self) -> float:
         """The mean loss since the last call."""
@@ -109,11 +112,12 @@ def register_hooks(accelerator: Accelerator, scheduler: LRScheduler) -> None:
     accelerator.register_load_state_pre_hook(load)
 
 
-def save_checkpoint(accelerator: Accelerator, run: RunFolder, state: State, limit: int | None) -> None:
+def save_checkpoint(accelerator: Accelerator, run: RunFolder, settle: Callable[[], State], limit: int | None) -> None:
     """Writes checkpoints/step_<n>: complete under a temporary name first, then renamed; then prunes old ones.
 
-    limit: --save_total_limit.
+    settle: gives the state, or stops the run where its last update was broken. limit: --save_total_limit.
     """
+    state = settle()
     target = run.path / "checkpoints" / f"step_{state.update}"
     scratch = target.with_name(f".{target.name}.tmp")
     if accelerator.is_main_process:

@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -23,6 +23,7 @@ from common.text.batches import Batch
 from common.text.plan import rank_share
 from common.train.checkpoints import register_hooks
 
+T = TypeVar("T")
 ONE_SIGNAL = 1.0  # seconds; a terminal sends Ctrl-C to all processes, and torchrun passes it on to those it started
 
 
@@ -81,25 +82,25 @@ def sync_context(accelerator: Accelerator, model: torch.nn.Module, last: bool) -
 
 
 def finite_mean(
-    loss_sum: torch.Tensor,
-    target_count: torch.Tensor,
-    norm: torch.Tensor,
+    loss_sum: float,
+    target_count: float,
+    norm: float,
     accelerator: Accelerator,
     update: int,
-    rows: Sequence[str],
+    rows: Iterable[str],
 ) -> float:
-    """The mean loss per target of one update; stops the run before a broken gradient reaches the weights.
+    """The mean loss per target of one update; stops the run before a broken gradient reaches saved weights.
 
     norm: of the gradient; under fp16 the scaler itself skips an update whose gradient overflows. rows: the ids of the
     update's rows. Raises InputError for an update without a target, FloatingPointError for a loss or gradient that is
     not finite.
     """
-    if target_count.item() <= 0:
+    if target_count <= 0:
         raise InputError(f"Update {update + 1} has no target to learn from (rows {', '.join(rows)}).")
-    loss = loss_sum.item() / target_count.item()
+    loss = loss_sum / target_count
     if not math.isfinite(loss) or accelerator.scaler is None and not math.isfinite(norm):
         raise FloatingPointError(
-            f"Update {update + 1} has loss {loss} and gradient norm {float(norm)}, so it was not made. Its rows: "
+            f"Update {update + 1} has loss {loss} and gradient norm {norm}, so nothing of it was saved. Its rows: "
             f"{', '.join(rows)}. "
             "Try a lower --learning_rate, a longer --warmup_ratio or --mixed_precision no."
         )
@@ -184,10 +185,8 @@ def prepare(
     return model, optimizer
 
 
-def until_stopped(
-    updates: Iterable[list[int]], accelerator: Accelerator, save: Callable[[], None]
-) -> Generator[list[int]]:
-    """The row numbers of the updates, until SIGTERM or Ctrl-C: then the update in progress is finished, and saved.
+def until_stopped(updates: Iterable[T], accelerator: Accelerator, save: Callable[[], None]) -> Generator[T]:
+    """The updates, until SIGTERM or Ctrl-C: then the update in progress is finished, and saved.
 
     Raises Terminated or KeyboardInterrupt after that, on all ranks; at a second signal at once.
     """
@@ -204,8 +203,8 @@ def until_stopped(
 
     before = {number: signal.signal(number, note) for number in signals}
     try:
-        for numbers in updates:
-            yield numbers
+        for update in updates:
+            yield update
             flags = torch.tensor([number in came for number in signals], dtype=torch.int)
             if accelerator.num_processes > 1:  # a signal may reach the ranks in different updates
                 flags = accelerator.reduce(flags.to(accelerator.device), "sum")
