@@ -27,7 +27,8 @@ dimensions they hand on as it is.
 On CPUs torch's fused kernel multiplies bf16 at a fraction of the speed of a plain product, and transformers copies the
 keys and values of grouped-query attention for every query head. `grouped_attention` stacks the query heads of a group
 as further rows of two batched products instead, for as many rows or queries at a time as a cache holds the scores of.
-Long sequences stay with torch's kernel.
+Long sequences stay with torch's kernel. On CUDA, common/model/cuda.py computes a pack, or a padding-free batch, in one
+kernel.
 """
 
 import logging
@@ -35,13 +36,13 @@ import sys
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from common.errors import InputError
+from common.model import cuda
 from common.text.batches import Layout, pack
 
 NAME = "plainlora"
@@ -154,28 +155,6 @@ def _is_plain(kwargs: dict[str, Any]) -> bool:
     return all(kwargs.get(name) is None for name in ("softcap", "position_bias", "cache"))
 
 
-def jagged_attention(
-    query: torch.Tensor,  # [1, heads, tokens, size], row after row
-    key: torch.Tensor,  # [1, key-value heads, tokens, size]
-    value: torch.Tensor,  # [1, key-value heads, tokens, size]
-    lengths: torch.Tensor,  # [rows], at least 1
-    longest: int,
-    scaling: float | None,
-    dropout: float = 0.0,
-) -> torch.Tensor:  # [1, tokens, heads, size]
-    """Causal attention of rows of unequal length in one kernel, for CUDA. `longest` spares a wait for the device."""
-    offsets = F.pad(lengths.cumsum(0), (1, 0))
-    group = query.shape[1] // key.shape[1]  # the kernels train with as many key heads as query heads only
-    q, k, v = (
-        torch.nested.nested_tensor_from_jagged(
-            tensor[0].transpose(0, 1).contiguous(), offsets, min_seqlen=1, max_seqlen=longest
-        ).transpose(1, 2)
-        for tensor in (query, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1))
-    )
-    output = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling, is_causal=True)
-    return output.transpose(1, 2).values()[None]
-
-
 def _attend_padding_free(
     module: nn.Module,
     query: torch.Tensor,
@@ -189,9 +168,9 @@ def _attend_padding_free(
 ) -> tuple[torch.Tensor, None]:
     """Attention of the rows of a padding-free batch: in one kernel on CUDA, elsewhere one after another."""
     sizes = query.shape[-1], value.shape[-1]
-    if query.is_cuda and _is_plain(kwargs) and all(size % 8 == 0 for size in sizes):  # what the kernels take
+    if cuda.is_used(query) and _is_plain(kwargs) and all(size % 8 == 0 for size in sizes):  # what the kernels take
         lengths = attention_mask.sum(3).flatten()  # on the device already
-        return jagged_attention(query, key, value, lengths, max(layout.lengths), scaling, dropout), None
+        return cuda.jagged_attention(query, key, value, lengths, max(layout.lengths), scaling, dropout), None
     kwargs |= {"dropout": dropout, "scaling": scaling, "is_causal": True}
     rows = zip(*(tensor.split(layout.lengths, 2) for tensor in (query, key, value)), strict=True)
     return torch.cat([_attend(module, q, k, v, None, **kwargs)[0] for q, k, v in rows], 1), None
@@ -206,10 +185,14 @@ def _attend_pack(
     layout: Layout,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of a pack: of the prefix, unless its keys come from a cache, and of the rows."""
+    """Attention of a pack: in one kernel on CUDA, elsewhere that of the prefix, unless its keys come from a cache, and
+    that of the rows.
+    """
     first = query.shape[2] - layout.rows * attention_mask.shape[2]  # queries of the prefix: all, or none
     if layout.rows == 1 and not first:  # an ordinary sequence
         return _attend(module, query, key, value, attention_mask, **kwargs)
+    if cuda.is_used(query) and _is_plain(kwargs) and cuda.takes_pack(query, value, layout, kwargs.get("dropout", 0.0)):
+        return cuda.pack_attention(query, key, value, attention_mask, layout, kwargs.get("scaling")), None
 
     def split(tensor: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The prefix [1, heads, first, size], and the rows [rows, heads, row, size]."""

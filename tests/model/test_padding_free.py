@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train_sft
 from common.errors import InputError
-from common.model import attention
+from common.model import cuda
 from common.model.losses import token_losses
 from common.model.token_losses import TokenLosses
 from common.text import batches
@@ -158,7 +158,7 @@ def test_the_kernel_gets_the_rows(monkeypatch):
     ours, theirs = tensors("cpu", torch.float32), tensors("cpu", torch.float32)
     with monkeypatch.context() as patch:
         patch.setattr(F, "scaled_dot_product_attention", stand_in)
-        output = attention.jagged_attention(*ours, torch.tensor(LENGTHS), max(LENGTHS), 0.3, 0.0)
+        output = cuda.jagged_attention(*ours, torch.tensor(LENGTHS), max(LENGTHS), 0.3, 0.0)
     assert_same_attention(output, ours, theirs, 1e-6)
     assert calls == [{"dropout_p": 0.0, "scale": 0.3, "is_causal": True}]
 
@@ -167,7 +167,7 @@ def test_torch_takes_the_rows_to_its_kernel():
     """Through torch's own preparation of flash attention, forward and back, in shapes only (the meta device)."""
     ours = tensors("meta", torch.bfloat16, size=64)
     with FlopCounterMode(display=False):  # under it torch lets nested tensors without a device pass
-        output = attention.jagged_attention(*ours, torch.tensor(LENGTHS, device="meta"), max(LENGTHS), 0.3, 0.1)
+        output = cuda.jagged_attention(*ours, torch.tensor(LENGTHS, device="meta"), max(LENGTHS), 0.3, 0.1)
         assert output.shape == (1, sum(LENGTHS), 4, 64)
         output.sum().backward()
     assert all(tensor.grad.shape == tensor.shape for tensor in ours)
@@ -178,7 +178,7 @@ def test_torch_takes_the_rows_to_its_kernel():
 @pytest.mark.parametrize("heads", [2, 4])
 def test_the_kernel_equals_rows_one_by_one(dtype, tolerance, heads):
     ours, theirs = tensors("cuda", dtype, heads, size=64), tensors("cuda", dtype, heads, size=64)
-    output = attention.jagged_attention(*ours, torch.tensor(LENGTHS, device="cuda"), max(LENGTHS), 0.3, 0.0)
+    output = cuda.jagged_attention(*ours, torch.tensor(LENGTHS, device="cuda"), max(LENGTHS), 0.3, 0.0)
     assert_same_attention(output, ours, theirs, tolerance)
 
 
