@@ -230,7 +230,7 @@ def plainlora(work: Work, folder: Path) -> tuple[list[float], list[float]]:
     count, count_loss = checkpoints.State.count, checkpoints.State.count_loss
 
     def counted(self: Any, lengths: list[int], seconds: float) -> None:
-        ticks.append(seconds)
+        ticks.append(seconds + rest_of(work, len(ticks)))
         count(self, lengths, seconds)
 
     def loss_counted(self: Any, loss: float, targets: float) -> None:
@@ -305,9 +305,19 @@ def plain_loop(work: Work, folder: Path) -> tuple[list[float], list[float]]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        ticks.append(time.perf_counter() - began)
+        ticks.append(time.perf_counter() - began + rest_of(work, len(ticks)))
         losses.append(total)
     return ticks, losses
+
+
+def rest_of(work: Work, update: int) -> float:
+    """Seconds that a GPU still works when the clock starts after the warm-up, and when it stops; else nothing waits."""
+    import torch
+
+    started = time.perf_counter()
+    if work.config.device == "cuda" and update in (work.config.warmup - 1, work.updates - 1):
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
 
 
 def padded(rows: list[tuple[list[int], list[int]]]) -> dict[str, Any]:
@@ -329,15 +339,16 @@ def trainer_options(work: Work, folder: Path) -> dict[str, Any]:
     config = work.config
     return {
         "output_dir": str(folder / "out"), "max_steps": work.updates, "learning_rate": config.learning_rate,
-        "lr_scheduler_type": "constant", "weight_decay": 0.0, "max_grad_norm": 1.0, "seed": 0, "logging_steps": 1,
+        "lr_scheduler_type": "constant", "weight_decay": 0.0, "max_grad_norm": 1.0, "seed": 0,
+        "logging_steps": 1 if work.checking else work.updates,  # reading a loss waits for the device
         "per_device_train_batch_size": config.micro_batch,
         "gradient_accumulation_steps": config.rows_per_update // config.micro_batch,
         "bf16": not work.checking, "use_cpu": config.device == "cpu", "save_strategy": "no", "report_to": "none",
-        "disable_tqdm": True, "dataloader_pin_memory": False,
+        "disable_tqdm": True, "dataloader_pin_memory": config.device == "cuda",
     }  # fmt: skip
 
 
-def run_trainer(trainer: Any) -> tuple[list[float], list[float]]:
+def run_trainer(trainer: Any, work: Work) -> tuple[list[float], list[float]]:
     """Trains; the time from the end of one update to the end of the next, and the logged losses."""
     import transformers
 
@@ -348,6 +359,7 @@ def run_trainer(trainer: Any) -> tuple[list[float], list[float]]:
             self.ends.append(time.perf_counter())
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            rest_of(work, len(self.ends) - 1)
             self.ends.append(time.perf_counter())
 
     trainer.add_callback(Clock)
@@ -374,7 +386,7 @@ def hf_trainer(work: Work, folder: Path) -> tuple[list[float], list[float]]:
     collator = transformers.DataCollatorForSeq2Seq(tokenizer, padding=True)
     arguments = transformers.TrainingArguments(**options)
     trainer = transformers.Trainer(adapted(work), arguments, collator, dataset(work), processing_class=tokenizer)
-    return run_trainer(trainer)
+    return run_trainer(trainer, work)
 
 
 def trl(work: Work, folder: Path, **changes: Any) -> tuple[list[float], list[float]]:
@@ -387,7 +399,7 @@ def trl(work: Work, folder: Path, **changes: Any) -> tuple[list[float], list[flo
     if work.checking:
         options["train_sampling_strategy"] = "sequential"
     trainer = SFTTrainer(adapted(work), SFTConfig(**options), train_dataset=dataset(work), processing_class=tokenizer)
-    return run_trainer(trainer)
+    return run_trainer(trainer, work)
 
 
 def trl_default(work: Work, folder: Path) -> tuple[list[float], list[float]]:

@@ -2,14 +2,17 @@
 
 import json
 import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 from helpers.rows import toy_options, toy_rows, write_csv
 from helpers.runs import quick, train
 from helpers.scripts import run_script
 
-from benchmarks import cost_growth, score_speed, train_speed, turns
+from benchmarks import cost_growth, gpu, score_speed, train_speed, turns
+from common.errors import InputError
 
 
 @pytest.fixture
@@ -119,3 +122,66 @@ def test_growth_of_cost(models, tmp_path, monkeypatch):
         assert max(entry["losses"].values()) - min(entry["losses"].values()) < 1e-4 and entry["losses"]["pack"] > 1
     assert all(entry[way] > 0 and len(entry["speeds"][way]) == 1 for entry in table for way in cost_growth.WAYS)
     assert len((out / "cost_growth.md").read_text().splitlines()) == 8 and (out / "cost_growth.png").is_file()
+
+
+@pytest.fixture
+def measure_here(monkeypatch):
+    """Runs benchmarks/gpu.py with its measurements in this process; those whose name is in the list fail."""
+    broken = []
+
+    def measured(config, job, seconds):
+        if job.name in broken:
+            return {"failed": "on purpose"}
+        with quick():
+            return {"figures": json.loads(json.dumps(gpu.KINDS[job.kind](config, job, Path(config.output_dir))))}
+
+    monkeypatch.setattr(gpu, "measured", measured)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def run(*options):
+        monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", "true", *map(str, options)])
+        gpu.main()
+
+    return run, broken
+
+
+def test_the_first_hour_with_a_gpu_goes_on_where_it_was(tmp_path, measure_here, capsys):
+    """Every line is kept as it comes; what is missing is measured in the next call, and nothing twice."""
+    pytest.importorskip("trl", reason="a peer of the benchmark, in requirements-dev.txt")
+    run, broken = measure_here
+    broken.append("chat/tiny/lora/packing")
+    run("--steps", "chat", "scoring", "--output_dir", tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    names = [line["job"] for line in lines]
+    assert names == [f"chat/tiny/lora/{way}" for way in ("packing", "trl_tuned", "plainlora")] + [
+        f"scoring/tiny/bf16/{way}" for way in ("plainlora_answers", "plainlora", "generate")
+    ]
+    assert [line["job"] for line in lines if "failed" in line] == broken
+    for line in lines[1:]:
+        assert all(value > 0 for value in line["figures"].values()) and line["figures"]["peak memory MB"] > 100
+    assert "chat/tiny/lora/packing: FAILED, on purpose" in capsys.readouterr().out
+
+    with open(tmp_path / "gpu.jsonl", "a") as file:
+        file.write('{"job": "cut sh')  # by a crash
+    broken.clear()
+    run("--steps", "chat", "scoring", "--output_dir", tmp_path)
+    assert "chat/tiny/lora/packing: rows per second" in capsys.readouterr().out
+    found = gpu.read(tmp_path / "gpu.jsonl")
+    assert len(found) == 6 and (tmp_path / "gpu.jsonl").read_text().count("scoring/tiny/bf16/generate") == 1
+    run("--steps", "chat", "--minutes", 0, "--again", "true", "--output_dir", tmp_path)
+    assert capsys.readouterr().out.count("no time left in this step") == 3
+
+
+def test_a_gpu_is_asked_for(monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    with pytest.raises(InputError, match="There is no GPU here, or this torch has no CUDA. `--tiny true` tries"):
+        gpu.main()
+
+
+def test_operations_of_a_known_shape():
+    """Llama-3.2-1B: 3.89 GFLOP per token in the layers, 1.05 per target in the vocabulary, and the adapter's."""
+    tokens, targets = (gpu.flops_of("llama-1b", gpu.Counts(*counts)) for counts in ((1, 0, 0), (0, 0, 1)))
+    assert tokens == pytest.approx(4 * 973e6 + 6 * 11.3e6, rel=1e-2) and targets == pytest.approx(1.05e9, rel=1e-2)
+    assert gpu.flops_of("llama-1b", gpu.Counts(0, 1, 0)) == 12 * 16 * 2048

@@ -43,7 +43,7 @@ NF4 = ["--load_in_4bit", "true", "--mixed_precision", "bf16"]
 def wide(tmp_path_factory) -> dict[str, Path]:
     """Models whose heads are large enough for every kernel, and whose weights divide into NF4's blocks of 64."""
     base = tmp_path_factory.mktemp("wide")
-    shape = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512}
+    shape = {"hidden_size": 64, "head_dim": 64, "intermediate_size": 128}
     return {family: build_model(base / family, family, **shape) for family in FAMILIES}
 
 
