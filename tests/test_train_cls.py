@@ -9,9 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import ROOT
 from helpers.models import FAMILIES
 from helpers.rows import WORDS, multi_rows, task_options, toy_options, toy_rows, write_csv
 from helpers.runs import PLAIN, RUNS, assert_same_updates, name_of, quick, run_evaluate, train
+from helpers.scripts import run_script
 from sklearn.metrics import accuracy_score, f1_score
 
 import train_cls
@@ -275,3 +277,23 @@ def test_folds_predict_every_row_once(models, tmp_path, monkeypatch, capsys, kin
         f"{accuracy_score(gold, predicted):.3f}",
         *(f"{f1_score(gold, predicted, average=average, zero_division=0):.3f}" for average in ("micro", "macro")),
     ]
+
+
+WITHOUT = """
+import sys
+sys.modules["bitsandbytes"] = sys.modules["datasets"] = None  # importing either fails, as where it is not installed
+import os, runpy
+sys.argv[0] = sys.argv.pop(1)
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_run_needs_neither_bitsandbytes_nor_datasets(models, toy_files, tmp_path):
+    """Unquantized, on files: trained, evaluated, and loaded again."""
+    script = tmp_path / "without.py"
+    script.write_text(WITHOUT)
+    options = [*PLAIN, "--model", models["llama"], *toy_options(toy_files), "--max_steps", 2]
+    run_script(str(script), str(ROOT / "train_cls.py"), *map(str, options), "--output_dir", str(tmp_path / "run"))
+    run_script(str(script), str(ROOT / "evaluate.py"), "--run", str(tmp_path / "run"))
+    assert json.loads((tmp_path / "run" / "eval" / "test" / "metrics.json").read_text())["rows"] == 15
