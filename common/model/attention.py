@@ -82,7 +82,11 @@ def grouped_attention(
             return torch.cat(parts, 1)
     bias = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
     bias = bias.masked_fill(~mask, torch.finfo(query.dtype).min).expand(rows, 1, queries, keys)
-    center = (prefix[0] if prefix else key).mean(2, keepdim=True)
+    if prefix:
+        center = prefix[0].mean(2, keepdim=True)
+    else:  # of what the last query sees, so that padding does not matter, not even to the rounding
+        seen = mask[..., -1:, :].to(key.dtype)
+        center = (seen / seen.sum(-1, keepdim=True).clamp(min=1)) @ key
     if prefix:
         prefix = (prefix[0] - center)[0].transpose(1, 2), prefix[1][0]
     some = max(1, SCORES_AT_ONCE // (heads * queries * (length + keys)))
