@@ -16,7 +16,7 @@ LAYERS = [
     {"common.model"},
     {"common.text"},
     {"common.data"},
-    {"common.disk", "common.hub", "common.log", "common.options"},
+    {"common.disk", "common.hub", "common.log", "common.memory", "common.options"},
     {"common.errors"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(LAYERS) for name in names}

@@ -10,6 +10,7 @@ from torch import nn
 
 from common.data.corpus import Block
 from common.log import Progress
+from common.memory import give_back
 from common.model.losses import token_losses
 from common.text.batches import Batch
 from common.text.chat import ChatRow
@@ -50,6 +51,7 @@ def row_losses(
         counts = torch.bincount(batch.rows, minlength=len(numbers))
         results += zip(numbers, nats.tolist(), counts.tolist(), strict=True)
         progress(len(numbers))
+        give_back(accelerator.device.type)
     gathered = sorted(gather_object(results))
     return [(nats, count) for _, nats, count in gathered]
 

@@ -19,6 +19,7 @@ from common.log import Progress
 from common.measure.decisions import Decision
 from common.measure.label_answer import Answer
 from common.measure.label_trie import BUDGET, LabelChain, OneLabel, label_trie
+from common.memory import give_back
 from common.model import attention
 from common.model.classifier import Classifier, HeadClassifier
 from common.model.prompt_cache import Node, PaddedPrompts, PromptCache, TokenScorer, prefix_states
@@ -26,6 +27,7 @@ from common.text.batches import collate_head, common_prefix, pad_left
 from common.text.prompts import HeadRow
 
 TOLERANCE = 1e-6  # of a probability
+ROWS_AT_ONCE = 8  # times the batch size, at most
 NODES_AT_ONCE = 12  # per row, in a pass on a CPU
 
 
@@ -122,14 +124,15 @@ def batches(
 ) -> Iterator[list[int]]:
     """Row numbers in batches of similar length, longest first.
 
-    A batch has up to 8 x size rows and, padded, the tokens of `size` rows of length `longest` (unset: the greatest).
+    A batch has up to ROWS_AT_ONCE x size rows and, padded, the tokens of `size` rows of length `longest` (unset: the
+    greatest).
     apart: rows that are never in a batch with others.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     longest = longest or max(lengths, default=0)
     for some in ([i for i in order if i in apart], [i for i in order if i not in apart]):
         while some:
-            rows = max(1, min(8 * size, size * longest // max(1, lengths[some[0]])))
+            rows = max(1, min(ROWS_AT_ONCE * size, size * longest // max(1, lengths[some[0]])))
             yield some[:rows]
             some = some[rows:]
 
@@ -198,6 +201,7 @@ def score_labels(
                 _add_loss(answers[i], root, ids, prompt.end_ids)
         del batch, searches  # with the keys and values, before the next ones are made
         progress(len(rows))
+        give_back(torch.device(device).type)
     return [answers[i] for i in range(len(prompts))]
 
 
@@ -256,6 +260,7 @@ def head_outputs(
         batch = collate_head(some, pad_id, encoder=model.encoder).to(device)
         outputs[rows] = model(**batch.inputs).float().cpu()
         progress(len(rows))
+        give_back(torch.device(device).type)
     return outputs
 
 
@@ -318,4 +323,5 @@ def generate_answers(
             text = str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
             answers[i] = Answer(prompt.parse(text), [], text=text)
         progress(len(rows))
+        give_back(torch.device(device).type)
     return [answers[i] for i in range(len(prompts))]

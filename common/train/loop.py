@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from common.errors import InputError, Terminated
 from common.log import say
+from common.memory import give_back
 from common.model.base_model import unpacked_size
 from common.options import LoopConfig
 from common.text.batches import Batch
@@ -205,6 +206,7 @@ def until_stopped(updates: Iterable[T], accelerator: Accelerator, save: Callable
     try:
         for update in updates:
             yield update
+            give_back(accelerator.device.type)
             flags = torch.tensor([number in came for number in signals], dtype=torch.int)
             if accelerator.num_processes > 1:  # a signal may reach the ranks in different updates
                 flags = accelerator.reduce(flags.to(accelerator.device), "sum")
