@@ -79,7 +79,7 @@ def train(config: Config, sources: dict[str, Source], path: str, last: bool = Tr
     from common.model.token_losses import TokenLosses
     from common.text import batches
     from common.text.plan import Plan
-    from common.train import ahead, loop
+    from common.train import ahead, dry_run, loop
     from common.train.checkpoints import load_state, save_best, save_checkpoint
 
     run = RunFolder(config)
@@ -118,9 +118,6 @@ def train(config: Config, sources: dict[str, Source], path: str, last: bool = Tr
     flops = loop.flops_per_token(module)
     model, optimizer = loop.prepare(accelerator, module, optimizer, scheduler, config)
     say(accelerator, loop.describe_plan(accelerator, total, rows_per_update, "blocks"))
-    if config.dry_run:
-        loop.finish(accelerator, model, optimizer, last=last)
-        return {}
 
     # --- run folder, resume
     run.start(
@@ -141,7 +138,6 @@ def train(config: Config, sources: dict[str, Source], path: str, last: bool = Tr
     )
     set_seed(config.seed, device_specific=True)  # dropout differs between ranks
     state = load_state(accelerator, run)
-    log = RunLog(run.path, accelerator, config, total, state.update)
 
     def measure(
         blocks: Sequence[Block], what: str, model: torch.nn.Module = model, split: str = "test"
@@ -155,6 +151,14 @@ def train(config: Config, sources: dict[str, Source], path: str, last: bool = Tr
 
     write = partial(storage.save_language_model, model=base, tokenizer=tokenizer, start=start, config=config)
     keep_best = partial(save_best, accelerator, run, write)
+    if config.dry_run:
+        return dry_run.predict(
+            run, accelerator, plan, total, rows, model=model, optimizer=optimizer, collate=collate, loss_of=loss_of,
+            validation=dry_run.Evaluation(data.splits["validation"], partial(measure, what="validation")),
+            test=dry_run.Evaluation(test, partial(measure, what="test")),
+            keep_best=keep_best, save=partial(save_checkpoint, accelerator, run, lambda: state, None), last=last,
+        )  # fmt: skip
+    log = RunLog(run.path, accelerator, config, total, state.update)
     ledger = ahead.Ledger(accelerator, state, log)
     save = partial(save_checkpoint, accelerator, run, ledger.settle, config.save_total_limit)
     planned = ahead.batches_ahead(plan.updates(state.update, total), rows, batch_size, accelerator, collate)

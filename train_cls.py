@@ -82,13 +82,13 @@ def train(config: Config, data: ClassificationData, path: str, last: bool = True
     from common.measure import baselines, report
     from common.measure.figures import draw_learning_curve, say_what_is_missing
     from common.measure.model_card import complete_card
-    from common.measure.scoring import predict
+    from common.measure.scoring import ROWS_AT_ONCE, predict
     from common.model import attention, base_model, lora, storage
     from common.model.classifier import Classifier, HeadClassifier, classification_prompt
     from common.model.token_losses import TokenLosses
     from common.text import batches
     from common.text.plan import Plan
-    from common.train import ahead, loop
+    from common.train import ahead, dry_run, loop
     from common.train.checkpoints import load_state, save_best, save_checkpoint
 
     run = RunFolder(config)
@@ -135,9 +135,6 @@ def train(config: Config, data: ClassificationData, path: str, last: bool = True
     classifier = Classifier(module if head else base, prompt, tokenizer)
     prefix = batches.describe_prefix([row.prompt for row in rows], lengths, batch_size, shared_prefix)
     say(accelerator, f"{loop.describe_plan(accelerator, total, rows_per_update)}; {prefix}")
-    if config.dry_run:
-        loop.finish(accelerator, model, optimizer, last=last)
-        return {}
 
     # --- run folder, resume
     trained = {**data.splits, "train": examples}
@@ -154,15 +151,25 @@ def train(config: Config, data: ClassificationData, path: str, last: bool = True
     measure = partial(evaluate, partial(predict, accelerator=accelerator, batch_size=config.per_device_eval_batch_size))
     set_seed(config.seed, device_specific=True)  # dropout differs between ranks
     state = load_state(accelerator, run)
-    log = RunLog(run.path, accelerator, config, total, state.update)
     collate = partial(batches.collate_rows, pad_id=tokenizer.pad_token_id, encoder=encoder,
                       shared_prefix=shared_prefix, pos_weight=weights if data.multi_label else None)  # fmt: skip
+
+    def passed(examples: Sequence[Example], **options: Any) -> dry_run.Evaluation:
+        lengths = [len(rendered.ids) for rendered in prompt.prompts([example.text for example in examples])]
+        return dry_run.Evaluation(examples, partial(measure, classifier, **options), lengths, ROWS_AT_ONCE)
 
     def validate() -> dict[str, Any]:
         return measure(classifier, validation, what="validation")[1]
 
     write = partial(storage.save_classifier, classifier=classifier, config=config)
     keep_best = partial(save_best, accelerator, run, write)
+    if config.dry_run:
+        return dry_run.predict(
+            run, accelerator, plan, total, rows, model=model, optimizer=optimizer, collate=collate, loss_of=loss_of,
+            validation=passed(validation, what="validation"), test=passed(test, what="test", probabilities=True),
+            keep_best=keep_best, save=partial(save_checkpoint, accelerator, run, lambda: state, None), last=last,
+        )  # fmt: skip
+    log = RunLog(run.path, accelerator, config, total, state.update)
     ledger = ahead.Ledger(accelerator, state, log)
     save = partial(save_checkpoint, accelerator, run, ledger.settle, config.save_total_limit)
     planned = ahead.batches_ahead(plan.updates(state.update, total), rows, batch_size, accelerator, collate)

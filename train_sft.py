@@ -85,7 +85,7 @@ def train(config: Config, data: ChatData, path: str, last: bool = True) -> dict[
     from common.model.token_losses import TokenLosses
     from common.text import batches
     from common.text.plan import Plan
-    from common.train import ahead, loop
+    from common.train import ahead, dry_run, loop
     from common.train.checkpoints import load_state, save_best, save_checkpoint
 
     run = RunFolder(config)
@@ -127,9 +127,6 @@ def train(config: Config, data: ChatData, path: str, last: bool = True) -> dict[
     prefix = batches.describe_prefix([row.prompt for row in rows], lengths, batch_size, shared_prefix)
     say(accelerator, f"{loop.describe_plan(accelerator, total, rows_per_update)}; {prefix}"
         f"{'; batches without padding' if config.packing else ''}")  # fmt: skip
-    if config.dry_run:
-        loop.finish(accelerator, model, optimizer, last=last)
-        return {}
 
     # --- run folder, resume
     run.start(
@@ -146,7 +143,6 @@ def train(config: Config, data: ChatData, path: str, last: bool = True) -> dict[
     )
     set_seed(config.seed, device_specific=True)  # dropout differs between ranks
     state = load_state(accelerator, run)
-    log = RunLog(run.path, accelerator, config, total, state.update)
 
     def measure(rows: Sequence[ChatRow], what: str, model: torch.nn.Module = model) -> dict[str, Any]:
         losses_of = partial(row_losses, model, collate=collate, accelerator=accelerator,
@@ -158,6 +154,14 @@ def train(config: Config, data: ChatData, path: str, last: bool = True) -> dict[
 
     write = partial(storage.save_chat_model, model=base, tokenizer=tokenizer, template=template, config=config)
     keep_best = partial(save_best, accelerator, run, write)
+    if config.dry_run:
+        return dry_run.predict(
+            run, accelerator, plan, total, rows, model=model, optimizer=optimizer, collate=collate, loss_of=loss_of,
+            validation=dry_run.Evaluation(splits["validation"], partial(measure, what="validation")),
+            test=dry_run.Evaluation(test, partial(measure, what="test")),
+            keep_best=keep_best, save=partial(save_checkpoint, accelerator, run, lambda: state, None), last=last,
+        )  # fmt: skip
+    log = RunLog(run.path, accelerator, config, total, state.update)
     ledger = ahead.Ledger(accelerator, state, log)
     save = partial(save_checkpoint, accelerator, run, ledger.settle, config.save_total_limit)
     planned = ahead.batches_ahead(plan.updates(state.update, total), rows, batch_size, accelerator, collate)

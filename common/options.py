@@ -158,7 +158,10 @@ class LoopConfig:
         500, "measure the untrained base on this many test rows, drawn by --split_seed", at_least=1, binds=False
     )
     resume_from_checkpoint: str | None = option(None, "`latest`, a run folder or a checkpoint folder", binds=False)
-    dry_run: bool = option(False, "check and report data and model, then stop", binds=False)
+    dry_run: bool = option(
+        False, "report on data and model, make a few updates, say what memory, time and disk it takes, and stop",
+        binds=False,
+    )  # fmt: skip
 
     def broken_rules(self) -> Iterator[str]:
         if (self.eval_strategy == "steps") != (self.eval_steps is not None):
@@ -167,6 +170,8 @@ class LoopConfig:
             yield "--save_steps and --save_strategy steps need each other"
         if self.early_stopping_patience and self.eval_strategy == "no":
             yield "--early_stopping_patience needs evaluations: set --eval_strategy"
+        if self.dry_run and self.resume_from_checkpoint:
+            yield "--dry_run true is about a new run: drop --resume_from_checkpoint"
         if self.seeds and self.resume_from_checkpoint:
             yield "--resume_from_checkpoint resumes one run: give its --seed instead of --seeds"
         folds = getattr(self, "folds", None) and not getattr(self, "fold", None)

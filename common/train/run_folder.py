@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -145,7 +146,9 @@ def check_output_dir(config: Any) -> None:
 
 
 def new_run_folder(config: Any) -> Path:
-    """--output_dir, else the first free runs_folder/run_<i>."""
+    """--output_dir, else the first free runs_folder/run_<i>; of a dry run, a temporary folder."""
+    if config.dry_run:
+        return Path(tempfile.mkdtemp(prefix="plainlora-"))
     if config.output_dir:
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
         return Path(config.output_dir)

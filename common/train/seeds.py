@@ -41,7 +41,9 @@ def train_each(runs: Sequence[Any], config: Any, train: Callable[..., dict[str, 
     """
     results: dict[int, dict[str, Any] | str] = {}
     several = "seed" if config.seeds else "fold" if runs[0] is not config else ""
-    for run in runs:
+    if config.dry_run and several:
+        print(f"{len(runs)} runs would be made, one after another; this is about the first one.", flush=True)
+    for run in runs[:1] if config.dry_run else runs:
         number = getattr(run, several or "seed")
         with _continue_after_failure(results, number, bool(several)):
             results[number] = train(run, last=run is runs[-1])
