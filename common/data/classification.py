@@ -16,6 +16,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from common.data import doctor
 from common.data.files import Row, columns_of, parse_json, require_columns, row_ids, text_columns, text_in
 from common.data.labels import (
     SHOWN,
@@ -95,6 +96,7 @@ def load_classification(config: ClassificationDataConfig, training: bool = True)
     data.report |= {"labels": labels, "multi_label": multi_label}
     for split, entry in data.report["rows"].items():
         entry["label_counts"] = _label_counts(data.splits[split], labels)
+    data.report["findings"] += doctor.few_rows(data.report["rows"].get("train", {}).get("label_counts", {}))
     notes = [] if given else label_notes(names.get("train", []))
     weights = class_weights(config.class_weights, train, labels, multi_label) if training else None  # checks a file
     if weights and multi_label:
@@ -137,6 +139,9 @@ def assemble(
         report["cut_from_train"] = {"test": len(splits["test"])}
     splits = complete_splits(splits, config, report, labels_of)
     count_copies(splits, report, attrgetter("text"), attrgetter("text"))
+    report["findings"] = doctor.examine(
+        {split: [doctor.Item(row.id, row.text, row.labels) for row in rows] for split, rows in splits.items()}
+    )
     splits = {split: splits.get(split, []) for split in SPLITS}
     return ClassificationData(splits, labels, multi_label, sources, report)
 

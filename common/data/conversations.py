@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from common.data import doctor
 from common.data.files import Row, columns_of, parse_json, require_columns, row_ids, text_in
 from common.data.splits import DEMO_FOLDERS, SPLITS, Sources, complete_splits, count_copies, read_splits
 from common.errors import InputError
@@ -87,6 +88,7 @@ def load_conversations(config: ChatDataConfig, training: bool = True) -> ChatDat
         report["shapes"][split], report["rows"][split] = dict(shapes), dict(counts)
     splits = complete_splits(splits, config, report)
     count_copies(splits, report, lambda row: json.dumps(row.messages), _questions)
+    report["findings"] = doctor.examine({split: [_item(row) for row in rows] for split, rows in splits.items()})
     for split, conversations in splits.items():
         roles = [turn["role"] for row in conversations for turn in row.messages]
         report["rows"][split] |= {"turns": len(roles), "answers": roles.count("assistant")}
@@ -289,6 +291,11 @@ def _text_in(cell: Any, where: str) -> str:
         if "text" not in kind or not isinstance(part.get("text"), str):
             raise InputError(f"{where}: a part of the type {kind!r}; only text can be read. Delete it, or the row.")
     return "".join(part["text"] for part in cell)
+
+
+def _item(row: Conversation) -> doctor.Item:
+    answer = "\n".join(turn["content"] for turn in row.messages if turn["role"] not in ("user", "tool"))
+    return doctor.Item(row.id, "\n".join(_questions(row)), answer, answer)
 
 
 def _questions(row: Conversation) -> tuple[str, ...]:

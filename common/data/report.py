@@ -60,7 +60,15 @@ def data_report(report: dict[str, Any], example: str) -> str:
             [label, *(str(entry["label_counts"][label]) for entry in entries.values())] for label in report["labels"]
         ]
         parts.append(table(["label", *entries], counts))
+    if lengths := [f"{split} {_quantiles(entry['lengths'])}" for split, entry in entries.items() if "lengths" in entry]:
+        facts.append(f"tokens of a row, of at most {report['max_length']}: {'; '.join(lengths)}")
+    if findings := report.get("findings"):
+        parts.append("\n".join(["What to look at before training:\n", *(f"- {markdown(line)}" for line in findings)]))
     return _markdown(report, facts, parts, "One training row; what is trained on is in [[ ]]:", example)
+
+
+def _quantiles(lengths: dict[str, int]) -> str:
+    return ", ".join(f"{name} {length}" for name, length in lengths.items())
 
 
 def _labels_without_a_row(entries: dict[str, dict[str, Any]]) -> list[str]:

@@ -25,6 +25,7 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from common.data import doctor
 from common.data.conversations import ChatData, Conversation, Message
 from common.disk import read_text
 from common.errors import InputError
@@ -220,6 +221,7 @@ def chat_rows(
     Raises InputError that names file and row where one cannot be rendered.
     """
     result = {}
+    data.report["max_length"] = max_length
     for split, conversations in data.splits.items():
         try:
             rendered = [template.rows(conversation, max_length, loss_on) for conversation in conversations]
@@ -236,7 +238,9 @@ def chat_rows(
                 "cut_answers": sum(row.cut for row in rows),
                 "tokens": sum(row.length for row in rows),
                 "trained_tokens": sum(sum(row.mask) for row in rows),
+                "lengths": doctor.quantiles([row.length for row in rows]),
             }
+            data.report.setdefault("findings", []).extend(_findings(split, rows, template, loss_on))
     seen = {turn["role"] for rows in data.splits.values() for row in rows for turn in row.messages} | {"date"}
     data.report["chat_template"] = {
         "source": template.source,
@@ -245,6 +249,13 @@ def chat_rows(
         "notes": [note for about, note in template.notes.items() if about in seen],
     }
     return result
+
+
+def _findings(split: str, rows: Sequence[ChatRow], template: ChatTemplate, loss_on: str) -> list[str]:
+    twice = sum(row.ids[:2] == [template.tokenizer.bos_token_id] * 2 for row in rows)
+    answers = [sum(1 for _ in run) for row in rows for trained, run in groupby(row.mask) if trained]
+    short = sum(length <= 2 for length in answers) if loss_on == "assistant" else 0  # with the end token
+    return doctor.double_start(split, twice) + doctor.short_answers(split, short, len(answers))
 
 
 def conversation_numbers(rows: Sequence[ChatRow]) -> list[int]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
+from common.data import doctor
 from common.data.classification import SEPARATOR, ClassificationData, Example, draw_few_shot
 from common.disk import read_text
 from common.errors import InputError
@@ -146,11 +147,17 @@ class ClassificationPrompt:
             self._check_room()
 
     def count_shortened(self, data: ClassificationData) -> None:
-        """Notes in the data report how many texts of each split had to be cut."""
+        """Notes in the data report how long the rows of each split are, and how many texts had to be cut."""
+        data.report["max_length"] = self.max_length
         for split, examples in data.splits.items():
             if examples:
-                cut = sum(rendered.truncated for rendered in self.prompts([example.text for example in examples]))
-                data.report["rows"][split]["shortened"] = cut
+                rows = list(self.prompts([example.text for example in examples]))
+                lengths = [len(row.ids) + self.answer_tokens for row in rows]
+                data.report["rows"][split] |= {
+                    "shortened": sum(row.truncated for row in rows), "lengths": doctor.quantiles(lengths)
+                }  # fmt: skip
+                twice = sum(row.ids[: 2 * len(self._start)] == self._start * 2 for row in rows) if self._start else 0
+                data.report.setdefault("findings", []).extend(doctor.double_start(split, twice))
 
     def prompt(self, text: str) -> Rendered:
         """The ids of everything before the answer."""

@@ -1,0 +1,110 @@
+"""What is likely wrong with rows: copies, contradictions, leftovers of templates, answers that teach little.
+
+A finding is a line of the data report; there is none where nothing was found. Imports neither torch nor transformers.
+"""
+
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+SHOWN = 5  # rows named in a finding
+FEW_ROWS = 10  # of a class; with fewer, a model learns it by chance
+SHORT_ANSWERS = 0.01  # share of one-token answers from which on they are a finding
+QUANTILES = {"median": 0.5, "90 %": 0.9, "99 %": 0.99, "longest": 1.0}
+# Of a template that was never filled in, and of one that was: its special tokens, which are text like any other here.
+PLACEHOLDER = re.compile(
+    r"\{\{ *[^\W\d_][\w .-]{0,40}\}\}|[\[<](?:insert|your|enter|customer|company)[ _][\w .-]{1,40}[\]>]", re.IGNORECASE
+)
+RENDERED = re.compile(
+    r"<\|(?:im_start|im_end|endoftext|eot_id|begin_of_text|start_header_id|end_header_id|user|assistant|system)\|>"
+    r"|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|^\s*(?:<s>|<bos>|\[CLS\])"
+)
+
+
+@dataclass(frozen=True)
+class Item:
+    """What a row asks and answers. question: its text, for people; answer: anything that can be compared."""
+
+    id: str
+    question: str
+    answer: Any
+    written: str = ""  # the answer's text, where it is one of its own
+
+
+def normalized(text: str) -> str:
+    """The same for texts that differ in case, spaces, punctuation and the form of characters (NFKC) alone."""
+    text = text if text.isascii() else unicodedata.normalize("NFKC", text)
+    return " ".join(re.findall(r"[^\W_]+", text.casefold())) or " ".join(text.split())
+
+
+def examine(splits: Mapping[str, Sequence[Item]]) -> list[str]:
+    """The findings about the rows of all splits, `train` the first."""
+    found = []
+    first: dict[str, tuple[str, Item]] = {}  # normalized question -> where it came first
+    for split, items in splits.items():
+        copies, conflicts = dict[str, list[Item]](), dict[str, list[Item]]()
+        for item in items:
+            where, earlier = first.setdefault(normalized(item.question), (split, item))
+            if earlier is not item:
+                group = copies if earlier.answer == item.answer else conflicts
+                group.setdefault(where, []).append(item)
+        for where, group in copies.items():
+            there = "an earlier one" if where == split else f"one of {where}"
+            found.append(f"{split}: {_count(group)} {there}, but for case, spaces and punctuation {_named(group)}")
+        for where, group in conflicts.items():
+            there = "an earlier one" if where == split else f"one of {where}"
+            found.append(f"{split}: {_count(group)} {there}, and the answer is another {_named(group)}")
+        for pattern, what in (
+            (PLACEHOLDER, "placeholders of a template that nobody filled in"),
+            (RENDERED, "special tokens of a rendered template, which are text here"),
+        ):
+            hits = [(item, match[0]) for item in items if (match := _search(pattern, item))]
+            if hits:
+                example = hits[0][1].strip()
+                found.append(f"{split}: {_rows(len(hits))} with {what}, such as {example} {_named(i for i, _ in hits)}")
+    return found
+
+
+def few_rows(counts: Mapping[str, int]) -> list[str]:
+    """A finding about the labels with fewer than FEW_ROWS training rows. counts: label -> rows; 0 is told elsewhere."""
+    rare = [f"{label} ({count})" for label, count in counts.items() if 0 < count < FEW_ROWS]
+    more = ", ..." if len(rare) > SHOWN else ""
+    return [f"train: labels with fewer than {FEW_ROWS} rows: {', '.join(rare[:SHOWN])}{more}"] if rare else []
+
+
+def short_answers(split: str, short: int, answers: int) -> list[str]:
+    """A finding about answers of a single token, if they are more than a few. short: their number."""
+    if short < SHORT_ANSWERS * answers or not short:
+        return []
+    return [f"{split}: {short} of {answers} answers are a single token, which teaches to be curt"]
+
+
+def double_start(split: str, rows: int) -> list[str]:
+    """A finding about rows that begin with two BOS tokens."""
+    return [f"{split}: {_rows(rows)} with two BOS tokens at the start: take one out of the template"] if rows else []
+
+
+def quantiles(lengths: Sequence[int]) -> dict[str, int]:
+    """name -> length that this share of the rows does not exceed."""
+    return {name: int(np.quantile(lengths, share, method="inverted_cdf")) for name, share in QUANTILES.items()}
+
+
+def _search(pattern: re.Pattern, item: Item) -> re.Match | None:
+    return pattern.search(item.question) or (pattern.search(item.written) if item.written else None)
+
+
+def _count(group: Sequence[Item]) -> str:
+    return f"{len(group)} row{' repeats' if len(group) == 1 else 's repeat'}"
+
+
+def _rows(number: int) -> str:
+    return f"{number} row{'s' * (number > 1)}"
+
+
+def _named(items: Iterable[Item]) -> str:
+    ids = [item.id for item in items]
+    return f"(ids {', '.join(ids[:SHOWN])}{', ...' if len(ids) > SHOWN else ''})"
