@@ -76,6 +76,7 @@ def train(config: Config, sources: dict[str, Source], path: str, last: bool = Tr
     from common.measure.model_card import complete_card
     from common.measure.perplexity import continue_text, row_losses
     from common.model import attention, base_model, lora, storage
+    from common.model.initial import initial_adapter
     from common.model.token_losses import TokenLosses
     from common.text import batches
     from common.text.plan import Plan
@@ -97,13 +98,14 @@ def train(config: Config, sources: dict[str, Source], path: str, last: bool = Tr
     shown, begin = str(tokenizer.decode(rows[0].tokens)), str(tokenizer.decode(start))
     report_text = corpus_report(data.report, begin, not config.document_masking, shown)
     say(accelerator, report_text)
+    begin_with = initial_adapter(config, path, CAUSAL_LM, start=start)
 
     # --- model
     set_seed(config.seed)  # the adapter's first weights depend on the seed alone
     base, missing = base_model.load_base(path, config, device=accelerator.device)
     if config.document_masking:
         attention.check_masks(base, config, "document_masking", config.block_size)
-    base = lora.make_trainable(base, config, missing)
+    base = begin_with(lora.make_trainable(base, config, missing))
     module = TokenLosses(base)
     census = base_model.census(module)
     say(accelerator, report.census_table(census, config.mixed_precision))

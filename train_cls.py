@@ -85,6 +85,7 @@ def train(config: Config, data: ClassificationData, path: str, last: bool = True
     from common.measure.scoring import ROWS_AT_ONCE, predict
     from common.model import attention, base_model, lora, storage
     from common.model.classifier import Classifier, HeadClassifier, classification_prompt
+    from common.model.initial import initial_adapter
     from common.model.token_losses import TokenLosses
     from common.text import batches
     from common.text.plan import Plan
@@ -111,13 +112,15 @@ def train(config: Config, data: ClassificationData, path: str, last: bool = True
     prompt.count_shortened(data)
     report_text = data_report(data.report, show_row(rows[0], tokenizer))
     say(accelerator, report_text)
+    begin_with = initial_adapter(config, path, CLASSIFICATION, labels=data.labels if head else None,
+                                 approach=config.approach, multi_label=data.multi_label, template=template)  # fmt: skip
 
     # --- model
     set_seed(config.seed)  # the first weights of adapter and head depend on the seed alone
     base, missing = base_model.load_base(path, config, labels=data.labels if head else None,
                                          multi_label=data.multi_label, device=accelerator.device)  # fmt: skip
     shared_prefix = attention.resolve_shared_prefix(base, config, encoder)
-    base = lora.make_trainable(base, config, missing, head)
+    base = begin_with(lora.make_trainable(base, config, missing, head))
     module = HeadClassifier(base, encoder) if head else TokenLosses(base)
     census = base_model.census(module)
     say(accelerator, report.census_table(census, config.mixed_precision))

@@ -82,6 +82,7 @@ def train(config: Config, data: ChatData, path: str, last: bool = True) -> dict[
     from common.measure.model_card import complete_card
     from common.measure.perplexity import row_losses
     from common.model import attention, base_model, lora, storage
+    from common.model.initial import initial_adapter
     from common.model.token_losses import TokenLosses
     from common.text import batches
     from common.text.plan import Plan
@@ -102,6 +103,7 @@ def train(config: Config, data: ChatData, path: str, last: bool = True) -> dict[
     test = splits["test"]
     report_text = data_report(data.report, show_chat_row(rows[0], tokenizer))
     say(accelerator, report_text)
+    begin_with = initial_adapter(config, path, CHAT, chat_template_hash=template.hash)
 
     # --- model
     set_seed(config.seed)  # the adapter's first weights depend on the seed alone
@@ -109,7 +111,7 @@ def train(config: Config, data: ChatData, path: str, last: bool = True) -> dict[
     if config.packing:
         attention.check_masks(base, config, "packing", config.max_length)
     shared_prefix = "off" if config.packing else attention.resolve_shared_prefix(base, config, encoder=False)
-    base = lora.make_trainable(base, config, missing)
+    base = begin_with(lora.make_trainable(base, config, missing))
     module = TokenLosses(base)
     census = base_model.census(module)
     say(accelerator, report.census_table(census, config.mixed_precision))

@@ -158,14 +158,14 @@ def is_base_model(path: Path | None) -> bool:
     return (path / "config.json").is_file() and not (path / TASK_FILE).is_file()
 
 
-def weights_folder(run: Path) -> Path:
-    """The folder of trained weights in a run folder, or `run` itself if it is one."""
+def weights_folder(run: Path, option: str = "--run") -> Path:
+    """The folder of trained weights in a run folder, or `run` itself if it is one. option: where it is set."""
     for name in WEIGHTS_FOLDERS:
         recover(run / name)
     for folder in (run, *(run / name for name in WEIGHTS_FOLDERS)):
         if (folder / TASK_FILE).is_file():
             return folder
-    raise InputError(f"--run {run}: no trained weights there (no adapter/{TASK_FILE} or model/{TASK_FILE}).")
+    raise InputError(f"{option} {run}: no trained weights there (no adapter/{TASK_FILE} or model/{TASK_FILE}).")
 
 
 def load_task(folder: Path) -> dict[str, Any]:

@@ -91,11 +91,14 @@ class LoraArguments:
     use_rslora: bool = option(False, "scale by alpha / sqrt(r)")
     use_dora: bool = option(False, "weight-decomposed LoRA")
     init_lora_weights: str = option("true", "true, false, gaussian, orthogonal, pissa or olora: PEFT's initializations")
+    init_adapter: str | None = option(None, "run or adapter folder; its trained weights are the first ones of this run")
     full_finetuning: bool = option(False, "train all weights, without an adapter")
 
     def broken_rules(self: Any) -> Iterator[str]:
         if self.full_finetuning and (self.load_in_4bit or self.load_in_8bit):
             yield "--full_finetuning cannot train quantized weights: drop --load_in_*bit"
+        if self.init_adapter and (self.full_finetuning or self.init_lora_weights != "true"):
+            yield "--init_adapter gives the first weights: drop --full_finetuning and --init_lora_weights"
         if self.full_finetuning and self.train_layers:
             yield "--train_layers is about adapters: drop --full_finetuning"
 

@@ -46,26 +46,26 @@ def examine(splits: Mapping[str, Sequence[Item]]) -> list[str]:
     found = []
     first: dict[str, tuple[str, Item]] = {}  # normalized question -> where it came first
     for split, items in splits.items():
-        copies, conflicts = dict[str, list[Item]](), dict[str, list[Item]]()
+        copies: dict[str, list[Item]] = {}
+        conflicts: dict[str, list[Item]] = {}
         for item in items:
             where, earlier = first.setdefault(normalized(item.question), (split, item))
             if earlier is not item:
                 group = copies if earlier.answer == item.answer else conflicts
                 group.setdefault(where, []).append(item)
-        for where, group in copies.items():
-            there = "an earlier one" if where == split else f"one of {where}"
-            found.append(f"{split}: {_count(group)} {there}, but for case, spaces and punctuation {_named(group)}")
-        for where, group in conflicts.items():
-            there = "an earlier one" if where == split else f"one of {where}"
-            found.append(f"{split}: {_count(group)} {there}, and the answer is another {_named(group)}")
+        alike, other = "but for case, spaces and punctuation", "and the answer is another"
+        for groups, what in ((copies, alike), (conflicts, other)):
+            for where, rows in groups.items():
+                there = "an earlier one" if where == split else f"one of {where}"
+                found.append(f"{split}: {_count(rows)} {there}, {what} {_named(rows)}")
         for pattern, what in (
             (PLACEHOLDER, "placeholders of a template that nobody filled in"),
             (RENDERED, "special tokens of a rendered template, which are text here"),
         ):
-            hits = [(item, match[0]) for item in items if (match := _search(pattern, item))]
+            hits = [(item, match[0].strip()) for item in items if (match := _search(pattern, item))]
             if hits:
-                example = hits[0][1].strip()
-                found.append(f"{split}: {_rows(len(hits))} with {what}, such as {example} {_named(i for i, _ in hits)}")
+                example, named = hits[0][1], _named(item for item, _ in hits)
+                found.append(f"{split}: {_rows(len(hits))} with {what}, such as {example} {named}")
     return found
 
 

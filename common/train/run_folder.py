@@ -11,7 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from common.data.files import file_hash
-from common.disk import BASELINE, MAJORITY_FILE, OUTPUTS, SUSPECTS, lock, read_json, recover, to_json, write_json
+from common.disk import (
+    ADAPTER_FILES,
+    BASELINE,
+    MAJORITY_FILE,
+    OUTPUTS,
+    SUSPECTS,
+    lock,
+    read_json,
+    recover,
+    to_json,
+    weights_folder,
+    write_json,
+)
 from common.errors import InputError
 from common.hub import weights_fingerprint
 from common.log import describe_environment, say, warn
@@ -76,6 +88,9 @@ class RunFolder:
             self._check_unchanged()
         contents = {"weights of the base": weights_fingerprint(base, self.config.revision)[:12]}
         contents |= {f"content of {source['name']}": source["sha256"][:12] for source in data.sources.values()}
+        if self.config.init_adapter:
+            first = weights_folder(Path(self.config.init_adapter), "--init_adapter") / ADAPTER_FILES[1]
+            contents["weights of --init_adapter"] = file_hash(first)[:12]
         self.resume_fingerprint = {**binding_options(self.config), **contents, **fingerprint}
         if self.resumed:
             where = self.checkpoint.name if self.checkpoint else "its start: no checkpoint yet"
