@@ -171,6 +171,7 @@ def train(config: Config, data: ClassificationData, path: str, last: bool = True
             run, accelerator, plan, total, rows, model=model, optimizer=optimizer, collate=collate, loss_of=loss_of,
             validation=passed(validation, what="validation"), test=passed(test, what="test", probabilities=True),
             keep_best=keep_best, save=partial(save_checkpoint, accelerator, run, lambda: state, None), last=last,
+            fit_baselines=partial(baselines.fit, run.path, data, config.split_seed),
         )  # fmt: skip
     log = RunLog(run.path, accelerator, config, total, state.update)
     ledger = ahead.Ledger(accelerator, state, log)

@@ -94,7 +94,7 @@ def measure(
     def measured() -> dict[str, Any]:
         results: dict[str, Any] = {MAJORITY: "n/a", TFIDF: "n/a"}
         if accelerator.is_main_process:  # the others wait; they show no results
-            suspects = _fit(run, data, config.split_seed)
+            suspects = fit(run, data, config.split_seed)
             results |= measure_kept(run, folder, test, *kind)
             if suspects:
                 results[TFIDF]["suspects"] = suspects
@@ -113,8 +113,11 @@ def measure(
     return _kept(folder / "baselines.json", accelerator, measured)
 
 
-def _fit(run: Path, data: ClassificationData, seed: int) -> int:
-    """Keeps majority.json, TF-IDF where it can be fitted, and suspects.csv; says how many suspects there are."""
+def fit(run: Path, data: ClassificationData, seed: int) -> int:
+    """Keeps majority.json, TF-IDF where it can be fitted, and suspects.csv; says how many suspects there are.
+
+    run: its folder.
+    """
     train, labels = data.splits["train"], data.labels
     write_json(run / MAJORITY_FILE, {"labels": [labels[k] for k in majority(train)]})
     try:

@@ -21,7 +21,8 @@ from common.text.plan import Plan, rank_share
 from common.train import loop
 from common.train.run_folder import RunFolder
 
-LONGEST, TYPICAL = 2, 3  # updates that are made
+LONGEST, LEAST, MOST = 2, 3, 12  # updates on the longest rows that are made, and on usual ones
+ENOUGH = 20  # seconds: after them, no more than LEAST usual updates are made
 CANDIDATES = 16  # updates of the most padded tokens, which may be packs with fewer
 LOOKED_AT = 256  # updates whose batches are made to count the tokens that are computed in all
 TIMED = 4  # evaluation batches whose time is taken
@@ -73,12 +74,14 @@ def predict(
     keep_best: Callable[[], None],
     save: Callable[[], None],
     last: bool,
+    fit_baselines: Callable[[], Any] = lambda: None,
 ) -> dict[str, Any]:
     """Makes updates on the longest rows of the plan and on usual ones, evaluates, saves, and says what a run needs.
 
     Memory is the most that a process has held by then. Time is the seconds per computed token (what a pack shares
     counts once, padding counts) of usual updates times the computed tokens of all, and of each evaluation alike. Each
     evaluation is assumed to find better weights, which are saved. The test split counts again for the untrained base.
+    fit_baselines: fits those that are no language model.
     Removes the run's temporary folder. Returns Needs as a dictionary.
     """
     config, batch_size = run.config, run.config.per_device_train_batch_size
@@ -92,12 +95,17 @@ def predict(
     try:
         for _ in range(LONGEST):
             update(longest)
-        seconds = sum(update(numbers) for numbers in usual)
-        training = seconds / sum(count(numbers) for numbers in usual) * tokens
+        seconds, made = 0.0, 0
+        while made < min(len(usual), LEAST if seconds > ENOUGH else MOST):
+            seconds += max(gather_object([update(usual[made])]))  # the same on all processes
+            made += 1
+        training = seconds / sum(count(numbers) for numbers in usual[:made]) * tokens
         evaluation = _evaluate(validation, config.per_device_eval_batch_size, validations)
         evaluation += _evaluate(test, config.per_device_eval_batch_size, 1 + of_base)
         saving = _timed(keep_best) * max(1, validations) + _timed(save) * saves
         best, checkpoint = _size(run.best), _size(run.path / "checkpoints")
+        if config.baselines and len(test.rows) and accelerator.is_main_process:
+            evaluation += _timed(fit_baselines)
         memory = max(gather_object([peak_memory()]))
     finally:
         if accelerator.is_main_process:
@@ -114,7 +122,7 @@ def _report(needs: Needs, accelerator: Accelerator, config: Any, total: int) -> 
     folder = Path(config.output_dir or ".").absolute()
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     lines = [
-        f"\nDry run: {LONGEST} updates on the longest rows, up to {TYPICAL} on usual ones, evaluation and save worked.",
+        f"\nDry run: {LONGEST} updates on the longest rows, up to {MOST} on usual ones, evaluation and save worked.",
         "Prediction for the run:",
         f"- peak memory of a process: {_bytes(needs.memory)}",
         f"- time from the first update: {_time(needs.seconds)}: {total} updates {_time(needs.training)}, evaluation "
@@ -133,7 +141,7 @@ def _due(strategy: str, steps: int | None, plan: Plan, total: int) -> int:
 def _choose(
     plan: Plan, total: int, batch: int, count: Callable[[Sequence[int]], int]
 ) -> tuple[list[int], list[list[int]], float]:
-    """The update with the largest micro-batch, TYPICAL ones near the mean, and the tokens that all updates compute.
+    """The update with the largest micro-batch, MOST ones near the mean, and the tokens that all updates compute.
 
     batch: rows of a micro-batch on all processes. count: of the tokens that an update computes. Where there are more
     than LOOKED_AT updates, so many of them, evenly spaced, stand for all.
@@ -145,7 +153,7 @@ def _choose(
     some = [updates[i] for i in np.linspace(0, total - 1, min(total, LOOKED_AT)).astype(int)]
     tokens = [count(numbers) for numbers in some]
     mean = sum(tokens) / len(tokens)
-    near = sorted(range(len(some)), key=lambda i: abs(tokens[i] - mean))[:TYPICAL]
+    near = sorted(range(len(some)), key=lambda i: abs(tokens[i] - mean))[:MOST]
     return longest, [some[i] for i in near], mean * total
 
 
@@ -179,7 +187,8 @@ def _update(
         loss_sum += loss.detach()
     loss_sum = accelerator.reduce(loss_sum, "sum")
     norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
-    loop.finite_mean(loss_sum, target_count, norm, accelerator, 0, [f"number {i}" for i in numbers])
+    names = (f"number {i}" for i in numbers)
+    loop.finite_mean(loss_sum.item(), target_count.item(), float(norm), accelerator, 0, names)
     optimizer.step()
     optimizer.zero_grad()
     give_back(accelerator.device.type)
