@@ -85,8 +85,8 @@ def grouped_attention(
     if prefix:
         center = prefix[0].mean(2, keepdim=True)
     else:  # of what the last query sees, so that padding does not matter, not even to the rounding
-        seen = mask[..., -1:, :].to(key.dtype)
-        center = (seen / seen.sum(-1, keepdim=True).clamp(min=1)) @ key
+        visible = mask[..., -1:, :].to(key.dtype)
+        center = (visible / visible.sum(-1, keepdim=True).clamp(min=1)) @ key
     if prefix:
         prefix = (prefix[0] - center)[0].transpose(1, 2), prefix[1][0]
     some = max(1, SCORES_AT_ONCE // (heads * queries * (length + keys)))
