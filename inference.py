@@ -31,6 +31,7 @@ from common.options import (
 )
 from common.use import terminal
 from common.use.answer_file import AnswerFile
+from common.use.personas import choose_persona
 from common.use.questions import demo_questions, made_from, read_input
 from common.use.runs import Run, check_comparable, load_compared, open_run
 
@@ -128,7 +129,7 @@ def read_options(given: dict[str, Any]) -> tuple[Config, Run, list[Run | None]]:
     if config.input_file is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("Several processes share the rows of an --input_file; for a chat, start one.")
     if config.persona:
-        config.system_prompt = terminal.choose_persona(config.persona).system_prompt
+        config.system_prompt = choose_persona(config.persona).system_prompt
     if config.demo:
         run.check_base_is_intact()
     return config, run, compared

@@ -37,7 +37,7 @@ from common.options import CHAT, CLASSIFICATION, check, check_task, parse_config
 from common.text.batches import pack, pad_left, pays
 from common.text.chat import TEMPLATES
 from common.text.prompts import GENERATIVE_TEMPLATE, ClassificationPrompt
-from common.use.terminal import read_personas
+from common.use.personas import read_personas
 
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = {file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8") for file in FILES}

@@ -1,5 +1,5 @@
-"""A chat in a terminal: reading what is typed, commands, personas, an answer as it is written. Knows no model: a
-function answers. Imports neither torch nor transformers."""
+"""A chat in a terminal: reading what is typed, commands, an answer as it is written. Knows no model: a function
+answers. Imports neither torch nor transformers."""
 
 import contextlib
 import difflib
@@ -7,16 +7,15 @@ import io
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from pathlib import Path
 
 from common.data.conversations import Message, read_row
 from common.data.files import read_rows
-from common.disk import read_yaml
 from common.errors import InputError, printable
-from common.options import Sampling, check, convert
+from common.use.chat_state import ChatState
+from common.use.personas import read_personas
 
-PERSONAS = Path(__file__).parents[2] / "data" / "personas.yaml"
 QUOTES = "'''"
 HELP = """\
 /reset              starts a new conversation; the system turn stays
@@ -32,61 +31,8 @@ HELP = """\
 A line that ends in \\ continues in the next; ''' begins and ends a text of several lines; // begins one with a /."""
 
 
-@dataclass(frozen=True)
-class Persona:
-    """A name, what lists show of it, and the system turn."""
-
-    name: str
-    description: str
-    system_prompt: str
-
-
-def read_personas(path: Path = PERSONAS) -> dict[str, Persona]:
-    """name -> persona. Raises InputError that names what is wrong in the file."""
-    keys = [item.name for item in fields(Persona)]
-    content = read_yaml(path, str(path))
-    if not isinstance(content, list) or not content:
-        raise InputError(f"{path}: expected a list of personas, each with {', '.join(keys)}.")
-    personas: dict[str, Persona] = {}
-    for number, entry in enumerate(content, 1):
-        where = f"{path}, persona {number}"
-        if not isinstance(entry, dict):
-            raise InputError(f"{where}: expected {', '.join(keys)}.")
-        for key in entry:
-            if key not in keys:
-                raise InputError(f"{where}: {key!r} is none of {', '.join(keys)}.")
-        for key in keys:
-            if not isinstance(entry.get(key), str) or not entry[key].strip():
-                raise InputError(f"{where}: {key!r} is missing or blank. Fill it in.")
-        if entry["name"] in personas:
-            raise InputError(f"{where}: the name {entry['name']!r} occurs twice. Rename one.")
-        personas[entry["name"]] = Persona(**entry)
-    return personas
-
-
-def choose_persona(name: str) -> Persona:
-    """The persona of this name. Raises InputError where there is none."""
-    personas = read_personas()
-    if name in personas:
-        return personas[name]
-    near = difflib.get_close_matches(name, personas, n=1)
-    hint = f"Did you mean {near[0]}? " if near else ""
-    raise InputError(
-        f"There is no persona {name!r}. {hint}There are {', '.join(personas)}; add yours to {PERSONAS.name}."
-    )
-
-
-@dataclass
-class Chat:
-    """A conversation and the settings of its answers.
-
-    answer: gives the pieces of the next answer to (turns, settings).
-    """
-
-    answer: Callable[[list[Message], Sampling], Iterator[str]]
-    sampling: Sampling
-    system: str | None = None
-    messages: list[Message] = field(default_factory=list)
+class Chat(ChatState):
+    """A conversation in a terminal."""
 
     def run(self) -> None:
         """Reads and answers until /quit or the end of the input."""
@@ -101,22 +47,7 @@ class Chat:
 
     def ask(self, question: str) -> None:
         """Answers a question; if no word of an answer comes, the question is not kept."""
-        self.messages.append({"role": "user", "content": question})
-        answer = ""
-        try:
-            answer, _ = show(self.answer(self.turns(), self.sampling))
-        finally:
-            if answer.strip():
-                self.messages.append({"role": "assistant", "content": answer})
-            else:
-                self.messages.pop()
-        if not answer.strip():
-            print("(no answer; nothing was added)", flush=True)
-
-    def turns(self) -> list[Message]:
-        """The conversation with its system turn."""
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        return system + self.messages
+        self._show(self.stream_answer(question))
 
     def command(self, line: str) -> None:
         """Carries out a line that begins with /. Raises InputError where it cannot."""
@@ -131,8 +62,13 @@ class Chat:
         if note := commands[name](rest.strip()):
             print(printable(note), flush=True)
 
+    def _show(self, pieces: Iterator[str]) -> None:
+        answer, _ = show(pieces)
+        if not answer.strip():
+            print("(no answer; nothing was added)", flush=True)
+
     def _reset(self, rest: str) -> str:
-        self.messages.clear()
+        self.reset()
         return "(a new conversation)"
 
     def _system(self, rest: str) -> str:
@@ -142,45 +78,25 @@ class Chat:
     def _persona(self, rest: str) -> str:
         if not rest:
             return "\n".join(f"{persona.name:10} {persona.description}" for persona in read_personas().values())
-        persona = choose_persona(rest)
-        self.system = persona.system_prompt
-        return f"(persona: {persona.description})"
+        return f"(persona: {self.use_persona(rest).description})"
 
     def _retry(self, rest: str) -> str:
-        exchange = self._take_back()
-        before = len(self.messages)
-        try:
-            self.ask(exchange[0]["content"])
-        finally:
-            if len(self.messages) == before:  # no answer: what there was is kept
-                self.messages += exchange
+        self._show(self.stream_retry())
         return ""
 
     def _undo(self, rest: str) -> str:
-        return f"(taken back: {_one_line(self._take_back()[0])})"
-
-    def _take_back(self) -> list[Message]:
-        """Removes the last question and what followed it."""
-        questions = [i for i, turn in enumerate(self.messages) if turn["role"] == "user"]
-        if not questions:
-            raise InputError("nothing has been asked yet.")
-        exchange = self.messages[questions[-1] :]
-        del self.messages[questions[-1] :]
-        return exchange
+        return f"(taken back: {_one_line(self.undo()[0])})"
 
     def _params(self, rest: str) -> str:
-        values = asdict(self.sampling)
+        names, texts = asdict(self.sampling), {}
         for pair in rest.split():
-            name, equals, value = pair.partition("=")
-            if not equals or name not in values:
-                near = difflib.get_close_matches(name, values, n=1)
-                hint = f"Did you mean {near[0]}=...?" if near else f"There are {', '.join(values)}."
+            name, equals, texts[name] = pair.partition("=")
+            if not equals or name not in names:
+                near = difflib.get_close_matches(name, names, n=1)
+                hint = f"Did you mean {near[0]}=...?" if near else f"There are {', '.join(names)}."
                 raise InputError(f"/params {pair}: expected NAME=VALUE. {hint}")
-            values[name] = convert(Sampling, {name: value})[name] if value else getattr(Sampling, name)
-        sampling = Sampling(**values)
-        check(sampling)
-        self.sampling = sampling
-        return " ".join(f"{name}={'' if value is None else value}" for name, value in values.items())
+        self.change_sampling(texts)
+        return " ".join(f"{name}={'' if value is None else value}" for name, value in asdict(self.sampling).items())
 
     def _save(self, rest: str) -> str:
         path = _conversation_file("save", rest)

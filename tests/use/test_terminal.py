@@ -18,7 +18,8 @@ from helpers.rows import read_jsonl
 from common.errors import InputError, Terminated, printable
 from common.options import Sampling
 from common.use import terminal
-from common.use.terminal import PERSONAS, choose_persona, read_personas, show
+from common.use.personas import PERSONAS, choose_persona, read_personas
+from common.use.terminal import show
 
 BASE = ["--load_in_4bit", "false", "--mixed_precision", "no", "--chat_template", "plain"]
 
@@ -31,6 +32,7 @@ BAD_PERSONAS = [
     ("a: b\n", "expected a list of personas"),
     ("", "expected a list of personas"),
     ("- a\n", "persona 1: expected name"),
+    ("- name: a\n  description: b\n  system_prompt: c\n  examples: d\n", "persona 1: 'examples' must be a list"),
 ]
 
 
@@ -44,6 +46,7 @@ def test_personas_are_checked(tmp_path, text, reason):
 def test_personas_of_the_project():
     assert list(read_personas()) == ["order", "billing", "sales", "support"]
     assert "invoices" in choose_persona("billing").system_prompt
+    assert all(len(persona.examples) == 3 for persona in read_personas().values())
     with pytest.raises(InputError, match="there is no such file"):
         read_personas(PERSONAS.with_name("gone.yaml"))
 
