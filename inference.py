@@ -5,6 +5,7 @@
     echo "What is a mortgage?" | python inference.py - --run RUN         # the same from a pipe
     python inference.py --run RUN --demo                                 # examples, base and tuned side by side
     python inference.py --compare RUN_A RUN_B base --prompt "Hello!"     # adapters of one base, loaded once
+    python inference.py --run RUN --web                                  # a page in the browser
     python inference.py --run RUN --input_file in.csv --output_file out.jsonl      # one answer per row; resumable
     accelerate launch inference.py --run RUN --input_file in.csv --output_file out.jsonl   # on several GPUs
 
@@ -25,11 +26,12 @@ from common.options import (
     CLASSIFICATION,
     ModelConfig,
     Sampling,
+    WebConfig,
     check,
     option,
     parse_given,
 )
-from common.use import terminal
+from common.use import terminal, web
 from common.use.answer_file import AnswerFile
 from common.use.personas import choose_persona
 from common.use.questions import demo_questions, made_from, read_input
@@ -41,7 +43,7 @@ TEXT = (CHAT, CAUSAL_LM)
 
 
 @dataclass
-class Config(ModelConfig, Sampling):
+class Config(ModelConfig, Sampling, WebConfig):
     """inference"""
 
     positional: ClassVar[tuple[str, str]] = ("instruction", "answered once; - reads it from a pipe. Put it first")
@@ -52,7 +54,7 @@ class Config(ModelConfig, Sampling):
     )
     prompt: str | None = option(None, "the instruction, as an option")
     demo: bool = option(False, "examples, base and tuned side by side", flag=True, tasks=TEXT)
-    compare: list[str] | None = option(None, "runs of one base, and `base`: the answer of each to --prompt", tasks=TEXT)
+    compare: list[str] | None = option(None, "runs of one base, and `base`: answers to --prompt or --web", tasks=TEXT)
     input_file: str | None = option(None, "CSV, TSV, JSON, JSONL or Parquet: each row is answered", binds=False)
     output_file: str | None = option(None, "the answers, as JSONL; resumes with the rows that are missing", binds=False)
     id_column: str | None = option(None, "column that names the rows; unset: their number, from 0")
@@ -89,13 +91,13 @@ class Config(ModelConfig, Sampling):
     tf32: bool = option(False, "TF32 products on NVIDIA GPUs for what runs in fp32")
 
     def broken_rules(self) -> Iterator[str]:
-        ways = [name for name in ("prompt", "input_file", "demo") if getattr(self, name)]
+        ways = [name for name in ("prompt", "input_file", "demo", "web") if getattr(self, name)]
         if len(ways) > 1:
             yield f"--{' and --'.join(ways)} exclude each other (an instruction is --prompt)"
         if (self.input_file is None) != (self.output_file is None):
             yield "--input_file and --output_file need each other"
-        if self.compare and ways != ["prompt"]:
-            yield "--compare needs a --prompt, and goes with nothing else"
+        if self.compare and ways not in (["prompt"], ["web"]):
+            yield "--compare needs a --prompt or --web, and goes with nothing else"
         if self.persona and self.system_prompt:
             yield "--persona and --system_prompt exclude each other"
         if self.system_prompt is not None and not self.system_prompt.strip():
@@ -132,6 +134,8 @@ def read_options(given: dict[str, Any]) -> tuple[Config, Run, list[Run | None]]:
         config.system_prompt = choose_persona(config.persona).system_prompt
     if config.demo:
         run.check_base_is_intact()
+    if config.web:
+        web.check_ready(config)
     return config, run, compared
 
 
@@ -166,12 +170,17 @@ def main() -> None:
     accelerator = loop.start_accelerator(config)
     if run.task == CLASSIFICATION:
         labeler = run.load_classifier(config, accelerator.device)
-        sessions.answer_labels(config, labeler, instruction, batch, accelerator)
+        if config.web:
+            web.serve(config, run, labeler)
+        else:
+            sessions.answer_labels(config, labeler, instruction, batch, accelerator)
     else:
         model = run.load_text_model(config, accelerator.device)
         if compared:
-            models = load_compared(model, run, compared, config)
-            sessions.side_by_side(list(zip(config.compare, models, strict=True)), [instruction], config)
+            named = list(zip(config.compare, load_compared(model, run, compared, config), strict=True))
+            web.serve(config, run, named) if config.web else sessions.side_by_side(named, [instruction], config)
+        elif config.web:
+            web.serve(config, run, [(run.name, model)])
         elif config.demo:
             named = [("this run" if run.folder else "base", model)]
             if is_adapted(model.model):

@@ -24,6 +24,7 @@ from common.errors import InputError
 T = TypeVar("T")
 BASE_CHANGING_INITS = ("pissa", "olora")  # of --init_lora_weights: these move a part of the base into the adapter
 MAX_SEED = 2**32 - 1  # numpy's
+PASSWORD = "PLAINLORA_PASSWORD"  # environment variable: a password on the command line could be seen by others
 CHAT_LENGTH = 512  # tokens of a conversation, unless --max_length says otherwise
 CLASSIFICATION, CAUSAL_LM, CHAT = "classification", "causal_lm", "chat"  # the tasks, as task.json names them
 
@@ -355,6 +356,24 @@ class Sampling:
             yield f"--do_sample false does not sample, so it does not go with --{' --'.join(sampled)}: drop one"
         if self.do_sample and self.temperature == 0:
             yield "--do_sample true needs a --temperature above 0: at 0 the likeliest token is always taken"
+
+
+@dataclass
+class WebConfig:
+    """web page"""
+
+    web: bool = option(
+        False, "a page in the browser: chat, continue a text, or classify; needs gradio", flag=True, binds=False
+    )
+    web_address: str = option(
+        "127.0.0.1", f"of the page; any other shows it to others, and needs a password in {PASSWORD}", binds=False
+    )
+    web_port: int = option(7860, "of the page", at_least=1, at_most=65535, binds=False)
+
+    def broken_rules(self) -> Iterator[str]:
+        changed = [name for name in ("web_address", "web_port") if getattr(self, name) != getattr(WebConfig, name)]
+        if changed and not self.web:
+            yield f"--{' and --'.join(changed)} need --web"
 
 
 @dataclass

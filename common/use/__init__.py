@@ -1,4 +1,4 @@
 """What comes in: a trained run or a base model. What goes out: what a person wants of it.
 
-Opening a run by its name, the Python API, the chat in a terminal, personas, and files of answers.
+Opening a run by its name, the Python API, the chat in a terminal, the web page, personas, and files of answers.
 """

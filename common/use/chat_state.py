@@ -2,7 +2,7 @@
 answers. Imports neither torch nor transformers."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 
 from common.data.conversations import Message
@@ -28,7 +28,7 @@ class ChatState:
         system = [{"role": "system", "content": self.system}] if self.system else []
         return system + self.messages
 
-    def stream_answer(self, question: str) -> Iterator[str]:
+    def stream_answer(self, question: str) -> Generator[str, None, None]:
         """The pieces of the answer to a question, as they are written.
 
         What was written is kept even if the iterator is closed early; without a word of an answer, nothing is.
@@ -46,7 +46,7 @@ class ChatState:
             else:
                 self.messages.pop()
 
-    def stream_retry(self) -> Iterator[str]:
+    def stream_retry(self) -> Generator[str, None, None]:
         """The pieces of another answer to the last question; without one, what there was is kept.
 
         Raises InputError if nothing has been asked.

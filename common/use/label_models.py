@@ -1,8 +1,8 @@
 """Models that label texts: the answer to each with its probabilities, or an abstention."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from common.data.classification import Example, join_fields
 from common.measure.decisions import Decision
@@ -78,3 +78,14 @@ class LabelModel:
             truncated = prompt.prompt(example.text).truncated
             predictions.append(Prediction(prediction, dict(zip(prompt.labels, p, strict=True)), abstained, truncated))
         return predictions
+
+    def answer_rows(
+        self,
+        rows: Sequence[Example],
+        batch_size: int,
+        min_probability: float | None,
+        progress: Callable[[int], None] = lambda rows: None,
+    ) -> list[dict[str, Any]]:
+        """The lines of an answer file; a row without a text has an error in its line."""
+        answers = map(asdict, self.label_examples(rows, batch_size, min_probability, progress))
+        return [{k: v for k, v in answer.items() if k != "error" or v is not None} for answer in answers]

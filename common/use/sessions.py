@@ -1,7 +1,7 @@
 """What inference.py does with a loaded model: rows of a file, one answer, a chat, or several models side by side."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -27,8 +27,7 @@ def answer_labels(
         yield show_labels(model.classify([text], size, config.min_probability)[0])
 
     def lines(rows: Sequence[Example], chunk: int, progress: Any) -> list[dict[str, Any]]:
-        answers = map(asdict, model.label_examples(rows, size, config.min_probability, progress))
-        return [{k: v for k, v in answer.items() if k != "error" or v is not None} for answer in answers]
+        return model.answer_rows(rows, size, config.min_probability, progress)
 
     if batch:
         write_answers(*batch, lines, size, accelerator)
