@@ -290,11 +290,6 @@ def test_layout_is_true():
     assert sorted(scripts) == sorted(path.name for path in ROOT.glob("*.py"))
 
 
-def test_planned_is_not_there_yet():
-    (planned,) = re.findall(r"^Planned, and not there yet: (.*)$", README, re.M)
-    assert "web page" in planned and "web" not in {field.name for field in fields(inference.Config)}
-
-
 def test_citation_and_license():
     """CITATION.cff has what the format requires, the package's version, and the license that LICENSE is."""
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())

@@ -43,7 +43,7 @@ class LabelPage:
                 with gr.Column(scale=1, min_width=320):
                     self._text_fields()
                 with gr.Column(scale=1, min_width=320):
-                    self.result = gr.HTML(EMPTY, elem_id="answer", elem_classes="panel")
+                    self.result = gr.HTML(EMPTY, elem_id="answer")
             with gr.Accordion("A file of texts", open=False, elem_id="file"):
                 self._file_fields()
             web_look.bottom(self.run)

@@ -38,9 +38,9 @@ footer { display: none !important; }
 .heading { font-size: .875rem; color: var(--body-text-color-subdued); padding-left: .25rem; }
 .chat .message { font-size: .9375rem; line-height: 1.5; overflow-wrap: anywhere; }
 .chat .message-content .md { white-space: pre-wrap; }
-.panel { padding: 1rem 1.25rem; min-height: 21rem; border: 1px solid var(--block-border-color);
+#answer { padding: 1rem 1.25rem; min-height: 21rem; border: 1px solid var(--block-border-color);
          border-radius: var(--block-radius); background: var(--block-background-fill); }
-#table td, #table th { font-family: var(--font) !important; font-size: .875rem; }
+#table td, #table td *, #table th { font-family: var(--font) !important; font-size: .875rem; }
 button.secondary:not(#switch) { border: 1px solid var(--button-secondary-border-color); }
 .error { color: var(--error-text-color, #b91c1c); }
 .empty { padding: 3rem 1rem; text-align: center; color: var(--body-text-color-subdued); }

@@ -1,7 +1,5 @@
 """The page of `inference.py --web` without a browser: its queue, sessions, pages asked by Gradio's client."""
 
-import contextlib
-import os
 import socket
 import threading
 import time
@@ -12,8 +10,8 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
-import torch
 from helpers.models import build_model
+from helpers.pages import CHAT, PLAIN, QUIET, open_page
 from helpers.rows import read_jsonl, toy_rows, write_csv
 from helpers.runs import quick
 from helpers.scripts import expect_error, run_alone
@@ -26,10 +24,7 @@ from common.use.model_queue import ModelQueue, Waiting
 from common.use.personas import choose_persona
 from common.use.web_sessions import KEPT, OWN, Conversations, Sessions
 
-pytestmark = [
-    pytest.mark.filterwarnings(f"ignore:.*{text}.*") for text in ("no_silent_downcasting", "The copy keyword")
-]  # of pandas, about Gradio
-PLAIN = {"load_in_4bit": False, "mixed_precision": "no"}
+pytestmark = QUIET
 
 
 # --- queue and sessions
@@ -206,34 +201,6 @@ def test_without_gradio(monkeypatch):
 # --- pages
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@contextlib.contextmanager
-def open_page(folder, password: str | None = None, **given) -> Iterator[tuple[str, object]]:
-    """The page that `inference.py --web` shows for these options: its address, and its model or models."""
-    with mock.patch.dict(os.environ, {"GRADIO_TEMP_DIR": str(folder)}), quick():
-        compared = given.get("compare")
-        config, run, others = inference.read_options({"web": True, **given})
-        run.resolve(config)
-        cpu = torch.device("cpu")
-        if run.task == "classification":
-            models = run.load_classifier(config, cpu)
-        else:
-            model = run.load_text_model(config, cpu)
-            models = [("model", model)]
-            if compared:
-                models = list(zip(compared, inference.load_compared(model, run, others, config), strict=True))
-        page = web.build(config, run, models)
-        try:
-            yield web.launch(page, "127.0.0.1", free_port(), password), models
-        finally:
-            page.close(verbose=False)
-
-
 @pytest.fixture(scope="module")
 def writer(tmp_path_factory) -> str:
     """A model that writes for long."""
@@ -246,9 +213,6 @@ def client():
     """Gradio's own client, without its words on the terminal."""
     made = pytest.importorskip("gradio_client").Client
     return lambda url, **more: made(url, verbose=False, **more)
-
-
-CHAT = {**PLAIN, "chat_template": "plain", "task": "chat"}
 
 
 def settings(**given) -> list:
