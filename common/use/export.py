@@ -57,6 +57,7 @@ from common.text.chat import chat_rows
 from common.text.prompts import classification_rows
 from common.use.modelfile import modelfile
 from common.use.runs import Run, best_device, open_run
+from common.use.space import write_space
 
 ANSWER = 64  # tokens that llama.cpp may write after a row
 SHARD = "5GB"  # of a merged model's files, at most
@@ -215,6 +216,16 @@ def export_gguf(run: Run, target: Path, kind: str, held_out: HeldOut, trust_remo
         shutil.rmtree(scratch)
         (folder / "Modelfile").write_text(certificate.pop("modelfile"), encoding="utf-8")
         _write_certificate(folder, certificate)
+    return problems(certificate)
+
+
+def export_space(run: Run, target: Path, dtype: str, held_out: HeldOut, trust_remote_code: bool = False) -> list[str]:
+    """Writes the folder of a Hugging Face Space, whose page is that of `inference.py --web`; what its model has off."""
+    with _replaced(target) as folder:
+        write_merged(run, folder / "model", dtype, trust_remote_code)
+        certificate = certify(run, folder / "model", held_out, dtype, trust_remote_code)
+        _write_certificate(folder, certificate)
+        write_space(folder, run.run_folder.name)
     return problems(certificate)
 
 
@@ -380,7 +391,7 @@ def _label_measure(side: Side, rows: Sequence[Example], device: torch.device, de
     return label_measure(gold, [answer.labels for answer in answers], len(labels))
 
 
-def push(folder: Path, name: str) -> None:
+def push(folder: Path, name: str, space: bool = False) -> None:
     """Uploads an export to the hub, in one commit. Raises InputError where the hub refuses it."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -390,7 +401,8 @@ def push(folder: Path, name: str) -> None:
         raise InputError(f"--push_to_hub {name}: the hub cannot be reached. {kept}")
     try:
         api = HfApi()
-        api.create_repo(name, exist_ok=True)
-        print(f"Uploaded to {api.upload_folder(repo_id=name, folder_path=folder)}")
+        kind = "space" if space else "model"
+        api.create_repo(name, repo_type=kind, space_sdk="gradio" if space else None, exist_ok=True)
+        print(f"Uploaded to {api.upload_folder(repo_id=name, folder_path=folder, repo_type=kind)}")
     except (HFValidationError, HfHubHTTPError, OSError) as error:
         raise InputError(f"--push_to_hub {name}: {error}. {kept}") from None

@@ -1,9 +1,14 @@
 """Exports are what was trained, for programs that know nothing of ours; a certificate tells where one is not."""
 
 import json
+import os
 import re
 import shutil
+import socket
+import subprocess
 import sys
+import threading
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -287,9 +292,36 @@ def test_an_export_is_uploaded_in_one_commit(trained, tmp_path, monkeypatch, cap
     few = ["--run", run, "--output_dir", tmp_path / "out", "--max_eval_samples", 2, "--dtype", "fp32"]
     run_export(monkeypatch, *few, "--push_to_hub", "me/mine")
     (created, uploaded) = calls
-    assert created == ("create", "me/mine", {"exist_ok": True}) and uploaded[:2] == ("upload", "me/mine")
+    assert created[:2] == ("create", "me/mine") and created[2]["repo_type"] == "model" and uploaded[:2] == ("upload", "me/mine")
     assert {"README.md", "config.json", "model.safetensors", "task.json", "certificate.json"} <= set(uploaded[2])
     assert "Uploaded to https://hub/me/mine" in capsys.readouterr().out
     monkeypatch.setattr(export, "hub_answers", lambda: False)
     with pytest.raises(InputError, match="--push_to_hub me/mine: .*export itself is complete"):
         export.push(tmp_path / "out", "me/mine")
+
+
+@pytest.mark.parametrize("approach", ["generative", "head"])
+def test_a_space_shows_its_page(approach, trained, tmp_path, monkeypatch):
+    """Its app runs in the folder alone, without the repository."""
+    pytest.importorskip("gradio", reason="an extra")
+    run, folder = trained("llama", approach, "single"), tmp_path / "space"
+    few = ["--run", run, "--format", "space", "--output_dir", folder, "--dtype", "fp32", "--max_eval_samples", 2]
+    run_export(monkeypatch, *few)
+    assert (folder / "README.md").read_text().startswith("---\ntitle: run\nsdk: gradio\nsdk_version: ")
+    assert "bitsandbytes" not in (folder / "requirements.txt").read_text()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"PORT": str(port)}
+    app = subprocess.Popen([sys.executable, "app.py"], cwd=folder, env=environment, stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE, text=True)  # fmt: skip
+    try:
+        stop = threading.Timer(120, app.kill)
+        stop.start()
+        assert str(port) in app.stdout.readline(), app.stderr.read()
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=30) as page:
+            assert page.status == 200 and "Classify" in page.read().decode()
+    finally:
+        stop.cancel()
+        app.kill()
+        app.communicate()
