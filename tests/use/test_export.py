@@ -292,7 +292,8 @@ def test_an_export_is_uploaded_in_one_commit(trained, tmp_path, monkeypatch, cap
     few = ["--run", run, "--output_dir", tmp_path / "out", "--max_eval_samples", 2, "--dtype", "fp32"]
     run_export(monkeypatch, *few, "--push_to_hub", "me/mine")
     (created, uploaded) = calls
-    assert created[:2] == ("create", "me/mine") and created[2]["repo_type"] == "model" and uploaded[:2] == ("upload", "me/mine")
+    assert created[:2] == ("create", "me/mine") and created[2]["repo_type"] == "model"
+    assert uploaded[:2] == ("upload", "me/mine")
     assert {"README.md", "config.json", "model.safetensors", "task.json", "certificate.json"} <= set(uploaded[2])
     assert "Uploaded to https://hub/me/mine" in capsys.readouterr().out
     monkeypatch.setattr(export, "hub_answers", lambda: False)
