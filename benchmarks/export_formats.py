@@ -2,8 +2,9 @@
 
     python benchmarks/export_formats.py --run RUN --gguf_types f16 q8_0 q4_k_m
 
-Each format answers the same held-out questions greedily, one after the other. `adapter`: on its base, as trained;
-`merged`: in bf16; `NF4`: the merged model, quantized while loading. Exports that RUN/export has are used again.
+Each format answers the same held-out questions greedily, one after the other. `fp32`: the adapter on its base,
+computed in fp32, whose answers the others are compared with; `adapter`: computed as trained; `merged`: in bf16; `NF4`:
+the merged model, quantized while loading. Exports that RUN/export has are used again.
 """
 
 import dataclasses
@@ -56,32 +57,33 @@ def main() -> None:
             export.export_gguf(run, folder, kind, held_out)
     side = export._loaded(run, held_out, torch.device("cpu"))
     prompts, count = [row.prompt for row in side.rows], lambda text: len(side.tokenizer(text)["input_ids"])
-    folders = {"adapter": run.folder, "merged": home / "merged", "NF4": home / "merged"}
+    folders = {"fp32": run.folder, "adapter": run.folder, "merged": home / "merged", "NF4": home / "merged"}
     folders |= {f"GGUF {kind}": folder for kind, folder in files.items()}
     answers: dict[str, list[str]] = {}
     rows = []
     for name, folder in folders.items():
-        answer = in_llama_cpp(folder, config) if "GGUF" in name else in_transformers(folder, config, name == "NF4")
+        answer = in_llama_cpp(folder, config) if "GGUF" in name else in_transformers(folder, config, name)
         answer(prompts[0])  # the first one is slower
         started = time.perf_counter()
         answers[name] = [answer(prompt) for prompt in prompts]
         speed = sum(map(count, answers[name])) / (time.perf_counter() - started)
-        same = sum(a == b for a, b in zip(answers[name], answers.get("merged", ()), strict=False))
+        same = sum(a == b for a, b in zip(answers[name], answers["fp32"], strict=True))
         size = sum(file.stat().st_size for kind in ("safetensors", "gguf") for file in folder.glob(f"*.{kind}"))
         certificate = read_json(folder / "certificate.json") if name != "NF4" else {}
         kl = f"{certificate['tokens']['kl_per_token']:.5f}" if certificate else ""
-        shown = f"{same} of {len(prompts)}" if "merged" in answers else ""
-        rows.append([name, f"{size / 2**20:.0f} MB", f"{speed:.1f}", shown, kl])
-    print(table(["format", "on disk", "tokens/s", "answers of merged", "KL of its certificate"], rows))
+        rows.append([name, f"{size / 2**20:.0f} MB", f"{speed:.1f}", f"{same} of {len(prompts)}", kl])
+    print(table(["format", "on disk", "tokens/s", "answers as in fp32", "KL of its certificate"], rows))
 
 
-def in_transformers(folder: Path, config: Config, quantized: bool) -> Callable[[list[int]], str]:
-    """Answers by transformers on the CPU, in the precision of the training; quantized: to NF4, while loading."""
+def in_transformers(folder: Path, config: Config, name: str) -> Callable[[list[int]], str]:
+    """Answers by transformers on the CPU, in the precision of the training unless `name` is fp32."""
     run, device = open_run(str(folder)), torch.device("cpu")
     options = export.ReplayConfig(mixed_precision=None)
     run.resolve(options)
     model = run.load_text_model(options, device)
-    if quantized:
+    if name == "fp32":
+        export.compute_in_fp32(model, model.model)
+    if name == "NF4":
         four_bits = dataclasses.replace(options, load_in_4bit=True, bnb_4bit_compute_dtype="bfloat16")
         four_bits.full_finetuning = False
         generation_config = model.model.generation_config

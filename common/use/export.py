@@ -301,13 +301,17 @@ def _loaded(run: Run, held_out: HeldOut, device: torch.device) -> Side:
     run.resolve(config)
     classifies = run.task == CLASSIFICATION
     loaded: Any = run.load_classifier(config, device) if classifies else run.load_text_model(config, device)
-    if device.type == "cpu":  # in fp32, so that nothing but the weights differs; elsewhere as trained, to save memory
-        model = (loaded.classifier if classifies else loaded).model.float()
-        for layer in model.modules():
-            if hasattr(layer, "compute_dtype"):  # of a 4-bit layer
-                layer.compute_dtype = torch.float32
-        loaded.precision = "no"
+    if device.type == "cpu":  # so that nothing but the weights differs; elsewhere as trained, to save memory
+        compute_in_fp32(loaded, (loaded.classifier if classifies else loaded).model)
     return Side(run, loaded, held_out.replayed(run, loaded))
+
+
+def compute_in_fp32(loaded: Any, model: torch.nn.Module) -> None:
+    """Lets a LabelModel or TextModel and its `model` compute in fp32, with the weights that they have."""
+    for layer in model.float().modules():
+        if hasattr(layer, "compute_dtype"):  # of a 4-bit layer
+            layer.compute_dtype = torch.float32
+    loaded.precision = "no"
 
 
 def _texts(trained: Side, exported: Side, folder: Path) -> dict[str, Any]:
