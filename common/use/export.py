@@ -308,6 +308,7 @@ def _loaded(run: Run, held_out: HeldOut, device: torch.device) -> Side:
 
 def compute_in_fp32(loaded: Any, model: torch.nn.Module) -> None:
     """Lets a LabelModel or TextModel and its `model` compute in fp32, with the weights that they have."""
+    layer: Any
     for layer in model.float().modules():
         if hasattr(layer, "compute_dtype"):  # of a 4-bit layer
             layer.compute_dtype = torch.float32
