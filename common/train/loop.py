@@ -28,12 +28,23 @@ T = TypeVar("T")
 ONE_SIGNAL = 1.0  # seconds; a terminal sends Ctrl-C to all processes, and torchrun passes it on to those it started
 
 
+# What shards a model, by the flag that `accelerate launch` sets. On a CPU, Accelerate itself would take no notice of it.
+ENGINES = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED",
+           "Megatron-LM": "ACCELERATE_USE_MEGATRON_LM", "parallelism": "ACCELERATE_USE_PARALLELISM_CONFIG"}  # fmt: skip
+
+
 def start_accelerator(config: Any, trackers: Sequence[str] = ()) -> Accelerator:
     """The Accelerator of one run or evaluation; sets threads and TF32.
 
     `accelerate launch` gives every CPU process one thread, so threads are set here: the cores this process may use,
     divided by the processes on this machine.
     """
+    for engine, flag in ENGINES.items():
+        if os.environ.get(flag, "false").lower() == "true":
+            raise InputError(
+                f"The launcher asks for {engine}, which is not supported here: each process holds the whole base, in 4 "
+                "bits by default. Launch with configs/accelerate/multi_gpu.yaml."
+            )
     if config.mixed_precision == "fp16" and not torch.accelerator.is_available():
         raise InputError("fp16 (--mixed_precision, or as trained) needs a GPU. Set --mixed_precision bf16 or no.")
     accelerator = Accelerator(

@@ -12,6 +12,7 @@ from helpers.rows import toy_options, toy_rows, write_csv
 from helpers.runs import FAMILY_APPROACHES, Stopped, log_lines, stop_at, train, weights
 from helpers.scripts import run_script
 
+from common.errors import InputError
 from common.options import LoopConfig
 from common.train import loop
 
@@ -331,3 +332,11 @@ def test_the_loop_stands_between_its_marks():
     lines = (ROOT / "train_cls.py").read_text().splitlines()
     assert lines.count("    # --- loop") == lines.count("    # --- end loop") == 1
     assert lines.index("    # --- loop") < lines.index("    # --- end loop")
+
+
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_engines_that_shard_are_refused(engine, monkeypatch):
+    """On a CPU, Accelerate would train without it and say nothing."""
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    with pytest.raises(InputError, match="not supported here.*multi_gpu.yaml"):
+        loop.start_accelerator(None)
