@@ -28,7 +28,7 @@ T = TypeVar("T")
 ONE_SIGNAL = 1.0  # seconds; a terminal sends Ctrl-C to all processes, and torchrun passes it on to those it started
 
 
-# What shards a model, by the flag that `accelerate launch` sets. On a CPU, Accelerate itself would take no notice of it.
+# What shards a model, by the flag that `accelerate launch` sets. On a CPU, Accelerate itself would ignore it.
 ENGINES = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED",
            "Megatron-LM": "ACCELERATE_USE_MEGATRON_LM", "parallelism": "ACCELERATE_USE_PARALLELISM_CONFIG"}  # fmt: skip
 
