@@ -12,9 +12,20 @@ import pytest
 import yaml
 from helpers import ROOT
 from helpers.models import FAMILIES
-from helpers.rows import multi_rows, task_options, toy_options, toy_rows, write_csv
-from helpers.runs import COMBINATIONS, QUANTIZED, RUNS, name_of, run_evaluate, timeless, train
+from helpers.rows import chats, multi_rows, task_options, toy_options, toy_rows, write_csv, write_jsonl
+from helpers.runs import (
+    COMBINATIONS,
+    QUANTIZED,
+    RUNS,
+    name_of,
+    run_evaluate,
+    timeless,
+    train,
+    train_chat,
+    train_text,
+)
 from helpers.scripts import run_script
+from helpers.texts import prose
 from sklearn.metrics import f1_score
 
 import evaluate
@@ -225,6 +236,37 @@ def test_two_processes_write_one_processes_files(trained, tmp_path):
     for name in ("eval_loss", "perplexity", "nll", "ece", "brier_score"):
         assert two.pop(name) == pytest.approx(one.pop(name), rel=1e-4)
     assert np.array(two.pop("calibration_bins")) == pytest.approx(np.array(one.pop("calibration_bins")), rel=1e-4)
+    assert two == one
+
+
+@pytest.mark.parametrize("task", ["classification", "causal_lm", "chat"])
+def test_two_processes_measure_103_rows_as_one(task, trained, models, chat_files, tmp_path):
+    """A number that two processes cannot share out evenly: the same figures and intervals, each row once."""
+    text = tmp_path / "text.txt"
+    text.write_text(prose(400))
+    if task == "classification":
+        run, file = trained("mistral", "generative", "single"), write_csv(tmp_path / "rows.csv", toy_rows(35)[:103])
+    elif task == "chat":
+        run, file = tmp_path / "run", write_jsonl(tmp_path / "rows.jsonl", chats(103))
+        train_chat("--model", models["llama"], *chat_files, "--max_steps", 1, "--output_dir", run)
+    else:
+        run, file = tmp_path / "run", tmp_path / "rows.txt"
+        train_text("--model", models["llama"], "--train_file", text, "--max_steps", 1, "--output_dir", run)
+        file.write_text(prose(396, seed=1))
+    options = ["--run", run, "--test_file", file, *(["--max_new_tokens", 8] if task == "chat" else []), "--output_dir"]
+    run_evaluate(*options, tmp_path / "one")
+    script = tmp_path / "two.py"  # torchrun would take --run for an option of its own; `accelerate launch` does not
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport evaluate\n"
+                      f"sys.argv[1:] = {[*map(str, options), str(tmp_path / 'two')]!r}\nevaluate.main()\n")  # fmt: skip
+    run_script(str(script), processes=2)
+    one, two = figures(tmp_path / "one"), figures(tmp_path / "two")
+    assert one["rows"] % 2 and (task == "causal_lm" or one.get("answers", one["rows"]) == 103)
+    for found in (one, two):  # beside these numbers, all is equal
+        found.pop("calibration_bins", None)
+        for name, bounds in found.pop("intervals_95").items():
+            found |= {f"{name} from": bounds[0], f"{name} to": bounds[1]}
+    numbers = [name for name, value in one.items() if isinstance(value, float)]
+    assert [two.pop(name) for name in numbers] == pytest.approx([one.pop(name) for name in numbers], rel=1e-4)
     assert two == one
 
 

@@ -403,7 +403,7 @@ def test_personas():
     personas = yaml.safe_load((ROOT / "data" / "personas.yaml").read_text(encoding="utf-8"))
     assert [persona["name"] for persona in personas] == ["order", "billing", "sales", "support"]
     for persona in personas:
-        assert set(persona) == {"name", "description", "system_prompt"}
+        assert set(persona) == {"name", "description", "system_prompt", "examples"}
         assert 20 < len(persona["description"]) < 80 and "\n" not in persona["system_prompt"]
         assert 40 < len(persona["system_prompt"].split()) < 90
 
