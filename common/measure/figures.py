@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 COLUMNS = 3  # of panels
+MANY = 30  # labels from which on zeros are left out
 
 
 def can_draw() -> bool:
@@ -95,15 +96,16 @@ def draw_confusion(path: Path, matrix: np.ndarray, labels: Sequence[str], multi_
     share = shown / np.maximum(shown.sum(1, keepdims=True), 1)
     size = min(30, 3 + 0.35 * max(len(columns), 6)), min(30, 2.5 + 0.35 * max(len(rows), 6))
     with _picture(path, size) as axes:
-        image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        image = axes.imshow(share**0.5, cmap="Blues", vmin=0, vmax=1, aspect="auto")  # small shares are seen
         axes.set_xticks(range(len(columns)), columns, rotation=90)
         axes.set_yticks(range(len(rows)), rows)
         axes.set(**named)
-        if len(rows) <= 30:
-            for i, j in np.ndindex(shown.shape):
-                color = "white" if share[i, j] > 0.5 else "black"
-                axes.text(j, i, f"{shown[i, j]:.0f}", ha="center", va="center", color=color, fontsize=8)
-        axes.figure.colorbar(image, label="share of the row")
+        for i, j in np.argwhere(shown > 0) if len(rows) > MANY else np.ndindex(shown.shape):
+            color = "white" if share[i, j] ** 0.5 > 0.6 else "black"
+            axes.text(j, i, f"{shown[i, j]:.0f}", ha="center", va="center", color=color, fontsize=8)
+        shares = (0, 0.01, 0.05, 0.1, 0.25, 0.5, 1)
+        bar = axes.figure.colorbar(image, label="share of the row", ticks=[share**0.5 for share in shares])
+        bar.ax.set_yticklabels([f"{share:g}" for share in shares])
 
 
 def draw_reliability(path: Path, bins: Sequence[Sequence[float]]) -> None:
