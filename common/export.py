@@ -41,7 +41,7 @@ def main() -> None:
     check(config)
     run = open_run(config.run)
     if run.folder is None:
-        raise InputError(f"--run {run.name} is a base model, of which there is nothing to export.")
+        raise InputError(f"--run {run.name} is no folder of a run, so there is nothing to export.")
     target = Path(config.output_dir or run.run_folder / "export" / config.format)
 
     import torch

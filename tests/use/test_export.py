@@ -200,7 +200,7 @@ def test_a_copied_run_is_exported(trained, tmp_path, monkeypatch, capsys):
 
 
 def test_bad_exports_are_refused(trained, models, toy_files, tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="base model"):
+    with pytest.raises(InputError, match="no folder of a run"):
         run_export(monkeypatch, "--run", models["llama"])
     head = trained("mistral", "head", "single")
     with pytest.raises(InputError, match="head, which GGUF cannot hold"):
