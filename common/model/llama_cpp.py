@@ -74,7 +74,8 @@ class LlamaCpp:
 
         parameters = xllamacpp.CommonParams()
         parameters.model.path = str(file)
-        parameters.n_ctx, parameters.n_parallel, parameters.warmup = min(context, CONTEXT), 1, False
+        self.context = min(context, CONTEXT)
+        parameters.n_ctx, parameters.n_parallel, parameters.warmup = self.context, 1, False
         parameters.cpuparams.n_threads = threads
         parameters.verbosity = -1
         try:

@@ -53,7 +53,7 @@ from common.options import (
     ModelConfig,
     option,
 )
-from common.text.chat import chat_rows
+from common.text.chat import ChatTemplate, chat_rows
 from common.text.prompts import classification_rows
 from common.use.modelfile import modelfile
 from common.use.runs import Run, best_device, open_run
@@ -284,6 +284,8 @@ def certify(
         size = before[0].shape[-1]
         after = [llama.log_probs(row.ids, at, size) for row, at in zip(rows, places, strict=True)]
         metrics = _answers_measured(trained, rows, held_out, llama, device)
+        if run.task == CHAT:
+            _check_template(certificate, trained.loaded.template, held_out, llama)
     else:
         after = [_log_probs(exported, row, at, device) for row, at in zip(rows, places, strict=True)]
         metrics = _labels_measured(trained, exported, held_out, device)
@@ -367,6 +369,18 @@ def _losses(found: Sequence[torch.Tensor], rows: Sequence[ReplayRow], places: Se
     nats = [-sum(float(p[i, row.ids[at]]) for i, at in enumerate(each)) for p, row, each in
             zip(found, rows, places, strict=True)]  # fmt: skip
     return loss_measure(np.array(nats), np.array([len(each) for each in places], dtype=float))
+
+
+def _check_template(certificate: dict[str, Any], template: ChatTemplate, held_out: HeldOut, llama: LlamaCpp) -> None:
+    """Notes whether llama.cpp makes as many tokens of a question, by the template in the file, as we do."""
+    questions = [conversation.messages[:-1] for conversation in held_out.rows[:LLAMA_ROWS]]
+    counts = [len(template.prompt(turns).ids) for turns in questions]
+    fitting = [(turns, count) for turns, count in zip(questions, counts, strict=True) if count < llama.context]
+    name, off = "chat template in llama.cpp", sum(llama.prompt_tokens(turns) != count for turns, count in fitting)
+    if off:
+        certificate["different"][name] = f"{off} of {len(fitting)} questions become another number of tokens"
+    else:
+        certificate["same"].append(name)
 
 
 def _labels_measured(trained: Side, exported: Side, held_out: HeldOut, device: torch.device) -> list[Measure]:

@@ -242,6 +242,7 @@ def test_gguf_runs_in_llama_cpp(kind, chat_files, tmp_path):
     assert export.export_gguf(run, tmp_path / "out", kind, held_out(run, 3)) == []
     certificate = json.loads((tmp_path / "out" / "certificate.json").read_text())
     assert certificate["tokens"]["kl_per_token"] < 0.01 and certificate["tokens"]["top_1_agreement"] > 0.9
+    assert "chat template in llama.cpp" in certificate["same"]
     assert [path.name for path in (tmp_path / "out").glob("*.gguf")] == [f"run-{kind}.gguf"]
     text = (tmp_path / "out" / "Modelfile").read_text()
     assert f"FROM ./run-{kind}.gguf" in text and 'PARAMETER stop "<|im_end|>"' in text
