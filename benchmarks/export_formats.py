@@ -55,7 +55,7 @@ def main() -> None:
     for kind, folder in files.items():
         if not folder.is_dir():
             export.export_gguf(run, folder, kind, held_out)
-    side = export._loaded(run, held_out, torch.device("cpu"))
+    side = export.load_side(run, held_out, torch.device("cpu"))
     prompts, count = [row.prompt for row in side.rows], lambda text: len(side.tokenizer(text)["input_ids"])
     folders = {"fp32": run.folder, "adapter": run.folder, "merged": home / "merged", "NF4": home / "merged"}
     folders |= {f"GGUF {kind}": folder for kind, folder in files.items()}

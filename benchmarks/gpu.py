@@ -7,7 +7,7 @@
 Nothing is downloaded: models have random weights in the shapes of Llama-3.2-1B, Llama-3.2-3B and Mistral-7B, and rows
 are drawn, in the shapes of Banking77, arXiv, running text and conversations. Every measurement is a process of its own
 with a time limit, and a line of <output_dir>/gpu.jsonl as soon as it is there; one that fails is a line that says why.
-Called again, it goes on with what is missing. Each step may take its share of the minutes, and leaves the rest to the
+Called again, it measures what is missing. Each step may take its share of the minutes, and leaves the rest to the
 next.
 
 Tokens are those of the rows, whatever is computed. The share of the peak counts the floating-point operations that the

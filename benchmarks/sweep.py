@@ -18,6 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from common.data.report import table  # noqa: E402
+from common.disk import read_json  # noqa: E402
 from common.measure import figures  # noqa: E402
 
 COLUMNS = {"eval_loss": "validation loss", "accuracy": "accuracy", "f1_micro": "micro-F1", "f1_macro": "macro-F1"}
@@ -25,7 +26,7 @@ COLUMNS = {"eval_loss": "validation loss", "accuracy": "accuracy", "f1_micro": "
 
 def train(script: list[str], settings: dict[str, str], folder: Path) -> dict[str, Any]:
     """The figures of a run: of its last evaluation on the validation rows, and seconds of its updates."""
-    if not (folder / "adapter" / "task.json").is_file():
+    if "finished" not in read_json(folder / "environment.json"):  # weights are there from the first evaluation on
         resume = ["--resume_from_checkpoint", "latest"] if list(folder.glob("checkpoints/step_*")) else []
         options = [word for name, value in settings.items() for word in (f"--{name}", value)]
         subprocess.run([sys.executable, *script, *options, *resume, "--output_dir", str(folder)], check=True)

@@ -1,4 +1,4 @@
-"""Going on from the trained weights of another run (--init_adapter), with new data, options or labels."""
+"""A run that starts from the trained weights of another one (--init_adapter), with new data, options or labels."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence

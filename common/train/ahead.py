@@ -104,7 +104,7 @@ class Ledger:
 
 
 def _read_soon(figures: torch.Tensor) -> Callable[[], list[float]]:
-    """Starts to copy a GPU's numbers, behind the work that it has; the function returned waits for them alone."""
+    """Starts to copy a GPU's numbers, after the work that it has; the function returned waits for them alone."""
     copied, arrived = figures.to("cpu", non_blocking=True), torch.cuda.Event()
     arrived.record()
 

@@ -26,8 +26,6 @@ from common.train.checkpoints import register_hooks
 
 T = TypeVar("T")
 ONE_SIGNAL = 1.0  # seconds; a terminal sends Ctrl-C to all processes, and torchrun passes it on to those it started
-
-
 # What shards a model, by the flag that `accelerate launch` sets. On a CPU, Accelerate itself would ignore it.
 ENGINES = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED",
            "Megatron-LM": "ACCELERATE_USE_MEGATRON_LM", "parallelism": "ACCELERATE_USE_PARALLELISM_CONFIG"}  # fmt: skip
@@ -84,11 +82,7 @@ def count_targets(batches: Sequence[Batch]) -> torch.Tensor:
 
 @contextlib.contextmanager
 def sync_context(accelerator: Accelerator, model: torch.nn.Module, last: bool) -> Iterator[None]:
-    """Gradients are exchanged in an update's last micro-batch only.
-
-    Sets `sync_gradients` too, because DeepSpeed's backward steps whenever that is true.
-    """
-    accelerator.gradient_state._set_sync_gradients(last)
+    """Gradients are exchanged in an update's last micro-batch only."""
     with contextlib.nullcontext() if last else accelerator.no_sync(model):
         yield
 

@@ -104,7 +104,7 @@ class RunFolder:
     def _check_unchanged(self) -> None:
         """Raises InputError where another process has come first since the folder was looked at."""
         if self.resumed and find_resume(self.config) != (self.resumed, self.checkpoint):
-            raise InputError(f"{self.path} was gone on with by another process. Resume it again.")
+            raise InputError(f"{self.path} was resumed by another process. Resume it again.")
         if not self.resumed and (self.path / "config.yaml").exists():
             raise InputError(f"{self.path} already holds a run, which another process has made. Choose another folder.")
 

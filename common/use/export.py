@@ -266,7 +266,7 @@ def certify(
     The export is loaded as any other program would: by the library's Auto classes, or by llama.cpp.
     """
     device = best_device()
-    trained, exported = _loaded(run, held_out, device), _loaded(open_run(str(folder)), held_out, device)
+    trained, exported = load_side(run, held_out, device), load_side(open_run(str(folder)), held_out, device)
     certificate: dict[str, Any] = {"run": run.name, "format": kind, "split": held_out.split, "rows": 0, "metrics": {},
                                    "notes": [], **_texts(trained, exported, folder)}  # fmt: skip
     if gguf:
@@ -298,7 +298,8 @@ def certify(
     return certificate
 
 
-def _loaded(run: Run, held_out: HeldOut, device: torch.device) -> Side:
+def load_side(run: Run, held_out: HeldOut, device: torch.device) -> Side:
+    """The run, loaded for a comparison, and its held-out rows."""
     config = replace(held_out.config)
     run.resolve(config)
     classifies = run.task == CLASSIFICATION

@@ -173,6 +173,7 @@ def test_torch_takes_the_rows_to_its_kernel():
     assert all(tensor.grad.shape == tensor.shape for tensor in ours)
 
 
+@pytest.mark.cuda
 @needs_gpu
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("heads", [2, 4])
@@ -182,6 +183,7 @@ def test_the_kernel_equals_rows_one_by_one(dtype, tolerance, heads):
     assert_same_attention(output, ours, theirs, tolerance)
 
 
+@pytest.mark.cuda
 @needs_gpu
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_on_a_gpu_computes_the_padded_batch_s_losses(models, family):

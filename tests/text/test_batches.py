@@ -54,7 +54,7 @@ COLLATE = {
 
 @pytest.mark.parametrize(("kind", "way"), [(kind, i) for kind, ways in COLLATE.items() for i in range(len(ways))])
 def test_targets_are_found_token_by_token(kind, way):
-    """Row, id and weight in the rows' order; each stands behind the place that predicts it."""
+    """Row, id and weight in the rows' order; each stands after the place that predicts it."""
     collate, options = COLLATE[kind][way]
     rows = some_rows(kind)
     batch = collate([(row, counts) for row, counts, *_ in rows], pad_id=PAD, **options)

@@ -26,18 +26,24 @@ def planned(count: int, made: list, collate=None):
     return ahead.batches_ahead(numbers, list("abcdefghij"), 2, ACCELERATOR, collate or default)
 
 
+def collating() -> set[threading.Thread]:
+    """The threads that make batches, those included that a run of another test has left in a traceback."""
+    return {thread for thread in threading.enumerate() if thread.name.startswith("collate")}
+
+
 def test_a_thread_makes_the_next_batches_and_no_later_ones():
-    made, seen = [], []
+    made, seen, before = [], [], collating()
     for numbers, collated in planned(4, made):
         [(rows, thread)] = collated.result()
         seen.append(numbers)
         assert thread.startswith("collate") and rows == ["abcdefghij"[i] for i in numbers]
         assert len(made) <= len(seen) + 1
     assert seen == [[0, 1], [2, 3], [4, 5], [6, 7]] and len(made) == 4
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("collate")]
+    assert not collating() - before
 
 
 def test_the_next_batches_are_made_while_an_update_runs():
+    before = collating()
     made, updates = [], planned(3, [], collate=lambda pairs: made.append(pairs) or SimpleNamespace(to=lambda _: 0))
     next(updates)[1].result()
     for _ in range(1000):
@@ -47,7 +53,7 @@ def test_the_next_batches_are_made_while_an_update_runs():
     assert len(made) == 2
     updates.close()
     assert len(made) == 2
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("collate")]
+    assert not collating() - before
 
 
 def test_what_goes_wrong_in_the_thread_is_raised_in_its_update():

@@ -58,7 +58,7 @@ def test_heads_answer_alike_in_plain_transformers(family, kind, trained, tmp_pat
     run_folder = trained(family, "head", kind)
     run, folder, off = exported(run_folder, tmp_path / "out")
     assert off == []
-    side = export._loaded(run, held_out(run), torch.device("cpu"))
+    side = export.load_side(run, held_out(run), torch.device("cpu"))
     rows = side.rows[:8]
     assert len({len(row.ids) for row in rows}) > 1
     ours = torch.cat([export.head_outputs(side.loaded.classifier.model, [row.ids], side.tokenizer.pad_token_id,
