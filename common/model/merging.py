@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from common.errors import InputError
 from common.hub import resolve_model
+from common.memory import give_back
 from common.model import storage
 from common.model.base_model import load_base
 
@@ -32,6 +33,7 @@ def merged_model(folder: Path, options: storage.TrainedOptions, dtype: torch.dty
     model, _ = load_base(resolve_model(options.model, options.revision), options, **kind)
     if options.load_in_4bit or options.load_in_8bit:
         model = model.dequantize(model.dtype)
+        give_back(model.device.type)
     elif getattr(model, "quantization_method", None):
         raise InputError(
             f"{options.model} is stored quantized ({model.quantization_method.value}), and an adapter cannot be added "
@@ -48,6 +50,7 @@ def merged_model(folder: Path, options: storage.TrainedOptions, dtype: torch.dty
             base.weight.data = base.weight.data.float()
             layer.merge(safe_merge=True)
             base.weight.data = base.weight.data.to(dtype)
+            give_back(base.weight.device.type)
     merged: Any = adapted.unload()
     merged.config.use_cache = True
     return merged.to(dtype)

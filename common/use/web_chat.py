@@ -72,7 +72,7 @@ class ChatPage:
                     render_markdown=False,
                     buttons=[],
                     layout="bubble",
-                    min_width=280,
+                    min_width=220,
                     latex_delimiters=[],
                     allow_tags=False,
                 )  # fmt: skip

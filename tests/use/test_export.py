@@ -17,6 +17,7 @@ import transformers
 from helpers.models import FAMILIES, build_model
 from helpers.rows import toy_options
 from helpers.runs import QUANTIZED, run_evaluate, train, train_chat, weights
+from peft.tuners.lora import Linear, LoraLayer
 from safetensors.torch import load_file, save_file
 
 from common import export as command
@@ -24,6 +25,7 @@ from common import open_run
 from common.disk import load_task
 from common.errors import InputError
 from common.measure.certificate import LAYER_BOUNDS, problems
+from common.model import merging, storage
 from common.use import export
 from common.use.modelfile import go_template
 
@@ -49,6 +51,35 @@ def test_a_merged_model_is_what_was_trained(trained, tmp_path, options, dtype):
     assert set(certificate["metrics"]) == {"eval_loss", "perplexity", "accuracy", "f1_micro", "f1_macro"}
     kinds = {str(tensor.dtype).removeprefix("torch.") for tensor in weights(folder).values()}
     assert kinds == {{"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[dtype]}
+
+
+@pytest.mark.parametrize("options", [("--mixed_precision", "bf16"), QUANTIZED], ids=["bf16", "nf4"])
+def test_merging_holds_one_layer_in_fp32_beside_the_base(options, trained, tmp_path, monkeypatch):
+    """Bytes of the model whenever a layer is merged, less those of base and adapter before the first one."""
+    seen, largest = [], 0
+    whole, merge = merging.storage.with_adapter, Linear.merge
+
+    def size(model: torch.nn.Module) -> int:
+        return sum({p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}.values())
+
+    def with_adapter(model, folder):
+        nonlocal largest
+        adapted = whole(model, folder)
+        layers = [layer.get_base_layer() for layer in adapted.modules() if isinstance(layer, LoraLayer)]
+        largest = max(layer.weight.numel() * 4 for layer in layers)
+        seen.append((adapted, size(adapted)))
+        return adapted
+
+    def noted(layer, **kind):
+        seen.append((None, size(seen[0][0])))
+        merge(layer, **kind)
+
+    monkeypatch.setattr(merging.storage, "with_adapter", with_adapter)
+    monkeypatch.setattr(Linear, "merge", noted, raising=True)
+    run = open_run(str(trained("llama", "generative", "single", *options)))
+    merging.merged_model(run.folder, storage.trained_options(run.trained), torch.bfloat16)
+    before, *during = [bytes_ for _, bytes_ in seen]
+    assert len(during) == 14 and max(during) - before <= largest
 
 
 @pytest.mark.parametrize("family", FAMILIES)
