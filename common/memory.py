@@ -35,8 +35,8 @@ def give_back(device_type: str) -> None:
     """Gives freed memory back to the system, on a CPU and where the C library can; to be called after every batch.
 
     Batches of ever new shapes leave free blocks in which the next tensors do not fit, and without this call a process
-    only grows. It takes about 2 % of the time, whatever a call costs: calls that come too soon do nothing. (A call every
-    second took 10 % of training: the pages of every batch had to be taken anew.)
+    only grows. It takes about 2 % of the time, whatever a call costs: calls that come too soon do nothing. A call after
+    every update took 10 % of training, as the pages of every batch had to be taken anew.
     """
     trimmer = _trimmer()
     if trimmer and device_type == "cpu":
