@@ -7,11 +7,12 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers.rows import toy_options, toy_rows, write_csv
-from helpers.runs import quick, train
+from helpers.rows import task_options, toy_options, toy_rows, write_csv
+from helpers.runs import quick, run_evaluate, train
 from helpers.scripts import run_script
 
-from benchmarks import cost_growth, gpu, score_speed, train_speed, turns
+from benchmarks import cost_growth, decisions, gpu, score_speed, train_speed, turns
+from common import open_run
 from common.errors import InputError
 
 
@@ -143,6 +144,28 @@ def measure_here(monkeypatch):
         gpu.main()
 
     return run, broken
+
+
+@pytest.mark.parametrize("kind", ["single", "multi"])
+def test_decisions_are_measured_as_evaluate_does(kind, models, tmp_path, capsys):
+    """Fitted here to the validation rows, and by evaluate.py --fit_decisions: the same metrics on the test rows."""
+    few = ["--max_steps", "4", "--learning_rate", "1e-2", "--baselines", "true", "--max_baseline_samples", "1"]
+    folder = tmp_path / "run"
+    task = ["--model", models["llama"], "--approach", "head", *task_options(kind, tmp_path / "data")]
+    train(*task, *few, "--output_dir", folder)
+    run_evaluate("--run", folder, "--split", "validation")
+    config = decisions.Config(run=str(folder), splits=3)
+    text = decisions.measured(config, open_run(str(folder)))
+    fitted = next(line for line in text.splitlines() if line.startswith("| model, fitted"))
+    assert text.count("promise kept") == 2
+    run_evaluate("--run", folder, "--fit_decisions", "true")
+    run_evaluate("--run", folder)
+    metrics = json.loads((folder / "eval/test/metrics.json").read_text())
+    cells = [cell.split()[0] for cell in fitted.split("|")[2:-1]]
+    names = (*decisions.MEASURED, *decisions.CALIBRATED)
+    assert cells == [f"{metrics[name]:.3f}" for name in names]
+    with pytest.raises(InputError, match="fitted decision"):
+        decisions.check(open_run(str(folder)))
 
 
 def test_the_first_hour_with_a_gpu_goes_on_where_it_was(tmp_path, measure_here, capsys):
