@@ -5,12 +5,16 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 RESUME_HINT = "The same command with `--resume_from_checkpoint latest` continues from the last complete checkpoint."
+
+GRACE = 10.0  # seconds in which a launcher that has seen one of several processes end also stops the others
+LOST = re.compile(r"closed by peer|reset by peer|remote process exited")  # gloo and NCCL: another process has ended
 
 
 class InputError(Exception):
@@ -38,7 +42,10 @@ def cli_errors(how_to_continue: str = "") -> Iterator[None]:
 
     Exit codes: 2 for bad input, a full disk or missing permissions; 1 for a run that diverged; 130 for Ctrl-C, 143 for
     SIGTERM. how_to_continue: a sentence for a user whose run was interrupted.
+    Of several processes one speaks: the first, where it fails itself, else the one that does. The others give the
+    launcher the time to stop them.
     """
+    others_may_speak = os.environ.get("RANK", "0") != "0"
     signal.signal(signal.SIGTERM, raise_terminated)
     try:
         yield
@@ -63,10 +70,27 @@ def cli_errors(how_to_continue: str = "") -> Iterator[None]:
             message = f"error: {error.filename}: {error.strerror}. Choose a place that you may read and write."
         else:
             raise
+    except RuntimeError as error:
+        if not LOST.search(str(error)):
+            raise
+        message, code, others_may_speak = "error: another process of this run has ended, and this one with it.", 1, True
     else:
         return
+    if others_may_speak and _stopped_by_launcher():
+        sys.exit(code)
     print(printable(message.rstrip()), file=sys.stderr)
     sys.exit(code)
+
+
+def _stopped_by_launcher() -> bool:
+    """Whether the launcher stops this process within GRACE, as another one has ended."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, raise_terminated)
+    try:
+        time.sleep(GRACE)
+    except Terminated:
+        return True
+    return False
 
 
 def why_unreadable(error: OSError) -> str:

@@ -15,7 +15,7 @@ import pytest
 from helpers import ROOT
 from helpers.models import build_tokenizer
 from helpers.rows import toy_rows, write_csv
-from helpers.scripts import CPU_SECONDS, expect_error, run_alone
+from helpers.scripts import CPU_SECONDS, expect_error, run_alone, run_script
 from huggingface_hub import constants
 
 from common import hub
@@ -290,6 +290,33 @@ def test_under_accelerate_launch_ours_comes_before_the_launchers_text(folder):
     ours = result.stderr.index("error: none.csv: there is no such file")
     assert result.returncode != 0
     assert "Traceback" not in result.stderr[:ours] and "train_cls.py" not in result.stderr[:ours]
+
+
+ONE_FAILS = """
+import os, sys
+sys.path[:0] = [sys.argv[1]]
+import torch.distributed as dist
+from common import errors
+
+if os.environ["RANK"] == sys.argv[2] == "1":  # it speaks once it was not stopped
+    errors.GRACE = 0.5
+with errors.cli_errors():
+    dist.init_process_group("gloo")
+    dist.barrier()
+    if sys.argv[2] == os.environ["RANK"]:
+        raise errors.InputError("what one process cannot use")
+    dist.barrier()
+"""
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_an_error_of_one_of_two_processes_is_printed_once(tmp_path, rank):
+    """And nothing of the other one, whose connection is lost."""
+    (tmp_path / "one.py").write_text(ONE_FAILS)
+    found = run_script(str(tmp_path / "one.py"), str(ROOT), rank, processes=2, timeout=60, check=False)
+    assert found.returncode and found.stderr.count("error: what one process cannot use") == 1
+    assert "closed by peer" not in found.stderr and "another process" not in found.stderr
+    assert found.stderr.count("Traceback") == 1 and "ChildFailedError" in found.stderr  # torchrun's own
 
 
 # --- where a model comes from
