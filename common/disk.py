@@ -66,12 +66,17 @@ def to_json(content: Any, indent: int | None = None) -> str:
     return json.dumps(finite(content), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file, complete or not at all."""
+def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 file, complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(to_json(content, indent=2), encoding="utf-8")
+    scratch.write_text(text, encoding="utf-8")
     os.replace(scratch, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file, complete or not at all."""
+    write_text(path, to_json(content, indent=2))
 
 
 def lock(path: Path, what: str) -> "BaseFileLock":

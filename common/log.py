@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tqdm import tqdm
 
-from common.disk import to_json
+from common.disk import to_json, write_text
 from common.errors import InputError, printable
 
 if TYPE_CHECKING:
@@ -75,12 +75,12 @@ class RunLog:
     def __init__(self, run_dir: Path, accelerator: "Accelerator", config: "LoopConfig", total: int, start: int) -> None:
         self.path, self.accelerator, self.every = run_dir / "metrics.jsonl", accelerator, config.logging_steps
         main = accelerator.is_main_process
-        if main and self.path.exists():  # a resumed run repeats what came after its checkpoint, so those lines go
-            lines = self.path.read_text().splitlines(keepends=True)
+        if main and self.path.exists():  # a resumed run repeats what came after its checkpoint
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
             complete = [line for line in lines if line.endswith("}\n")]  # a full disk may have cut a line short
-            scratch = self.path.with_name(".metrics.jsonl.tmp")
-            scratch.write_text("".join(line for line in complete if json.loads(line)["update"] <= start))
-            os.replace(scratch, self.path)
+            before = [line for line, entry in zip(complete, map(json.loads, complete), strict=True)
+                      if entry["update"] <= start and "train_runtime" not in entry]  # fmt: skip
+            write_text(self.path, "".join(before))
         accelerator.project_configuration.set_directories(str(run_dir))
         accelerator.project_configuration.logging_dir = str(run_dir / "logs")
         accelerator.init_trackers(config.run_name or "")

@@ -23,6 +23,7 @@ from common.disk import (
     to_json,
     weights_folder,
     write_json,
+    write_text,
 )
 from common.errors import InputError
 from common.hub import weights_fingerprint
@@ -122,7 +123,7 @@ class RunFolder:
             "data_report.json": to_json(data.report, indent=2),
         }
         for name, content in files.items():
-            (self.path / name).write_text(content, encoding="utf-8")
+            write_text(self.path / name, content)  # else a kill leaves what a resumed run cannot read
 
     def finish(self) -> None:
         """Notes in environment.json that the run got to its end; frees the folder."""
