@@ -22,6 +22,7 @@ from common.errors import RESUME_HINT, InputError, cli_errors
 from common.hub import resolve_model
 from common.log import RunLog, chosen_trackers, evaluation_cost, say
 from common.measure.metrics import TASKS, choosable, perplexity_metrics
+from common.model.initial import initial_adapter
 from common.model.losses import token_losses
 from common.options import CAUSAL_LM, CorpusDataConfig, RunConfig, option, parse_config
 from common.train.run_folder import RunFolder
@@ -76,7 +77,6 @@ def train(config: Config, sources: dict[str, Source], path: str, last: bool = Tr
     from common.measure.model_card import complete_card
     from common.measure.perplexity import continue_text, row_losses
     from common.model import attention, base_model, lora, storage
-    from common.model.initial import initial_adapter
     from common.model.token_losses import TokenLosses
     from common.text import batches
     from common.text.plan import Plan
@@ -234,6 +234,8 @@ def main() -> None:
     if config.eval_strategy != "no" and "validation" not in sources and not config.validation_fraction:
         raise InputError("--eval_strategy needs validation text: set --validation_fraction, or --eval_strategy no.")
     path = resolve_model(config.model, config.revision)
+    # What --init_adapter names is looked at before torch is imported, and again once all is known.
+    initial_adapter(config, path, CAUSAL_LM)
     train_each(runs, config, partial(train, sources=sources, path=path))
 
 

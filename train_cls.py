@@ -22,6 +22,7 @@ from common.errors import RESUME_HINT, InputError, cli_errors
 from common.hub import resolve_model
 from common.log import RunLog, chosen_trackers, evaluation_cost, say
 from common.measure.metrics import TASKS, choosable, summarize
+from common.model.initial import initial_adapter
 from common.model.losses import label_losses, token_losses
 from common.options import CLASSIFICATION, ClassificationDataConfig, PackConfig, RunConfig, option, parse_config
 from common.text.prompts import check_prompt, classification_rows, read_template, show_row
@@ -85,7 +86,6 @@ def train(config: Config, data: ClassificationData, path: str, last: bool = True
     from common.measure.scoring import ROWS_AT_ONCE, predict
     from common.model import attention, base_model, lora, storage
     from common.model.classifier import Classifier, HeadClassifier, classification_prompt
-    from common.model.initial import initial_adapter
     from common.model.token_losses import TokenLosses
     from common.text import batches
     from common.text.plan import Plan
@@ -248,6 +248,9 @@ def main() -> None:
         raise InputError("--eval_strategy needs validation rows: set --validation_fraction, or --eval_strategy no.")
     path = resolve_model(config.model, config.revision)
     check_prompt(config, data, path, config.revision)
+    # What --init_adapter names is looked at before torch is imported, and again once all is known.
+    initial_adapter(config, path, CLASSIFICATION, approach=config.approach, multi_label=data.multi_label,
+                    template=read_template(config.prompt_template, config.approach))  # fmt: skip
 
     def train_one(run: Config, last: bool) -> dict[str, Any]:
         return train(run, load_classification(run) if run.fold else data, path, last)

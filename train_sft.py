@@ -23,6 +23,7 @@ from common.errors import RESUME_HINT, InputError, cli_errors
 from common.hub import resolve_model
 from common.log import RunLog, chosen_trackers, evaluation_cost, say
 from common.measure.metrics import TASKS, choosable, perplexity_metrics
+from common.model.initial import initial_adapter
 from common.model.losses import token_losses
 from common.options import CHAT, CHAT_LENGTH, ChatDataConfig, PackConfig, RunConfig, option, parse_config
 from common.text.chat import ChatRow, chat_rows, choose_template, conversation_numbers, show_chat_row
@@ -82,7 +83,6 @@ def train(config: Config, data: ChatData, path: str, last: bool = True) -> dict[
     from common.measure.model_card import complete_card
     from common.measure.perplexity import row_losses
     from common.model import attention, base_model, lora, storage
-    from common.model.initial import initial_adapter
     from common.model.token_losses import TokenLosses
     from common.text import batches
     from common.text.plan import Plan
@@ -236,6 +236,8 @@ def main() -> None:
     if config.eval_strategy != "no" and not data.splits["validation"]:
         raise InputError("--eval_strategy needs validation rows: set --validation_fraction, or --eval_strategy no.")
     path = resolve_model(config.model, config.revision)
+    # What --init_adapter names is looked at before torch is imported, and again once all is known.
+    initial_adapter(config, path, CHAT)
     train_each(runs, config, partial(train, data=data, path=path))
 
 

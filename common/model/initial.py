@@ -5,8 +5,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import peft
-
 from common.disk import ADAPTER_FILES, check_complete, damage_named, load_task, weights_folder
 from common.errors import InputError
 from common.hub import weights_fingerprint
@@ -30,7 +28,8 @@ def initial_adapter(
     Without --init_adapter it changes nothing. path: of the base. task: as task.json names it. labels: of a
     classification head, whose rows are found again by the labels' names; a new label's row stays as it is, random.
     facts: name in task.json -> what must be the same there.
-    Raises InputError where that run has another base, task, adapter shape or template; no model is loaded for it.
+    Raises InputError where that run has another base, task, adapter shape or template. A script calls it before torch
+    is imported, too, with the facts that it knows then.
     """
     if not config.init_adapter:
         return lambda model: model
@@ -44,6 +43,8 @@ def initial_adapter(
         raise InputError(f"--init_adapter {config.init_adapter}: {difference}.")
 
     def load(model: Any) -> Any:
+        import peft  # imports torch
+
         current = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
         with damage_named(folder):
             weights = peft.load_peft_weights(str(folder), device="cpu")

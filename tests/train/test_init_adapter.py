@@ -9,6 +9,7 @@ import torch
 from helpers.models import build_model
 from helpers.rows import toy_rows, write_csv
 from helpers.runs import train, train_chat, train_text, weights
+from helpers.scripts import expect_error, run_alone
 
 from common.errors import InputError
 from common.model import base_model
@@ -145,3 +146,21 @@ def test_a_resumed_run_began_with_the_same_weights(first, models, toy_files, tmp
     save_file(changed, source / "adapter" / "adapter_model.safetensors")
     with pytest.raises(InputError, match="weights of --init_adapter was"):
         train(*given, *FEW, "--save_strategy", "steps", "--save_steps", 1, "--resume_from_checkpoint", run)
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "message"),
+    [
+        ("train_cls.py", ["--lora_r", "8"], "another lora_r than 8: give --lora_r 4"),
+        ("train_cls.py", ["--approach", "head"], "approach is another one there"),
+        ("train_clm.py", [], "trained for classification, not for causal_lm"),
+        ("train_sft.py", [], "trained for classification, not for chat"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_torch_is_imported(
+    first, models, toy_files, tmp_path, script, options, message
+):
+    """As any input error: in less than two seconds of a processor."""
+    given = ["--model", str(models["llama"]), "--init_adapter", str(first), *options]
+    given += ["--lora_alpha", "32", *data(toy_files)] if script == "train_cls.py" else []
+    expect_error(run_alone(*given, script=script, cwd=tmp_path), f"--init_adapter {first}: ", message)
