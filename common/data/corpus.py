@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from common.data import doctor
 from common.data.files import Row, file_hash, iterate_rows, reading, require_columns, text_columns, text_in
 from common.data.splits import SPLITS, Sources, given_files, open_hub, require_training_rows
 from common.disk import cached_folder
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 SMALLEST_PIECE, LARGEST_PIECE = 2**10, 2**16  # characters
-FORMAT = 2  # of what is kept in the cache: raise it where the pieces of the same text get other fields
+FORMAT = 3  # of what is kept in the cache: raise it where the pieces of the same text get other fields
 AT_ONCE = 2**22  # characters that are tokenized together
 # No tokenizer joins what is on both sides: before a space and its word; in a text without spaces, at a line's start.
 CUTS = (re.compile(r"(?<=\S)(?= \S)"), re.compile(r"(?<=\S\n)(?=\S)"))
@@ -267,17 +268,22 @@ def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
         yield batch
 
 
-def tokenize(source: Source, tokenizer: "Tokenizer", progress: Callable[[int], None]) -> tuple[np.ndarray, np.ndarray]:
-    """The token ids of a corpus, a file mapped into memory; and [pieces] of PIECE, where each piece is in it.
+def tokenize(
+    source: Source, tokenizer: "Tokenizer", progress: Callable[[int], None]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The token ids of a corpus, a file mapped into memory; [pieces] of PIECE, where each piece is in it; and
+    [documents] of doctor.DOCUMENT.
 
-    Documents end with the end token; names of special tokens in the text are text. Both come from the cache if the
+    Documents end with the end token; names of special tokens in the text are text. All come from the cache if the
     same tokenizer has tokenized the same text before. progress: called with characters done.
     """
     cuts = (SMALLEST_PIECE, LARGEST_PIECE, *(cut.pattern for cut in CUTS))
-    key = (FORMAT, source.sha256, source.read_as, _tokenizer_hash(tokenizer), tokenizer.eos_token_id, cuts, PIECE.names)
+    special = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    key = (FORMAT, source.sha256, source.read_as, _tokenizer_hash(tokenizer), special, cuts, PIECE.names)
     name = f"tokens/{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}"
     folder = cached_folder(name, lambda new: _write_tokens(new, source, tokenizer, progress))
-    return np.memmap(folder / "tokens.bin", dtype=np.uint32, mode="r"), np.load(folder / "pieces.npy")
+    tokens = np.memmap(folder / "tokens.bin", dtype=np.uint32, mode="r")
+    return tokens, np.load(folder / "pieces.npy"), np.load(folder / "documents.npy")
 
 
 def _tokenizer_hash(tokenizer: "Tokenizer") -> str:
@@ -295,6 +301,7 @@ def _write_tokens(folder: Path, source: Source, tokenizer: "Tokenizer", progress
     (lead,) = encode([LEAD])
     start = document = 0
     last = " "  # character of the piece before
+    documents = doctor.Documents(tokenizer.bos_token_id)
     folder.mkdir()
     with open(folder / "tokens.bin", "wb") as file:
         for batch in _batches(_pieces(source)):
@@ -302,6 +309,7 @@ def _write_tokens(folder: Path, source: Source, tokenizer: "Tokenizer", progress
             for (text, continues, ends), ids in zip(batch, encoded, strict=True):
                 if continues and ids[: len(lead)] == lead:
                     ids = ids[len(lead) :]
+                documents.add(text, ids, ends)
                 if ends:
                     ids = [*ids, tokenizer.eos_token_id]
                 np.asarray(ids, dtype=np.uint32).tofile(file)
@@ -310,6 +318,7 @@ def _write_tokens(folder: Path, source: Source, tokenizer: "Tokenizer", progress
                 start, document, last = start + len(ids), document + ends, text[-1]
             progress(sum(len(piece.text) for piece in batch))
     np.save(folder / "pieces.npy", np.frombuffer(table, dtype=PIECE))
+    np.save(folder / "documents.npy", documents.table())
 
 
 def load_corpus(
@@ -328,15 +337,15 @@ def load_corpus(
     parts = {split: tokenize(source, tokenizer, progress) for split, source in sources.items()}
     cut: dict[str, np.ndarray] = {}
     if "train" in parts:
-        tokens, pieces = parts["train"]
+        tokens, pieces, documents = parts["train"]
         cut = _cut(pieces, set(sources), config)
-        parts |= {split: (tokens, pieces[numbers]) for split, numbers in cut.items()}
+        parts |= {split: (tokens, pieces[numbers], documents) for split, numbers in cut.items()}
     origins = {split: source.origin for split, source in sources.items()}
-    report: dict[str, Any] = {"files": origins, "splits": {}}
+    report: dict[str, Any] = {"files": origins, "splits": {}, "findings": _examined(parts)}
     data = CorpusData({}, origins, {}, report, {s: numbers.tolist() for s, numbers in cut.items() if s != "train"})
     limits = {"train": config.max_train_samples, "validation": config.max_eval_samples}
     for split in SPLITS:
-        tokens, pieces = parts.get(split) or (np.empty(0, np.uint32), np.empty(0, PIECE))
+        tokens, pieces, _ = parts.get(split) or (np.empty(0, np.uint32), np.empty(0, PIECE), None)
         blocks = Blocks(tokens, pieces, config.block_size, config.stride if split != "train" else None)
         data.splits[split] = blocks
         if split in parts:
@@ -348,6 +357,18 @@ def load_corpus(
             report["splits"][split] = {**entry, "used": len(blocks)}
             data.per_token[split] = {"bytes": size / count, "words": words / count}
     return data
+
+
+def _examined(parts: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]) -> list[str]:
+    """The doctor's findings. A document that is cut into two splits counts in the first one."""
+    own: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for split in (split for split in SPLITS if split in parts):
+        _, pieces, documents = parts[split]
+        numbers = np.unique(pieces["document"])
+        for table, others in own.values():
+            numbers = np.setdiff1d(numbers, others) if table is documents else numbers
+        own[split] = documents, numbers
+    return doctor.examine_documents(own)
 
 
 def load_corpus_once(

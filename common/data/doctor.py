@@ -1,8 +1,11 @@
 """What is likely wrong with rows: copies, contradictions, leftovers of templates, answers that teach little.
 
 A finding is a line of the data report; there is none where nothing was found. Imports neither torch nor transformers.
+Running text can be larger than memory, so of its documents only hashes and flags are kept.
 """
 
+import array
+import hashlib
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +26,20 @@ RENDERED = re.compile(
     r"<\|(?:im_start|im_end|endoftext|eot_id|begin_of_text|start_header_id|end_header_id|user|assistant|system)\|>"
     r"|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|^\s*(?:<s>|<bos>|\[CLS\])"
 )
+# What may be wrong with a document of running text, as bits.
+UNFILLED, MARKED, TWO_STARTS, NO_TEXT, ONE_TOKEN = (1 << bit for bit in range(5))
+UNFILLED_TEXT, MARKED_TEXT = (
+    "placeholders of a template that nobody filled in",
+    "special tokens of a rendered template, which are text here",
+)
+FLAWS = {
+    UNFILLED: f"with {UNFILLED_TEXT}",
+    MARKED: f"with {MARKED_TEXT}",
+    TWO_STARTS: "with a BOS token at the start, where every block has one already",
+    NO_TEXT: "with nothing but white space",
+    ONE_TOKEN: "of a single token",
+}
+DOCUMENT = np.dtype([("hash", np.uint64), ("flaws", np.uint8)])
 
 
 @dataclass(frozen=True)
@@ -59,13 +76,78 @@ def examine(splits: Mapping[str, Sequence[Item]]) -> list[str]:
                 there = "an earlier one" if where == split else f"one of {where}"
                 found.append(f"{split}: {_count(rows)} {there}, {what} {_named(rows)}")
         for pattern, what in (
-            (PLACEHOLDER, "placeholders of a template that nobody filled in"),
-            (RENDERED, "special tokens of a rendered template, which are text here"),
+            (PLACEHOLDER, UNFILLED_TEXT),
+            (RENDERED, MARKED_TEXT),
         ):
             hits = [(item, match[0].strip()) for item in items if (match := _search(pattern, item))]
             if hits:
                 example, named = hits[0][1], _named(item for item, _ in hits)
                 found.append(f"{split}: {_rows(len(hits))} with {what}, such as {example} {named}")
+    return found
+
+
+class Documents:
+    """Collects what is known of the documents of a running text, which come in pieces.
+
+    bos: the id of the tokenizer's BOS token, if it has one. A placeholder that two pieces share is not seen.
+    """
+
+    def __init__(self, bos: int | None) -> None:
+        self.bos, self._hashes, self._flaws = bos, array.array("Q"), bytearray()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._digest, self._tokens, self._current, self._blank = hashlib.blake2b(digest_size=8), 0, 0, True
+
+    def add(self, text: str, ids: Sequence[int], ends: bool) -> None:
+        """The next piece, its tokens, without an end token, and whether its document ends with it."""
+        if not self._tokens:
+            self._current |= TWO_STARTS * (bool(ids) and ids[0] == self.bos)
+        if any(sign in text for sign in ("{{", "[", "<")):  # all that the patterns match begins with one of these
+            self._current |= UNFILLED * bool(PLACEHOLDER.search(text)) | MARKED * bool(RENDERED.search(text))
+        self._digest.update(f"{normalized(text)} ".encode())
+        self._blank &= not text or text.isspace()
+        self._tokens += len(ids)
+        if ends:
+            few = NO_TEXT if self._blank else ONE_TOKEN if self._tokens < 2 else 0
+            self._hashes.append(int.from_bytes(self._digest.digest(), "little"))
+            self._flaws.append(self._current | few)
+            self._begin()
+
+    def table(self) -> np.ndarray:
+        """[documents] of DOCUMENT."""
+        table = np.empty(len(self._hashes), DOCUMENT)
+        table["hash"], table["flaws"] = np.frombuffer(self._hashes, np.uint64), np.frombuffer(self._flaws, np.uint8)
+        return table
+
+
+def examine_documents(splits: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> list[str]:
+    """The findings about running text. splits, `train` the first: name -> DOCUMENT of its source, numbers of its own.
+
+    Two documents with one hash of 64 bits count as copies.
+    """
+    found: list[str] = []
+    known: dict[str, np.ndarray] = {}  # split -> hashes
+
+    def note(split: str, numbers: np.ndarray, what: str, verb: str = "") -> None:
+        if count := len(numbers):
+            first = ", ".join(map(str, numbers[:SHOWN])) + ", ..." * (count > SHOWN)
+            name = f"document{'s' * (count > 1)} {verb + 's' * (verb != '' and count == 1)}".strip()
+            found.append(f"{split}: {count} {name} {what} (ids {first})")
+
+    for split, (table, numbers) in splits.items():
+        documents = table[numbers]
+        new = documents["flaws"] & NO_TEXT == 0
+        for earlier, hashes in known.items():
+            copies = new & np.isin(documents["hash"], hashes)
+            note(split, numbers[copies], f"one of {earlier}, but for case, spaces and punctuation", "repeat")
+            new &= ~copies
+        known[split], first = np.unique(documents["hash"][new], return_index=True)
+        copies = np.flatnonzero(new)
+        copies = np.delete(copies, first)
+        note(split, numbers[copies], "an earlier one, but for case, spaces and punctuation", "repeat")
+        for flaw, what in FLAWS.items():
+            note(split, numbers[documents["flaws"] & flaw != 0], what)
     return found
 
 

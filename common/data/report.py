@@ -62,8 +62,6 @@ def data_report(report: dict[str, Any], example: str) -> str:
         parts.append(table(["label", *entries], counts))
     if lengths := [f"{split} {_quantiles(entry['lengths'])}" for split, entry in entries.items() if "lengths" in entry]:
         facts.append(f"tokens of a row, of at most {report['max_length']}: {'; '.join(lengths)}")
-    if findings := report.get("findings"):
-        parts.append("\n".join(["What to look at before training:\n", *(f"- {markdown(line)}" for line in findings)]))
     return _markdown(report, facts, parts, "One training row; what is trained on is in [[ ]]:", example)
 
 
@@ -103,8 +101,11 @@ def corpus_report(report: dict[str, Any], start: str, wrapped: bool, block: str)
 
 
 def _markdown(report: dict[str, Any], facts: Sequence[str], parts: Sequence[str], shown: str, example: str) -> str:
-    """The files of the splits and other facts as a list, then the parts, then what is shown as an example."""
+    """The files of the splits and other facts as a list, parts and findings, then what is shown as an example."""
     files = [f"{split}: {file['name']} (sha256 {file['sha256'][:12]})" for split, file in report["files"].items()]
     listed = "\n".join(f"- {fact}" for fact in (*files, *facts))
+    if findings := report.get("findings"):
+        lines = (f"- {markdown(line)}" for line in findings)
+        parts = [*parts, "\n".join(["What to look at before training:\n", *lines])]
     indented = "\n".join(f"    {line}" for line in example.splitlines())
     return printable("\n\n".join(["# Data report", listed, *parts, shown, indented]) + "\n")

@@ -3,17 +3,20 @@
 import random
 import re
 import time
+import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers.models import build_tokenizer
 from helpers.rows import toy_rows, write_csv, write_jsonl
+from helpers.texts import load
 
-from common.data import doctor
+from common.data import corpus, doctor
 from common.data.classification import load_classification
 from common.data.conversations import load_conversations
-from common.data.report import data_report
-from common.options import ChatDataConfig, ClassificationDataConfig, parse_config
+from common.data.report import corpus_report, data_report
+from common.options import ChatDataConfig, ClassificationDataConfig, TextConfig, parse_config
 from common.text.chat import ChatTemplate, chat_rows, choose_template
 from common.text.prompts import GENERATIVE_TEMPLATE, ClassificationPrompt
 
@@ -132,6 +135,78 @@ def test_texts_of_other_scripts_are_told_apart():
     assert doctor.normalized("Größe: 3,5  m") == doctor.normalized("größe 3 5 M")
     assert doctor.normalized("ｆｕｌｌ") == "full"
     assert len({doctor.normalized(text) for text in ("今日は", "今日も", "!!", "??", "", "👍", "👎")}) == 7
+
+
+DOCUMENTS = [f"The {n}th letter is about {topic}, and it is long." for topic in ("rivers", "birds") for n in range(20)]
+COPY = "  " + DOCUMENTS[4].upper().replace(" ", " - ", 1) + "!"
+TEXT_DEFECTS = {
+    "a copy": ([*DOCUMENTS, COPY], [], "train: 1 document repeats an earlier one, but for case, .* (ids 40)"),
+    "copies": ([*DOCUMENTS, *DOCUMENTS[:7]], [], "train: 7 documents repeat an .* (ids 40, 41, 42, 43, 44, ...)"),
+    "a test document that was trained on": (DOCUMENTS, ["Another one.", COPY], "test: 1 document repeats one of train"),
+    "a placeholder": ([*DOCUMENTS, "Dear {{First Name}}, hello"], [], "train: 1 document with placeholders of a .*40"),
+    "a rendered template": ([*DOCUMENTS, "<|im_start|>user Hi"], [], "train: 1 document with special tokens of a rend"),
+    "a start": ([*DOCUMENTS, "<s> Hello again"], [], "train: 1 document with special tokens of a rendered template"),
+    "white space": ([*DOCUMENTS, " ", "\t"], [], "train: 2 documents with nothing but white space (ids 40, 41)"),
+    "one token": ([*DOCUMENTS, "a"], [], "train: 1 document of a single token (ids 40)"),
+}
+
+
+@pytest.mark.parametrize("defect", TEXT_DEFECTS)
+def test_defects_of_running_text_are_found(tmp_path, tokenizer, defect):
+    train, test, expected = TEXT_DEFECTS[defect]
+    test = test or ["A text.", "And one more."]
+    files = {f"{split}_file": write_jsonl(tmp_path / f"{split}.jsonl", [{"text": text} for text in texts])
+             for split, texts in (("train", train), ("test", test))}  # fmt: skip
+    data = load(tokenizer, **files, validation_fraction=0, block_size=16)
+    (line,) = findings(corpus_report(data.report, "", True, "shown"))
+    assert re.search(expected.replace("(", r"\(").replace(")", r"\)"), line), line
+
+
+def test_two_starts_of_a_document_are_found():
+    """From a tokenizer that puts BOS in front although it is told not to."""
+    documents = doctor.Documents(bos=1)
+    for ids in ([1, 7, 8], [7, 1, 8]):
+        documents.add(f"text {ids}", ids, True)
+    (line,) = doctor.examine_documents({"train": (documents.table(), np.arange(2))})
+    assert line.startswith("train: 1 document with a BOS token at the start") and line.endswith("(ids 0)")
+
+
+def test_a_document_that_is_cut_into_splits_is_no_copy(tmp_path, tokenizer):
+    """Nor are the drawn documents of a file with several."""
+    (tmp_path / "text.txt").write_text(" ".join(DOCUMENTS), encoding="utf-8")
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": text} for text in DOCUMENTS])
+    for file in (str(tmp_path / "text.txt"), rows):
+        data = load(tokenizer, train_file=file, block_size=16, test_fraction=0.2)
+        assert data.report["findings"] == [] and list(data.report["splits"]) == ["train", "validation", "test"]
+
+
+def examined(files: dict[str, Path]) -> list[str]:
+    """The findings about text files, each of which is one document; words are tokens."""
+    own = {}
+    for split, path in files.items():
+        documents = doctor.Documents(None)
+        for piece in corpus._pieces(corpus._file_source(path, TextConfig())):
+            documents.add(piece.text, range(len(piece.text.split())), piece.ends)
+        own[split] = documents.table(), np.arange(len(documents.table()))
+    return doctor.examine_documents(own)
+
+
+def test_documents_are_not_kept():
+    """A megabyte of text leaves nine bytes a document."""
+    documents = doctor.Documents(None)
+    tracemalloc.start()
+    for i in range(500):
+        documents.add(f"number {i} " * 200, range(400), True)
+    assert tracemalloc.get_traced_memory()[0] < 50_000 and documents.table().nbytes == 500 * 9
+    tracemalloc.stop()
+
+
+WIKITEXT = {"train": "train.txt", "validation": "valid.txt", "test": "test.txt"}
+
+
+@pytest.mark.skipif(not (SHARED / "wikitext2").is_dir(), reason="wikitext-2 is not on this machine")
+def test_nothing_is_found_in_wikitext():
+    assert examined({split: SHARED / "wikitext2" / name for split, name in WIKITEXT.items()}) == []
 
 
 def test_fifty_thousand_rows_take_seconds():
