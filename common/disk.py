@@ -66,11 +66,22 @@ def to_json(content: Any, indent: int | None = None) -> str:
     return json.dumps(finite(content), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Gives an OSError inside the block, such as that of a full disk, the path that it lacks."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 file, complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(text, encoding="utf-8")
+    with named(path):
+        scratch.write_text(text, encoding="utf-8")
     os.replace(scratch, path)
 
 
@@ -94,7 +105,8 @@ def lock(path: Path, what: str) -> "BaseFileLock":
             f"{what} is being written by another process ({path.read_text().strip() or 'of another user'}). Wait "
             "until it has ended, or choose another place."
         ) from None
-    path.write_text(f"process {os.getpid()}")
+    with named(path):
+        path.write_text(f"process {os.getpid()}")
     return held
 
 

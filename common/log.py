@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tqdm import tqdm
 
-from common.disk import to_json, write_text
+from common.disk import named, to_json, write_text
 from common.errors import InputError, printable
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class RunLog:
     def write(self, update: int, values: dict[str, Any]) -> None:
         """A line of metrics.jsonl; its numbers go to the trackers, too."""
         if self.accelerator.is_main_process:
-            with open(self.path, "a", encoding="utf-8") as file:
+            with named(self.path), open(self.path, "a", encoding="utf-8") as file:
                 file.write(to_json({"update": update, **values}) + "\n")
         self.accelerator.log({k: v for k, v in values.items() if isinstance(v, int | float)}, step=update)
 

@@ -1,8 +1,18 @@
-"""The cache: a folder is written once, and one that is not complete does not appear."""
+"""The cache: a folder is written once, and one that is not complete does not appear. And a disk that gets full."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+from helpers.rows import toy_options
+from helpers.runs import assert_same_bits, train
 
 from common.disk import cached_folder
+from common.errors import RESUME_HINT, cli_errors
+from common.train.run_folder import damaged_file, list_checkpoints
 
 
 def test_a_cached_folder_is_written_once_and_only_complete(tmp_path, monkeypatch):
@@ -22,3 +32,42 @@ def test_a_cached_folder_is_written_once_and_only_complete(tmp_path, monkeypatch
     assert not (tmp_path / "kind" / "name").exists() and not list(tmp_path.glob("kind/.*"))
     assert (cached_folder("kind/name", write) / "all").read_text() == "content"
     assert cached_folder("kind/name", fail) == tmp_path / "kind" / "name"  # it is there, so nothing is written
+
+
+@pytest.fixture
+def mounted(tmp_path) -> Iterator[Callable[[str], Path]]:
+    """(size) -> the folder of a file system of this size, made or resized."""
+    folder = tmp_path / "disk"
+
+    def mount(size: str) -> Path:
+        known = folder.is_dir()
+        folder.mkdir(exist_ok=True)
+        options = ["-o", f"remount,size={size}"] if known else ["-t", "tmpfs", "-o", f"size={size}", "tmpfs"]
+        result = subprocess.run(["mount", *options, str(folder)], capture_output=True, text=True)
+        if result.returncode:
+            pytest.skip(f"a file system cannot be mounted here: {result.stderr.strip()}")
+        return folder
+
+    if sys.platform != "linux" or os.geteuid():
+        pytest.skip("only root on Linux may mount a small file system")
+    yield mount
+    subprocess.run(["umount", "-l", str(folder)], capture_output=True)
+
+
+@pytest.mark.parametrize("size", ["20k", "2600k"])
+def test_a_run_on_a_full_disk_ends_with_its_name_and_is_resumed(models, toy_files, tmp_path, mounted, capsys, size):
+    """At its start, or in a later checkpoint: what was complete stays so, and with room the run is resumed."""
+    run = mounted(size) / "run"
+    options = ["--model", models["llama"], *toy_options(toy_files), "--lora_r", 64, "--max_steps", 6, "--save_strategy",
+               "steps", "--save_steps", 1]  # fmt: skip
+    with pytest.raises(SystemExit) as ended, cli_errors(RESUME_HINT):
+        train(*options, "--output_dir", run)
+    error = capsys.readouterr().err.rpartition("error: ")[2]
+    assert ended.value.code == 2 and error.startswith(f"no space left on the disk while writing {run.parent}"), error
+    kept = list_checkpoints(run)
+    assert bool(kept) == (size != "20k") and all(damaged_file(checkpoint) is None for checkpoint in kept)
+    mounted("64m")
+    resumed = ["--resume_from_checkpoint", "latest"] if (run / "config.yaml").exists() else []
+    train(*options, *resumed, "--output_dir", run)
+    train(*options, "--output_dir", tmp_path / "elsewhere")
+    assert_same_bits(run, tmp_path / "elsewhere")

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from accelerate import Accelerator
 
-from common.disk import to_json
+from common.disk import named, to_json
 from common.log import say
 
 Row = TypeVar("Row")
@@ -63,7 +63,7 @@ def _append(file: Path, source: dict[str, Any], start: int, results: Sequence[An
     if not start:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(to_json(source) + "\n", encoding="utf-8")
-    with open(file, "r+b") as lines:
+    with named(file), open(file, "r+b") as lines:
         content = lines.read()
         lines.seek(content.rfind(b"\n") + 1)
         lines.truncate()

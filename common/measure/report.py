@@ -11,7 +11,7 @@ import numpy as np
 
 from common.data.classification import SEPARATOR, Example
 from common.data.report import markdown, table
-from common.disk import SUSPECTS, to_json, write_json
+from common.disk import SUSPECTS, named, to_json, write_json, write_text
 from common.errors import printable
 from common.measure import figures
 from common.measure.decisions import calibration
@@ -174,7 +174,7 @@ def write_causal_lm(
     it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "blocks.jsonl", "w", encoding="utf-8") as file:
+    with named(folder), open(folder / "blocks.jsonl", "w", encoding="utf-8") as file:
         for number, ((nats, tokens), unit) in enumerate(zip(blocks, units, strict=True)):
             row = {"block": number, "unit": unit, "nats": nats, "predicted_tokens": tokens}
             file.write(to_json(row) + "\n")
@@ -221,7 +221,7 @@ def write(
     shown = "\n\n".join(filter(None, [first, results_table(results, split, headlines(task))]))
     write_json(folder / "metrics.json", metrics)
     text = ["# Evaluation", shown, f"95 % intervals: bootstrap over the {unit}.", *parts]
-    (folder / "report.md").write_text(printable("\n\n".join(text) + "\n"), encoding="utf-8")
+    write_text(folder / "report.md", printable("\n\n".join(text) + "\n"))
     return shown
 
 
@@ -236,6 +236,7 @@ def write_sheet(file: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence
 def _write_predictions(folder: Path, rows: Iterable[tuple[dict[str, Any], dict[str, Any]]]) -> None:
     """predictions.jsonl from the first of each pair, predictions.csv from the second."""
     with (
+        named(folder),
         open(folder / "predictions.jsonl", "w", encoding="utf-8") as lines,
         open(folder / "predictions.csv", "w", encoding="utf-8", newline="") as sheet,
     ):

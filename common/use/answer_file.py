@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from common.disk import lock, read_json, to_json, write_json
+from common.disk import lock, named, read_json, to_json, write_json
 from common.errors import InputError
 from common.log import Progress, is_first_process, say
 
@@ -77,11 +77,12 @@ class AnswerFile:
 
     def write(self, answers: Sequence[Line]) -> None:
         """Writes lines for the next rows, each with its row's id first."""
-        for answer in answers:
-            line = to_json({"id": self.ids[self.done], **answer})
-            self._file.write(line.encode() + b"\n")
-            self.done += 1
-        self._file.flush()
+        with named(self.path):
+            for answer in answers:
+                line = to_json({"id": self.ids[self.done], **answer})
+                self._file.write(line.encode() + b"\n")
+                self.done += 1
+            self._file.flush()
 
     def close(self) -> None:
         self._file.close()

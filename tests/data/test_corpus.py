@@ -43,7 +43,7 @@ def joined(blocks: Blocks) -> list[int]:
 def test_pieces_give_the_tokens_of_the_whole_text(tokenizer, tmp_path):
     text = prose(3000)
     data = load(tokenizer, train_file=write(tmp_path / "t.txt", text), validation_fraction=0, test_fraction=0)
-    _, pieces = tokenize(open_sources(Config(train_file=str(tmp_path / "t.txt")))["train"], tokenizer, print)
+    _, pieces, _ = tokenize(open_sources(Config(train_file=str(tmp_path / "t.txt")))["train"], tokenizer, print)
     assert len(pieces) > 20
     assert joined(data.splits["train"]) == [*plain(tokenizer, text), tokenizer.eos_token_id]
     entry = data.report["splits"]["train"]
