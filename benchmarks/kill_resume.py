@@ -3,16 +3,16 @@
     python benchmarks/kill_resume.py --kills 30
 
 Each training script runs once whole, on a tiny random model. Then runs are killed (SIGKILL) two times each: the first
-time at a moment drawn over the length of a run, the second time while they are resumed; then they are resumed to their
-end. Runs are forked from a process that has imported torch, so a moment is never in an import, and the same seed draws
-the same moments. The trained weights, metrics, predictions and baselines must be those of the whole run; only times and
+time at a moment drawn over the length of a run, every part of it in turn, the second time while they are resumed; then
+they are resumed to their end. Moments are counted in CPU seconds, as others may use the machine, and runs are forked
+from a process that has imported torch, so that a moment is never in an import (Linux). The trained weights, metrics, predictions and baselines must be those of the whole run; only times and
 memory may differ. A run that is killed before it has a run folder is started again by the same command.
 """
 
 import argparse
-import math
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -101,21 +101,22 @@ def tried(script: str, model: str, kills: int, draw: random.Random, folder: Path
     options = ["--model", model, *COMMON, *TASKS[script]]
 
     def ends(run: Path, after: float | None = None) -> bool:
-        """Starts or resumes a run; whether it came to its end. after: seconds until it is killed."""
+        """Starts or resumes a run; whether it came to its end. after: CPU seconds until it is killed."""
         given = [*options, *(RESUME if (run / "config.yaml").exists() else []), "--output_dir", str(run)]
         with open(run.with_suffix(".txt"), "ab") as output:
             return forked(partial(called, module, given), output.fileno(), after)
 
     ends(folder / "warm_up")  # what a first run alone does is no part of the length
-    started, whole = time.perf_counter(), folder / "whole"
+    before, whole = cpu_seconds(), folder / "whole"
     if not ends(whole):
         raise RuntimeError(f"{script} failed:\n{whole.with_suffix('.txt').read_text()[-3000:]}")
-    seconds, expected = time.perf_counter() - started, results(whole)
+    seconds, expected = cpu_seconds() - before, results(whole)
+    parts = -(-kills // KILLS_OF_A_RUN)
     where, runs, equal = dict.fromkeys(PHASES, 0), 0, 0
     while sum(where.values()) < kills:
         run, left = folder / f"run_{runs}", seconds
-        for _ in range(min(KILLS_OF_A_RUN, kills - sum(where.values()))):
-            moment = draw.uniform(0, left)
+        for again in range(min(KILLS_OF_A_RUN, kills - sum(where.values()))):
+            moment = draw.uniform(0, left) if again else seconds * (runs % parts + draw.random()) / parts
             if ends(run, moment):
                 break
             where[phase(run)] += 1
@@ -128,7 +129,7 @@ def tried(script: str, model: str, kills: int, draw: random.Random, folder: Path
             print(f"{run} {reason}:\n{run.with_suffix('.txt').read_text()[-1500:]}", file=sys.stderr)
         runs, equal = runs + 1, equal + (not different)
         print(f"{script}: {sum(where.values())} of {kills} kills, {equal} of {runs} runs equal", flush=True)
-    return {"script": script, "seconds of a run": f"{seconds:.1f}", "kills": kills, **where, "runs": runs,
+    return {"script": script, "CPU s of a run": f"{seconds:.1f}", "kills": kills, **where, "runs": runs,
             "equal to the whole run": equal}  # fmt: skip
 
 
@@ -140,7 +141,10 @@ def called(module: ModuleType, given: list[str]) -> None:
 
 
 def forked(work: Callable[[], None], output: int, after: float | None) -> bool:
-    """Whether `work` came to its end in a process of its own, which prints to `output` and is killed after seconds."""
+    """Whether `work` came to its end in a process of its own, which prints to `output`.
+
+    after: CPU seconds until it is killed.
+    """
     child = os.fork()
     if not child:
         code = 1
@@ -156,15 +160,23 @@ def forked(work: Callable[[], None], output: int, after: float | None) -> bool:
         finally:
             sys.stdout.flush()
             os._exit(code)
-    until = time.perf_counter() + after if after is not None else math.inf
+    statistics = Path(f"/proc/{child}/stat")
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             return status == 0
-        if time.perf_counter() > until:
-            os.kill(child, signal.SIGKILL)
-            until = math.inf
+        if after is not None:
+            user, system = statistics.read_text().rpartition(")")[2].split()[11:13]
+            if (int(user) + int(system)) / os.sysconf("SC_CLK_TCK") >= after:
+                os.kill(child, signal.SIGKILL)
+                after = None
         time.sleep(0.002)
+
+
+def cpu_seconds() -> float:
+    """Of all processes so far that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def phase(run: Path) -> str:
