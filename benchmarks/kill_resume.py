@@ -5,8 +5,9 @@
 Each training script runs once whole, on a tiny random model. Then runs are killed (SIGKILL) two times each: the first
 time at a moment drawn over the length of a run, every part of it in turn, the second time while they are resumed; then
 they are resumed to their end. Moments are counted in CPU seconds, as others may use the machine, and runs are forked
-from a process that has imported torch, so that a moment is never in an import (Linux). The trained weights, metrics, predictions and baselines must be those of the whole run; only times and
-memory may differ. A run that is killed before it has a run folder is started again by the same command.
+from a process that has imported torch, so that a moment is never in an import (Linux). The trained weights, metrics,
+predictions and baselines must be those of the whole run; only times and memory may differ. A run that is killed before
+it has a run folder is started again by the same command.
 """
 
 import argparse

@@ -24,7 +24,7 @@ from helpers.runs import (
     train_chat,
     train_text,
 )
-from helpers.scripts import run_script
+from helpers.scripts import run_in_two_processes, run_script
 from helpers.texts import prose
 from sklearn.metrics import f1_score
 
@@ -222,17 +222,35 @@ def test_what_does_not_fit_the_run_is_refused(trained, tmp_path, monkeypatch):
                 run_evaluate(*options)
 
 
-def test_two_processes_write_one_processes_files(trained, tmp_path):
+@pytest.fixture(scope="module")
+def shared_out(trained, models, chat_files, tmp_path_factory) -> Path:
+    """A folder of evaluations by one process and by two: 103 rows of each task, and 13 of several labels."""
+    base = tmp_path_factory.mktemp("shared_out")
+    text, texts = base / "text.txt", base / "rows.txt"
+    text.write_text(prose(400))
+    texts.write_text(prose(396, seed=1))
+    train_chat("--model", models["llama"], *chat_files, "--max_steps", 1, "--output_dir", base / "chat")
+    train_text("--model", models["llama"], "--train_file", text, "--max_steps", 1, "--output_dir", base / "text")
+    labeled = write_csv(base / "rows.csv", toy_rows(35)[:103])
+    asked = write_jsonl(base / "rows.jsonl", chats(103))
+    evaluations = {
+        "classification": ["--run", trained("mistral", "generative", "single"), "--test_file", labeled],
+        "causal_lm": ["--run", base / "text", "--test_file", texts],
+        "chat": ["--run", base / "chat", "--test_file", asked, "--max_new_tokens", 8],
+        "multi": ["--run", trained("qwen", "generative", "multi")],
+    }
+    for task, options in evaluations.items():
+        run_evaluate(*options, "--output_dir", base / "one" / task)
+    calls = ([*options, "--output_dir", base / "two" / task] for task, options in evaluations.items())
+    run_in_two_processes("evaluate", base, *calls)
+    return base
+
+
+def test_two_processes_write_one_processes_files(shared_out):
     """By the script itself: 13 rows over two processes, once each, the same figures."""
-    run = trained("qwen", "generative", "multi")
-    script = tmp_path / "two.py"  # torchrun would take --run for an option of its own; `accelerate launch` does not
-    script.write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport evaluate\n"
-        f"sys.argv[1:] = ['--run', {str(run)!r}, '--output_dir', {str(tmp_path)!r}]\nevaluate.main()\n"
-    )
-    run_script(str(script), processes=2)
-    one, two = figures(run / "eval" / "test"), figures(tmp_path)
-    assert [line["id"] for line in predictions(tmp_path)] == [str(i) for i in range(13)]
+    one, two = (figures(shared_out / processes / "multi") for processes in ("one", "two"))
+    lines = predictions(shared_out / "two" / "multi")
+    assert [line["id"] for line in lines] == [str(i) for i in range(13)]
     for name in ("eval_loss", "perplexity", "nll", "ece", "brier_score"):
         assert two.pop(name) == pytest.approx(one.pop(name), rel=1e-4)
     assert np.array(two.pop("calibration_bins")) == pytest.approx(np.array(one.pop("calibration_bins")), rel=1e-4)
@@ -240,26 +258,9 @@ def test_two_processes_write_one_processes_files(trained, tmp_path):
 
 
 @pytest.mark.parametrize("task", ["classification", "causal_lm", "chat"])
-def test_two_processes_measure_103_rows_as_one(task, trained, models, chat_files, tmp_path):
+def test_two_processes_measure_103_rows_as_one(task, shared_out):
     """A number that two processes cannot share out evenly: the same figures and intervals, each row once."""
-    text = tmp_path / "text.txt"
-    text.write_text(prose(400))
-    if task == "classification":
-        run, file = trained("mistral", "generative", "single"), write_csv(tmp_path / "rows.csv", toy_rows(35)[:103])
-    elif task == "chat":
-        run, file = tmp_path / "run", write_jsonl(tmp_path / "rows.jsonl", chats(103))
-        train_chat("--model", models["llama"], *chat_files, "--max_steps", 1, "--output_dir", run)
-    else:
-        run, file = tmp_path / "run", tmp_path / "rows.txt"
-        train_text("--model", models["llama"], "--train_file", text, "--max_steps", 1, "--output_dir", run)
-        file.write_text(prose(396, seed=1))
-    options = ["--run", run, "--test_file", file, *(["--max_new_tokens", 8] if task == "chat" else []), "--output_dir"]
-    run_evaluate(*options, tmp_path / "one")
-    script = tmp_path / "two.py"  # torchrun would take --run for an option of its own; `accelerate launch` does not
-    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport evaluate\n"
-                      f"sys.argv[1:] = {[*map(str, options), str(tmp_path / 'two')]!r}\nevaluate.main()\n")  # fmt: skip
-    run_script(str(script), processes=2)
-    one, two = figures(tmp_path / "one"), figures(tmp_path / "two")
+    one, two = (figures(shared_out / processes / task) for processes in ("one", "two"))
     assert one["rows"] % 2 and (task == "causal_lm" or one.get("answers", one["rows"]) == 103)
     for found in (one, two):  # beside these numbers, all is equal
         found.pop("calibration_bins", None)

@@ -20,7 +20,7 @@ from helpers import ROOT
 from helpers.models import FAMILIES
 from helpers.rows import chats, read_jsonl, toy_rows, write_csv, write_jsonl
 from helpers.runs import COMBINATIONS, quick, run_evaluate, timeless, train_chat
-from helpers.scripts import expect_error, run_alone, run_script
+from helpers.scripts import expect_error, run_alone, run_in_two_processes
 
 import inference
 from common.data.conversations import Conversation, read_question
@@ -351,23 +351,12 @@ def test_two_processes_write_one_processes_file(models, trained, questions, tmp_
     file = json.loads((classifier / "splits.json").read_text())["sources"]["test"]["name"]
     jobs = []
     for name in ("one", "two"):
-        labels = [
-            "--run",
-            str(classifier),
-            "--input_file",
-            file,
-            "--output_file",
-            str(tmp_path / f"{name}-labels.jsonl"),
-        ]
-        labels += ["--per_device_eval_batch_size", "1"]
+        labels = ["--run", classifier, "--input_file", file, "--output_file", tmp_path / f"{name}-labels.jsonl",
+                  "--per_device_eval_batch_size", 1]  # fmt: skip
         jobs.append([batch(tmp_path, models["llama"], questions, f"{name}.jsonl", "--max_new_tokens", 6), labels])
     for options in jobs[0]:
         run(*options)
-    script = tmp_path / "two.py"  # torchrun would take --run for an option of its own; `accelerate launch` does not
-    for options in jobs[1]:
-        script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport inference\n"
-                          f"sys.argv[1:] = {options!r}\ninference.main()\n")  # fmt: skip
-        run_script(str(script), processes=2)
+    run_in_two_processes("inference", tmp_path, *jobs[1])
     assert read_jsonl(tmp_path / "two.jsonl") == read_jsonl(tmp_path / "one.jsonl")
     labelled = [read_jsonl(tmp_path / f"{name}-labels.jsonl") for name in ("one", "two")]
     for one, two in zip(*labelled, strict=True):  # sums of floats follow the number of threads a process gets
@@ -376,22 +365,18 @@ def test_two_processes_write_one_processes_file(models, trained, questions, tmp_
     assert len(read_jsonl(tmp_path / "two.jsonl")) == 45 and len(labelled[1]) == 15
 
 
-@pytest.mark.parametrize("rows", [7, 1])
-def test_evaluation_by_two_processes_is_that_of_one(talks, tmp_path, rows):
-    """Evaluate.py on a chat run; one process has more and longer prompts than the other, or all.
+def test_evaluation_by_two_processes_is_that_of_one(talks, tmp_path):
+    """evaluate.py on a chat run, whose only row one process has; of many rows, see tests/test_evaluate.py.
 
     Greedy answers of different length are written by each for itself, so nobody waits for the other's tokens.
     """
-    file = write_jsonl(tmp_path / "rows.jsonl", chats(rows, 30))
+    file = write_jsonl(tmp_path / "rows.jsonl", chats(1, 30))
     options = ["--run", str(talks["mistral"]), "--test_file", file, "--max_new_tokens", "20"]
     options += ["--per_device_eval_batch_size", "1", "--output_dir"]
     run_evaluate(*options, tmp_path / "one")
-    script = tmp_path / "two.py"  # torchrun would take --run for an option of its own; `accelerate launch` does not
-    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport evaluate\n"
-                      f"sys.argv[1:] = {[*options, str(tmp_path / 'two')]!r}\nevaluate.main()\n")  # fmt: skip
-    run_script(str(script), processes=2, timeout=120)
+    run_in_two_processes("evaluate", tmp_path, [*options, tmp_path / "two"])
     one, two = (timeless(json.loads((tmp_path / name / "metrics.json").read_text())) for name in ("one", "two"))
-    assert one.keys() == two.keys() and one["answers"] == rows
+    assert one.keys() == two.keys() and one["answers"] == 1
     same = ("source", "weights", "options", "unit")
     assert [one.pop(name) for name in same] == [two[name] for name in same]
     for name, intervals in one.pop("intervals_95").items():

@@ -228,7 +228,8 @@ def test_every_option_exists():
     def mentioned(text: str) -> set[str]:
         return set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", text))
 
-    of_benchmarks = {field.name for script in BENCHMARKS for field in fields(script.Config)} | {"grid"}  # of sweep.py
+    of_benchmarks = {field.name for script in BENCHMARKS for field in fields(script.Config)}
+    of_benchmarks |= {"grid", "kills"}  # of sweep.py, of kill_resume.py
     assert mentioned(ALL) - known - of_benchmarks == set()
     assert mentioned(ALL) >= LAUNCHERS | INSTALLERS  # no stale exceptions
     assert mentioned(RESULTS) - known - of_benchmarks == set()

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,33 @@ def run_script(name: str, *options: str, cwd: Path | None = None, processes: int
     if check and result.returncode:
         raise AssertionError(f"exit code {result.returncode}\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}")
     return result
+
+
+# torchrun would take --run for an option of its own, which `accelerate launch` does not.
+CALLS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import {name} as script
+from common.train import loop
+
+finish = loop.finish
+
+def stay_connected(*objects, last=True):
+    finish(*objects, last=False)
+
+for number, options in enumerate({calls}, 1):
+    loop.finish = finish if number == {count} else stay_connected
+    sys.argv[1:] = options
+    script.main()
+"""
+
+
+def run_in_two_processes(name: str, folder: Path, *calls: Sequence[object]) -> None:
+    """Calls a script with one list of options after the other, in two processes that are started once."""
+    script = folder / f"{name}_in_two.py"
+    options = [list(map(str, call)) for call in calls]
+    script.write_text(CALLS.format(name=name, calls=repr(options), count=len(calls)), encoding="utf-8")
+    run_script(str(script), str(ROOT), processes=2)
 
 
 @dataclass
