@@ -337,9 +337,9 @@ def load_corpus(
     parts = {split: tokenize(source, tokenizer, progress) for split, source in sources.items()}
     cut: dict[str, np.ndarray] = {}
     if "train" in parts:
-        tokens, pieces, documents = parts["train"]
+        tokens, pieces, table = parts["train"]
         cut = _cut(pieces, set(sources), config)
-        parts |= {split: (tokens, pieces[numbers], documents) for split, numbers in cut.items()}
+        parts |= {split: (tokens, pieces[numbers], table) for split, numbers in cut.items()}
     origins = {split: source.origin for split, source in sources.items()}
     report: dict[str, Any] = {"files": origins, "splits": {}, "findings": _examined(parts)}
     data = CorpusData({}, origins, {}, report, {s: numbers.tolist() for s, numbers in cut.items() if s != "train"})
