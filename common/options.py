@@ -152,6 +152,9 @@ class LoopConfig:
     num_threads: int | None = option(
         None, "CPU threads; unset: cores / processes on this machine", at_least=1, binds=False
     )
+    shard_model: bool = option(
+        False, "of several processes, each holds a part of the frozen base instead of all of it", binds=False
+    )
     tf32: bool = option(False, "TF32 products on NVIDIA GPUs for what runs in fp32")
     baselines: bool = option(
         True,
@@ -174,6 +177,8 @@ class LoopConfig:
             yield "--save_steps and --save_strategy steps need each other"
         if self.early_stopping_patience and self.eval_strategy == "no":
             yield "--early_stopping_patience needs evaluations: set --eval_strategy"
+        if self.shard_model and self.torch_compile:
+            yield "--shard_model and --torch_compile exclude each other: drop one"
         if self.dry_run and self.resume_from_checkpoint:
             yield "--dry_run true is about a new run: drop --resume_from_checkpoint"
         if self.seeds and self.resume_from_checkpoint:
@@ -420,6 +425,10 @@ class ChatDataConfig(DataConfig, InstructionConfig):
 @dataclass
 class RunConfig(ModelConfig, LoraArguments, LoopConfig):
     """what the training scripts have in common"""
+
+    def broken_rules(self) -> Iterator[str]:
+        if self.shard_model and (self.full_finetuning or self.load_in_8bit):
+            yield "--shard_model is about a frozen base in 4, 16 or 32 bits: drop --full_finetuning and --load_in_8bit"
 
 
 @dataclass

@@ -22,6 +22,7 @@ from common.measure.suspects import write_suspects
 from common.measure.tfidf import Tfidf
 from common.model import base_model, lora
 from common.model.classifier import Classifier, HeadClassifier, classification_prompt
+from common.model.sharding import shard
 from common.model.token_losses import TokenLosses
 from common.options import BASE_CHANGING_INITS
 from common.text.prompts import GENERATIVE_TEMPLATE, ClassificationPrompt
@@ -56,7 +57,10 @@ def _untrained(model: nn.Module, path: str, config: Any, accelerator: Accelerato
     """The base of a trained model: without its adapter, or loaded again where it is not in there any more."""
     changed = config.full_finetuning or config.init_lora_weights in BASE_CHANGING_INITS
     if changed or isinstance(model, HeadClassifier):
-        yield base_model.load_base(path, config, device=accelerator.device)[0].eval()
+        base = base_model.load_base(path, config, device=accelerator.device)[0].eval()
+        if config.shard_model:
+            shard(base.requires_grad_(False), accelerator.device)
+        yield base
     else:
         with lora.without_adapter(model):
             yield model

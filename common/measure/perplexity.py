@@ -12,6 +12,7 @@ from common.data.corpus import Block
 from common.log import Progress
 from common.memory import give_back
 from common.model.losses import token_losses
+from common.model.sharding import lock_step
 from common.text.batches import Batch
 from common.text.chat import ChatRow
 
@@ -42,16 +43,16 @@ def row_losses(
     share = order[accelerator.process_index :: accelerator.num_processes]
     progress = Progress(accelerator, what, len(share))
     results: list[tuple[int, float, int]] = []
-    for start in range(0, len(share), batch_size):
-        numbers = share[start : start + batch_size]
-        batch = collate([(rows[number], True) for number in numbers]).to(accelerator.device)
-        with accelerator.autocast():
+    with accelerator.autocast(), lock_step(model):
+        for start in range(0, len(share), batch_size):
+            numbers = share[start : start + batch_size]
+            batch = collate([(rows[number], True) for number in numbers]).to(accelerator.device)
             losses = token_losses(model, batch).double()
-        nats = losses.new_zeros(len(numbers)).index_add(0, batch.rows, losses)
-        counts = torch.bincount(batch.rows, minlength=len(numbers))
-        results += zip(numbers, nats.tolist(), counts.tolist(), strict=True)
-        progress(len(numbers))
-        give_back(accelerator.device.type)
+            nats = losses.new_zeros(len(numbers)).index_add(0, batch.rows, losses)
+            counts = torch.bincount(batch.rows, minlength=len(numbers))
+            results += zip(numbers, nats.tolist(), counts.tolist(), strict=True)
+            progress(len(numbers))
+            give_back(accelerator.device.type)
     gathered = sorted(gather_object(results))
     return [(nats, count) for _, nats, count in gathered]
 

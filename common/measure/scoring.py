@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import nn
 
 from common.data.classification import Example
 from common.log import Progress
@@ -23,6 +24,7 @@ from common.memory import give_back
 from common.model import attention
 from common.model.classifier import Classifier, HeadClassifier
 from common.model.prompt_cache import Node, PaddedPrompts, PromptCache, TokenScorer, prefix_states
+from common.model.sharding import lock_step
 from common.text.batches import collate_head, common_prefix, pad_left
 from common.text.prompts import HeadRow
 
@@ -47,7 +49,7 @@ def predict(
     what: the progress bar's caption.
     """
     answer = partial(classify, classifier, decode=decode, probabilities=probabilities, decision=decision)
-    return _share_out(answer, examples, accelerator, batch_size, what)
+    return _share_out(answer, classifier.model, examples, accelerator, batch_size, what)
 
 
 def predict_outputs(
@@ -61,20 +63,21 @@ def predict_outputs(
         prompts = _rendered(classifier, some)
         return head_outputs(model, prompts, classifier.tokenizer.pad_token_id, **options)
 
-    return torch.stack(_share_out(outputs, examples, accelerator, batch_size, what))
+    return torch.stack(_share_out(outputs, model, examples, accelerator, batch_size, what))
 
 
 def _share_out(
     answer: Callable[..., Iterable[Any]],
+    model: nn.Module,
     examples: Sequence[Example],
     accelerator: Accelerator,
     batch_size: int,
     what: str,
 ) -> list[Any]:
-    """`answer` of all examples, in their order, on every process, each of which answers its share of them."""
+    """`answer` by the model of all examples, in their order, on every process, each of which answers its share."""
     share = range(accelerator.process_index, len(examples), accelerator.num_processes)
     progress = Progress(accelerator, what, len(share))
-    with accelerator.autocast():
+    with accelerator.autocast(), lock_step(model):
         answers = answer([examples[i] for i in share], device=accelerator.device, batch_size=batch_size,
                          progress=progress)  # fmt: skip
     gathered = gather_object(list(zip(share, answers, strict=True)))

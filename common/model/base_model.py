@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from common.disk import damage_named
 from common.errors import InputError
 from common.model import attention
-from common.options import ModelConfig
+from common.options import LoopConfig, ModelConfig
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -97,8 +97,11 @@ def load_base(
     """The base model, and the names of the modules that its checkpoint lacks (a new head, a new pooler).
 
     labels: loads a sequence classifier with one output per label instead of a causal language model. as_stored: in the
-    dtype of the files, as trained weights are.
+    dtype of the files, as trained weights are. device: with --shard_model, the model is left on the CPU, as it may not
+    fit there before it is sharded.
     """
+    if isinstance(config, LoopConfig) and config.shard_model:
+        device = "cpu"
     dtype = torch.float32 if config.full_finetuning else DTYPES[config.mixed_precision]
     quantized = config.load_in_4bit or config.load_in_8bit
     options: dict[str, Any] = {

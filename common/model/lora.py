@@ -76,13 +76,18 @@ def add_lora(model: Any, config: Any, missing: list[str], head: bool) -> Any:
 
 def _upper_layers(model: PreTrainedModel, count: int) -> tuple[str, dict[str, Any]]:
     """The name of the list of layers, and PEFT's options for the last `count` of them."""
-    layers = model.config.get_text_config().num_hidden_layers
-    if count > layers:
-        raise InputError(f"--train_layers {count}: the model has {layers} layers.")
-    parts = (model.get_decoder() or model).named_modules()
-    (stack, *_) = (name for name, part in parts if isinstance(part, nn.ModuleList) and len(part) == layers)
+    stack, layers = layer_stack(model)
+    if count > len(layers):
+        raise InputError(f"--train_layers {count}: the model has {len(layers)} layers.")
     stack = stack.rpartition(".")[2]
-    return stack, {"layers_to_transform": list(range(layers - count, layers)), "layers_pattern": stack}
+    return stack, {"layers_to_transform": list(range(len(layers) - count, len(layers))), "layers_pattern": stack}
+
+
+def layer_stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The list of the layers that text passes, and its name."""
+    number = model.config.get_text_config().num_hidden_layers
+    parts = (model.get_decoder() or model).named_modules()
+    return next((name, part) for name, part in parts if isinstance(part, nn.ModuleList) and len(part) == number)
 
 
 def _towers(model: PreTrainedModel, linear: set[str]) -> list[str]:

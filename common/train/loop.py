@@ -19,6 +19,7 @@ from common.errors import InputError, Terminated
 from common.log import say
 from common.memory import give_back
 from common.model.base_model import unpacked_size
+from common.model.sharding import keep_from_ddp, shard
 from common.options import LoopConfig
 from common.text.batches import Batch
 from common.text.plan import rank_share
@@ -40,8 +41,8 @@ def start_accelerator(config: Any, trackers: Sequence[str] = ()) -> Accelerator:
     for engine, flag in ENGINES.items():
         if os.environ.get(flag, "false").lower() == "true":
             raise InputError(
-                f"The launcher asks for {engine}, which is not supported here: each process holds the whole base, in 4 "
-                "bits by default. Launch with configs/accelerate/multi_gpu.yaml."
+                f"The launcher asks for {engine}, which is not supported here. What shards a base that is too large "
+                "for one GPU is --shard_model true, launched with configs/accelerate/multi_gpu.yaml."
             )
     if config.mixed_precision == "fp16" and not torch.accelerator.is_available():
         raise InputError("fp16 (--mixed_precision, or as trained) needs a GPU. Set --mixed_precision bf16 or no.")
@@ -56,6 +57,8 @@ def start_accelerator(config: Any, trackers: Sequence[str] = ()) -> Accelerator:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
         torch.set_num_threads(config.num_threads or max(1, cores // local))
+    if isinstance(config, LoopConfig) and config.shard_model and accelerator.num_processes == 1:
+        raise InputError("--shard_model true needs several processes, and there is one. Launch with --num_processes 2.")
     if config.tf32:
         torch.set_float32_matmul_precision("high")
     return accelerator
@@ -186,7 +189,12 @@ def prepare(
     if config.torch_compile:
         model.compile(dynamic=True)
     quantized = config.load_in_4bit or config.load_in_8bit  # such weights cannot be moved
-    model, optimizer = accelerator.prepare(model, optimizer, device_placement=[not quantized, True])
+    if config.shard_model:
+        keep_from_ddp(model, accelerator.device)
+    movable = not quantized and not config.shard_model
+    model, optimizer = accelerator.prepare(model, optimizer, device_placement=[movable, True])
+    if config.shard_model:
+        say(accelerator, shard(accelerator.unwrap_model(model), accelerator.device))
     register_hooks(accelerator, scheduler)
     return model, optimizer
 
