@@ -104,7 +104,7 @@ def test_configurations_are_listed():
     """The parametrised tests see the files."""
     assert [path.stem for path in RUNS] == ["amazon_llama", "arxiv_llama"]
     assert [path.stem for path in CHAT_RUNS] == ["sft_bitext", "sft_finetome", "sft_mistral"]
-    assert [path.stem for path in PROFILES] == ["cpu", "multi_gpu", "one_gpu"]
+    assert [path.stem for path in PROFILES] == ["cpu", "multi_gpu", "multi_node", "one_gpu"]
 
 
 @pytest.mark.parametrize("path", TEXT_RUNS, ids=lambda path: path.stem)
@@ -216,7 +216,8 @@ def test_launch_profiles_are_valid(path):
     args = launch_command_parser().parse_args(["--config_file", str(path), *words[2:]])
     args, _, _ = _validate_launch_command(args)
     assert args.training_script == "train_cls.py"
-    expected = {"cpu": (False, True, 1), "one_gpu": (False, False, 1), "multi_gpu": (True, False, 4)}[path.stem]
+    expected = {"cpu": (False, True, 1), "one_gpu": (False, False, 1), "multi_gpu": (True, False, 4),
+                "multi_node": (True, False, 4)}[path.stem]  # fmt: skip
     assert (bool(args.multi_gpu), args.use_cpu, args.num_processes) == expected
 
 

@@ -221,11 +221,12 @@ with cli_errors(train_cls.RESUME_HINT):
 
 
 def test_a_signal_to_one_of_two_processes_stops_both(models, toy_files, tmp_path):
-    """After the same update, with a checkpoint, from which two processes go on."""
+    """After the same update, with a checkpoint, from which two processes go on, the first two with a sharded base."""
     (tmp_path / "two.py").write_text(STOP_THE_LAST)
     options = ["--model", models["llama"], *toy_options(toy_files), *PLAIN, "--num_train_epochs", 4, "--output_dir"]
     two = partial(run_script, tmp_path / "two.py", str(ROOT), *map(str, options), str(tmp_path / "run"), processes=2)
-    found = two(timeout=120, check=False)
+    found = two("--shard_model", "true", timeout=120, check=False)
+    assert "The base is sharded" in found.stdout
     assert found.returncode and "exitcode  : 143" in found.stderr, found.stderr[-3000:]
     assert found.stderr.count("Stopped by SIGTERM") == 1 and "checkpoint" in found.stderr
     assert "step_5" in [folder.name for folder in (tmp_path / "run/checkpoints").iterdir()]

@@ -13,33 +13,36 @@ from helpers.texts import prose
 
 from common.errors import InputError
 
-NAMES = ("generative", "head", "text", "chat", "nf4")
+# Name -> bytes in fp32 that each process holds whole: a vocabulary head of 600 tokens, which may be the embeddings too,
+# and the last norm; of a classification head, the untrained copy that PEFT keeps, and the norm.
+WHOLE = {"generative": 601 * 32 * 4, "head": 4 * 32 * 4, "text": 601 * 32 * 4, "chat": 601 * 32 * 4,
+         "nf4": 601 * 64 * 4}  # fmt: skip
 TWO_PROCESSES = """
 import json, os, sys
 sys.path[:0] = sys.argv[1:3]
 import pytest
 from torch.distributed.tensor import DTensor
 from helpers import runs
+from common.measure import scoring
 from common.train import loop
 
 jobs = json.loads(open(sys.argv[3]).read())
-prepare, finite_mean, held, seen = loop.prepare, loop.finite_mean, {}, {}
+prepare, finite_mean, seen = loop.prepare, loop.finite_mean, {}
 
 def keep_model(accelerator, module, *args):
-    seen["whole"] = sum(p.nbytes for p in module.parameters() if not p.requires_grad)
+    seen["base"] = sum(p.nbytes for p in module.parameters() if not p.requires_grad)
     seen["model"] = module
     return prepare(accelerator, module, *args)
 
 def count_bytes(*args):  # after the backward pass
     frozen = [p for p in seen["model"].parameters() if not p.requires_grad]
     local = [p.to_local() if isinstance(p, DTensor) else p for p in frozen]
-    shards = [p for p in frozen if isinstance(p, DTensor)]
-    seen["held"] = sum(p.untyped_storage().nbytes() for p in local)
-    seen["unsharded"] = sum(p.nbytes for p in frozen if not isinstance(p, DTensor))
-    seen["layers"] = sum(p.nbytes for p in shards)
+    seen["here"] = sum(p.untyped_storage().nbytes() for p in local)
+    seen["layers"] = sum(p.nbytes for p in frozen if isinstance(p, DTensor))
     return finite_mean(*args)
 
 loop.prepare, loop.finite_mean = keep_model, count_bytes
+scoring.ROWS_AT_ONCE = 1  # with --per_device_eval_batch_size 1, two processes with 8 and 7 rows make unequal passes
 for name, script, options, stopped in jobs:
     folder = options[options.index("--output_dir") + 1]
     train = getattr(runs, script)
@@ -89,7 +92,7 @@ def runs(models, chat_files, toy_files, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WHOLE)
 def test_two_processes_with_a_shared_base_train_what_one_does(runs, name):
     """In losses, gradient norms, weights, and in what is measured of them and of the untrained base."""
     one, two = runs / "one" / name, runs / "two" / name
@@ -107,14 +110,13 @@ def _measured(values: dict) -> list[float]:
     return [part for value in values.values() if isinstance(value, dict) for part in _measured(value)]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WHOLE)
 def test_each_process_holds_half_of_the_layers(runs, name):
-    """Counted after a backward pass; only a vocabulary head, what is tied to it, and the last norm are whole."""
+    """Counted after a backward pass."""
     for rank in (0, 1):
         held = json.loads((runs / "two" / name / f"bytes_{rank}.json").read_text())
-        assert held["layers"] + held["unsharded"] == held["whole"]
-        assert held["held"] <= held["layers"] / 2 + held["unsharded"] + 200
-        assert held["unsharded"] <= (200 if name == "head" else 600 * 64 * 4 + 300) < held["whole"]
+        assert held["base"] - held["layers"] == WHOLE[name] and held["layers"] > 16_000
+        assert held["here"] == held["layers"] / 2 + WHOLE[name]
 
 
 def test_a_sharded_run_is_resumed(runs):
