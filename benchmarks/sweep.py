@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from common.data.report import table  # noqa: E402
-from common.disk import read_json  # noqa: E402
+from common.disk import read_json, read_lines  # noqa: E402
 from common.measure import figures  # noqa: E402
 
 COLUMNS = {"eval_loss": "validation loss", "accuracy": "accuracy", "f1_micro": "micro-F1", "f1_macro": "macro-F1"}
@@ -30,7 +30,7 @@ def train(script: list[str], settings: dict[str, str], folder: Path) -> dict[str
         resume = ["--resume_from_checkpoint", "latest"] if list(folder.glob("checkpoints/step_*")) else []
         options = [word for name, value in settings.items() for word in (f"--{name}", value)]
         subprocess.run([sys.executable, *script, *options, *resume, "--output_dir", str(folder)], check=True)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = read_lines(folder / "metrics.jsonl")
     last = [line for line in lines if line.get("split") == "validation"][-1]
     seconds = sum(line.get("train_runtime", 0) for line in lines)
     return {**settings, **{name: last[name] for name in COLUMNS if name in last}, "seconds": seconds}

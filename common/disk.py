@@ -237,7 +237,7 @@ def _damage(folder: Path) -> str | None:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects in a JSONL file, if there is one; without a last line that a kill has cut."""
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for line in path.read_bytes().splitlines() if path.is_file() else ():  # of bytes: U+2028 in a text ends no line
         with contextlib.suppress(ValueError):
             found.append(json.loads(line))
     return found

@@ -45,7 +45,8 @@ def cli_errors(how_to_continue: str = "") -> Iterator[None]:
     Of several processes one speaks: the first, where it fails itself, else the one that does. The others give the
     launcher the time to stop them.
     """
-    others_may_speak = os.environ.get("RANK", "0") != "0"
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    others_may_speak = several and os.environ.get("RANK", "0") != "0"
     signal.signal(signal.SIGTERM, raise_terminated)
     try:
         yield
@@ -71,9 +72,10 @@ def cli_errors(how_to_continue: str = "") -> Iterator[None]:
         else:
             raise
     except RuntimeError as error:
-        if not LOST.search(str(error)):
+        if not (several and LOST.search(str(error))):
             raise
-        message, code, others_may_speak = "error: another process of this run has ended, and this one with it.", 1, True
+        message, code = f"error: another process of this run has ended, and this one with it ({error}).", 1
+        others_may_speak = True
     else:
         return
     if others_may_speak and _stopped_by_launcher():
@@ -84,9 +86,9 @@ def cli_errors(how_to_continue: str = "") -> Iterator[None]:
 
 def _stopped_by_launcher() -> bool:
     """Whether the launcher stops this process within GRACE, as another one has ended."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, raise_terminated)
     try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, raise_terminated)
         time.sleep(GRACE)
     except Terminated:
         return True

@@ -76,11 +76,11 @@ class RunLog:
         self.path, self.accelerator, self.every = run_dir / "metrics.jsonl", accelerator, config.logging_steps
         main = accelerator.is_main_process
         if main and self.path.exists():  # a resumed run repeats what came after its checkpoint
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            complete = [line for line in lines if line.endswith("}\n")]  # a full disk may have cut a line short
+            lines = self.path.read_bytes().splitlines(keepends=True)  # of bytes: U+2028 in a text ends no line
+            complete = [line for line in lines if line.endswith(b"}\n")]  # a full disk may have cut a line short
             before = [line for line, entry in zip(complete, map(json.loads, complete), strict=True)
                       if entry["update"] <= start and "train_runtime" not in entry]  # fmt: skip
-            write_text(self.path, "".join(before))
+            write_text(self.path, b"".join(before).decode())
         accelerator.project_configuration.set_directories(str(run_dir))
         accelerator.project_configuration.logging_dir = str(run_dir / "logs")
         accelerator.init_trackers(config.run_name or "")

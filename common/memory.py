@@ -7,17 +7,19 @@ import sys
 from collections.abc import Callable
 
 SHARE = 0.02  # of the time that the system may spend on giving back and, which is most of it, on taking pages anew
+LONGEST = 30.0  # seconds between two calls, where the system has other work as well
 
 
 class _Trimmer:
-    """Calls `malloc_trim` once the system's work since its last call is at most SHARE of the time since then."""
+    """Calls `malloc_trim` once the system's work since its last call is at most SHARE of the time, or after LONGEST."""
 
     def __init__(self, trim: Callable[[int], int]) -> None:
         self.trim, self.last = trim, os.times()
 
     def __call__(self) -> None:
         now = os.times()
-        if now.system - self.last.system <= SHARE * (now.elapsed - self.last.elapsed):
+        elapsed = now.elapsed - self.last.elapsed
+        if elapsed >= LONGEST or now.system - self.last.system <= SHARE * elapsed:
             self.trim(0)
             self.last = now
 
@@ -35,8 +37,8 @@ def give_back(device_type: str) -> None:
     """Gives freed memory back to the system, on a CPU and where the C library can; to be called after every batch.
 
     Batches of ever new shapes leave free blocks in which the next tensors do not fit, and without this call a process
-    only grows. It takes about 2 % of the time, whatever a call costs: calls that come too soon do nothing. A call after
-    every update took 10 % of training, as the pages of every batch had to be taken anew.
+    only grows. It takes a few percent of the time, whatever a call costs: calls that come too soon do nothing. A call
+    after every update took 10 % of training, as the pages of every batch had to be taken anew.
     """
     trimmer = _trimmer()
     if trimmer and device_type == "cpu":

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from helpers.rows import toy_options
+from helpers.rows import toy_options, toy_rows, write_csv
 from helpers.runs import assert_same_bits, train
 
-from common.disk import cached_folder
+from common.disk import cached_folder, read_lines, to_json
 from common.errors import RESUME_HINT, cli_errors
 from common.train.run_folder import damaged_file, list_checkpoints
 
@@ -71,3 +71,22 @@ def test_a_run_on_a_full_disk_ends_with_its_name_and_is_resumed(models, toy_file
     train(*options, *resumed, "--output_dir", run)
     train(*options, "--output_dir", tmp_path / "elsewhere")
     assert_same_bits(run, tmp_path / "elsewhere")
+
+
+def test_separators_of_lines_within_a_text_end_no_line_of_a_file(tmp_path):
+    """U+0085 and U+2028 are in texts from the web, and JSON leaves them as they are. A line that a kill cut is left."""
+    rows = [{"id": str(i), "text": f"a{mark}b"} for i, mark in enumerate("\u0085\u2028\u2029\x1c\x0b\x0c")]
+    lines = "".join(f"{to_json(row)}\n" for row in rows).encode()
+    (tmp_path / "rows.jsonl").write_bytes(lines + '{"id": "9", "text": "ä'.encode()[:-1])
+    assert read_lines(tmp_path / "rows.jsonl") == rows
+
+
+def test_a_label_with_a_separator_of_lines_is_trained_and_resumed(models, tmp_path):
+    """The names of labels are in metrics.jsonl, which the picture and a resumed run read."""
+    rows = [{"text": row["text"], "label": row["label"] + "\u0085\u2028"} for row in toy_rows(4)]
+    options = ["--train_file", write_csv(tmp_path / "rows.csv", rows), "--model", models["llama"], "--approach", "head",
+               "--max_steps", "2", "--output_dir", tmp_path / "run"]  # fmt: skip
+    train(*options)
+    (checkpoint,) = list_checkpoints(tmp_path / "run")
+    train(*options, "--resume_from_checkpoint", checkpoint)
+    assert all(line for line in read_lines(tmp_path / "run" / "metrics.jsonl"))

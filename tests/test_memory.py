@@ -17,9 +17,13 @@ def test_calls_that_come_too_soon_do_nothing(monkeypatch):
     monkeypatch.setattr(os, "times", lambda: SimpleNamespace(**vars(now)))
     calls = []
     trimmer = memory._Trimmer(lambda pad: calls.append(now.elapsed) or 1)
-    for now.elapsed, now.system in [(110, 1.0), (149, 1.0), (151, 1.0), (152, 2.0), (200, 2.0), (202, 2.0)]:
+    for now.elapsed, now.system in [(105, 0.2), (109, 0.2), (111, 0.2), (112, 0.6), (130, 0.6), (132, 0.6)]:
         trimmer()
-    assert calls == [151, 202]
+    assert calls == [111, 132]
+    for now.elapsed in range(133, 200):  # a system that is busy all the time
+        now.system += 0.05
+        trimmer()
+    assert calls == [111, 132, 162, 192]
 
 
 def test_a_gpu_or_another_library_has_nothing_to_give_back(monkeypatch):

@@ -279,7 +279,8 @@ def tokenize(
     """
     cuts = (SMALLEST_PIECE, LARGEST_PIECE, *(cut.pattern for cut in CUTS))
     special = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    key = (FORMAT, source.sha256, source.read_as, _tokenizer_hash(tokenizer), special, cuts, PIECE.names)
+    looked_for = (doctor.PLACEHOLDER.pattern, doctor.RENDERED.pattern)
+    key = (FORMAT, source.sha256, source.read_as, _tokenizer_hash(tokenizer), special, cuts, looked_for, PIECE.names)
     name = f"tokens/{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}"
     folder = cached_folder(name, lambda new: _write_tokens(new, source, tokenizer, progress))
     tokens = np.memmap(folder / "tokens.bin", dtype=np.uint32, mode="r")

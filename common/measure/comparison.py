@@ -6,7 +6,6 @@ The rows' files are those that `common.measure.report` writes. What is drawn for
 conversations, and documents (or stretches of text); of a recipe with several seeds, its runs as well.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from common.data.report import markdown, table
-from common.disk import read_json
+from common.disk import read_json, read_lines
 from common.errors import InputError
 from common.measure.intervals import (
     Measure,
@@ -77,8 +76,7 @@ def read_evaluation(folder: Path, task: str) -> Evaluation:
     file = folder / ("blocks.jsonl" if task == CAUSAL_LM else "predictions.jsonl")
     if not file.is_file():
         raise InputError(f"{file} is missing: evaluate the run again.")
-    lines = map(json.loads, file.read_text(encoding="utf-8").splitlines())
-    rows = {str(row["block"] if task == CAUSAL_LM else row["id"]): row for row in lines}
+    rows = {str(row["block"] if task == CAUSAL_LM else row["id"]): row for row in read_lines(file)}
     return Evaluation(folder, read_json(folder / "metrics.json"), rows)
 
 

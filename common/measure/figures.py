@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.util
-import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from common.disk import read_lines
 from common.log import say
 from common.measure.metrics import interval
 
@@ -130,7 +130,7 @@ def draw_risk_coverage(path: Path, certainty: np.ndarray, right: np.ndarray) -> 
 
 def draw_learning_curve(run: Path, name: str) -> None:
     """learning_curve.png of a run folder: training loss and the validation metric of this name, over the updates."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = read_lines(run / "metrics.jsonl")
     trained = [(line["update"], line["loss"]) for line in lines if "loss" in line]
     evaluated = [(line["update"], line[name]) for line in lines if name in line]
     if not can_draw() or not (trained or evaluated):  # fewer updates than --logging_steps

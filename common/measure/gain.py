@@ -1,6 +1,5 @@
 """Baselines' predictions on disk, and what a run gains over the best of them on the same rows."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from common.data.classification import Example
-from common.disk import to_json
+from common.disk import read_lines, to_json
 from common.measure.intervals import Measure, difference, percentiles, point, resampled
 from common.measure.metrics import METRICS, label_measure
 
@@ -50,8 +49,7 @@ def read_predictions(folder: Path, name: str, labels: Sequence[str]) -> dict[str
     """id -> label indices, of a baseline that `write_predictions` has kept; empty if there is none."""
     file, found = folder / FOLDER / FILES[name], dict[str, tuple[int, ...] | None]()
     index = {label: k for k, label in enumerate(labels)}
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
-        row = json.loads(line)
+    for row in read_lines(file):
         names = [row["prediction"]] if isinstance(row["prediction"], str) else row["prediction"]
         found[row["id"]] = None if names is None else tuple(index[name] for name in names)
     return found

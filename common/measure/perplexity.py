@@ -66,7 +66,7 @@ def continue_text(
     ids = tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]
     inputs = torch.tensor([ids], device=accelerator.device)
     torch.manual_seed(seed)
-    with accelerator.autocast():
+    with accelerator.autocast(), lock_step(model):  # one process may draw another token, and end earlier
         output = model.generate(  # type: ignore[operator]
             inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=SAMPLE_TOKENS, use_cache=True,
             do_sample=True, temperature=0.8, top_p=0.95, top_k=0, pad_token_id=tokenizer.pad_token_id,

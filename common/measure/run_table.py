@@ -1,7 +1,6 @@
 """Runs side by side, of any task: seeds of one call, and runs as one table in Markdown and CSV, with pictures."""
 
 import csv
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.data.report import table
-from common.disk import load_task, read_json, weights_folder
+from common.disk import load_task, read_json, read_lines, weights_folder
 from common.errors import InputError
 from common.measure import figures
 from common.measure.metrics import METRICS, TASKS, classification_metrics, headlines, interval
@@ -54,8 +53,7 @@ def _pooled(folders: Sequence[Path]) -> str:
     labels = load_task(weights_folder(folders[0]))["labels"]
     gold, predicted = [], []
     for folder in folders:
-        for line in (folder / "eval/test/predictions.jsonl").read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
+        for row in read_lines(folder / "eval/test/predictions.jsonl"):
             gold.append(_indices(row["gold"], labels))
             predicted.append(_indices(row["prediction"], labels))
     metrics = classification_metrics(gold, predicted, labels)

@@ -45,6 +45,8 @@ def initial_adapter(
     def load(model: Any) -> Any:
         import peft  # imports torch
 
+        if other := _other_base(saved, config, path):
+            raise InputError(f"--init_adapter {config.init_adapter}: {other}.")
         current = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
         with damage_named(folder):
             weights = peft.load_peft_weights(str(folder), device="cpu")
@@ -71,9 +73,10 @@ def _differences(
     """
     if saved["task"] != task:
         yield f"trained for {saved['task']}, not for {task}: name a run of this script"
-    base = saved.get("base_fingerprint") or saved["model_options"]["model"]
-    if base not in (weights_fingerprint(path, config.revision), config.model):
-        yield f"trained on another base ({saved['model_options']['model']}) than --model {config.model}: give that one"
+    # A model of the same name on the hub may not be fetched yet; it is looked at when it is.
+    is_there = Path(path).is_dir() or config.model != saved["model_options"]["model"]
+    if is_there and (other := _other_base(saved, config, path)):
+        yield other
     for name, value in facts.items():
         if saved.get(name) != value:
             yield f"{name} is another one there ({str(saved.get(name))[:60]!r}): {WAYS[name].format(saved.get(name))}"
@@ -93,6 +96,14 @@ def _differences(
         same = set(config.target_modules) == set(targets)
     if not same:
         yield f"the adapter changes other layers: give --target_modules {' '.join(sorted(targets))}"
+
+
+def _other_base(saved: dict[str, Any], config: Any, path: str) -> str:
+    """Says that the weights of the base are others than those that the adapter was trained on, if they are."""
+    name = saved["model_options"]["model"]
+    if (saved.get("base_fingerprint") or name) in (weights_fingerprint(path, config.revision), config.model):
+        return ""
+    return f"trained on another base ({name}) than --model {config.model}: give that one"
 
 
 def _rows_by_label(name: str, saved: Any, current: Any, old: Sequence[str], new: Sequence[str]) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import SHARED
 from helpers.models import build_tokenizer
 from helpers.rows import toy_rows, write_csv, write_jsonl
 from helpers.texts import load
@@ -20,7 +21,6 @@ from common.options import ChatDataConfig, ClassificationDataConfig, TextConfig,
 from common.text.chat import ChatTemplate, chat_rows, choose_template
 from common.text.prompts import GENERATIVE_TEMPLATE, ClassificationPrompt
 
-SHARED = Path("/work/shared/data")
 CONVERSATIONS = [
     {"instruction": f"What is the {n}th thing on the list of {topic}?", "output": f"It is {topic} number {n}, I think."}
     for topic in ("rivers", "birds", "tools")
@@ -173,7 +173,7 @@ def test_two_starts_of_a_document_are_found():
 
 def test_a_document_that_is_cut_into_splits_is_no_copy(tmp_path, tokenizer):
     """Nor are the drawn documents of a file with several."""
-    (tmp_path / "text.txt").write_text(" ".join(DOCUMENTS), encoding="utf-8")
+    (tmp_path / "text.txt").write_text(" ".join(DOCUMENTS * 10), encoding="utf-8")
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": text} for text in DOCUMENTS])
     for file in (str(tmp_path / "text.txt"), rows):
         data = load(tokenizer, train_file=file, block_size=16, test_fraction=0.2)

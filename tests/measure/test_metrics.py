@@ -213,7 +213,8 @@ def test_the_untrained_base_is_measured_once_on_some_rows(tmp_path, monkeypatch,
     model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["0"], init_lora_weights=False))
     monkeypatch.setattr(base_model, "load_base", lambda path, config, device: (loaded, []))
     monkeypatch.setattr(baselines, "TokenLosses", lambda model: SimpleNamespace(model=model))
-    config = SimpleNamespace(init_lora_weights=init, full_finetuning=full, max_baseline_samples=3, split_seed=1)
+    config = SimpleNamespace(init_lora_weights=init, full_finetuning=full, max_baseline_samples=3, split_seed=1,
+                             shard_model=False)  # fmt: skip
     calls = []
 
     def evaluate(rows: list[str], what: str, model: Any) -> dict:
