@@ -359,3 +359,14 @@ def test_a_bug_keeps_its_traceback():
         raise ValueError("odd")
     with pytest.raises(OSError, match="odd"), cli_errors():
         raise OSError("odd")
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_lost_connection_is_no_lost_process_where_there_is_one(processes, monkeypatch, capsys):
+    """A download can end by the words that gloo has for a process that is gone."""
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    monkeypatch.setattr("common.errors.GRACE", 0.0)
+    with pytest.raises((RuntimeError, SystemExit)) as ended, cli_errors():
+        raise RuntimeError("Connection reset by peer (os error 104)")
+    assert ended.type is (RuntimeError if processes == "1" else SystemExit)
+    assert ("os error 104" in capsys.readouterr().err) == (processes == "2")
