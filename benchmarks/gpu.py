@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import score_speed, train_speed  # noqa: E402
+from common.disk import read_lines  # noqa: E402
 from common.errors import InputError, cli_errors  # noqa: E402
 from common.options import option, parse_config  # noqa: E402
 
@@ -166,14 +167,7 @@ def main() -> None:
 
 def read(ledger: Path) -> dict[str, dict[str, Any]]:
     """The last line of each job; one that a crash has cut short is passed over."""
-    found = {}
-    for line in ledger.read_text(encoding="utf-8").splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        found[entry["job"]] = entry
-    return found
+    return {entry["job"]: entry for entry in read_lines(ledger)}
 
 
 def measured(config: Config, job: Job, seconds: float) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """What a run reports while it goes: progress bars, metrics.jsonl, trackers; what it costs and what it runs on."""
 
 import importlib.util
-import json
 import logging
 import os
 import platform
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tqdm import tqdm
 
-from common.disk import named, to_json, write_text
+from common.disk import named, read_lines, to_json, write_text
 from common.errors import InputError, printable
 
 if TYPE_CHECKING:
@@ -76,11 +75,8 @@ class RunLog:
         self.path, self.accelerator, self.every = run_dir / "metrics.jsonl", accelerator, config.logging_steps
         main = accelerator.is_main_process
         if main and self.path.exists():  # a resumed run repeats what came after its checkpoint
-            lines = self.path.read_bytes().splitlines(keepends=True)  # of bytes: U+2028 in a text ends no line
-            complete = [line for line in lines if line.endswith(b"}\n")]  # a full disk may have cut a line short
-            before = [line for line, entry in zip(complete, map(json.loads, complete), strict=True)
-                      if entry["update"] <= start and "train_runtime" not in entry]  # fmt: skip
-            write_text(self.path, b"".join(before).decode())
+            before = [line for line in read_lines(self.path) if line["update"] <= start and "train_runtime" not in line]
+            write_text(self.path, "".join(f"{to_json(line)}\n" for line in before))
         accelerator.project_configuration.set_directories(str(run_dir))
         accelerator.project_configuration.logging_dir = str(run_dir / "logs")
         accelerator.init_trackers(config.run_name or "")

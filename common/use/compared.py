@@ -7,7 +7,6 @@
 Each needs no more than the same rows, so their bases may differ.
 """
 
-import json
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from common.disk import write_json
+from common.disk import read_lines, write_json
 from common.errors import InputError, printable
 from common.log import BAR, is_first_process
 from common.measure import figures
@@ -121,7 +120,7 @@ def _drawn(result: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
 
 def read_prompts() -> list[dict[str, str]]:
     """The lines of data/prompts.jsonl: category and prompt."""
-    return [json.loads(line) for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
+    return read_lines(PROMPTS)
 
 
 def _answers(runs: Mapping[str, tuple[Run, Any]]) -> tuple[list[dict[str, Any]], dict[str, float]]:
