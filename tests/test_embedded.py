@@ -39,9 +39,11 @@ def test_demo_learns_in_4_bit_and_is_the_same_after_reload(model, tmp_path):
 
 def test_packs_have_the_padded_batch_s_loss_and_gradients(model):
     """Through 30 layers of trained weights, in fp32, with an adapter that is not zero."""
+    apart = 1e-4  # rounding alone puts the first layer's gradients up to 3e-5 apart, with 2 threads
     draw = torch.Generator().manual_seed(0)
     prefix, *texts = (torch.randint(1000, 40000, (n,), generator=draw).tolist() for n in (40, 3, 12, 4, 7, 5, 9, 3))
-    assert_same(make(model), [AnswerRow(prefix + text, text[:2] + [2], 1.0 + len(text) % 3) for text in texts])
+    rows = [AnswerRow(prefix + text, text[:2] + [2], 1.0 + len(text) % 3) for text in texts]
+    assert_same(make(model), rows, apart)
 
 
 def test_it_answers_and_stops(model, tmp_path):

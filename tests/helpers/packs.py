@@ -67,11 +67,12 @@ def measure(model: torch.nn.Module, rows: list, shared_prefix: str) -> tuple[flo
     return loss.item(), gradients
 
 
-def assert_same(model: torch.nn.Module, rows: list) -> None:
+def assert_same(model: torch.nn.Module, rows: list, apart: float = 1e-5) -> None:
+    """apart: how far gradients may be, relative to their norm; rounding grows with the layers that they go through."""
     loss, gradients = measure(model, rows, "on")
     expected, wanted = measure(model, rows, "off")
     assert loss == pytest.approx(expected, rel=1e-5)
     assert gradients.keys() == wanted.keys() and any("lora_A" in name for name in wanted)
     for name, gradient in wanted.items():
         assert gradient.norm() > 0
-        assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+        assert (gradients[name] - gradient).norm() <= apart * gradient.norm(), name
