@@ -10,7 +10,7 @@ from helpers.models import FAMILIES, build_encoder, build_model
 from helpers.rows import chats, task_options, toy_rows, write_csv, write_jsonl
 from helpers.runs import QUANTIZED, train
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # test files run side by side
 
 
 @pytest.fixture(autouse=True)

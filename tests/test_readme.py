@@ -48,7 +48,7 @@ BLOCKS = [block for page in PAGES.values() for block in re.findall(BLOCK, page, 
 PROSE = [re.sub(BLOCK, "", page, flags=re.M | re.S) for page in PAGES.values()]
 INLINE = [code for page in PROSE for _, code in re.findall(r"(`+)(.+?)\1", page, re.S)]
 DEMO = "pip install -r requirements.txt && accelerate launch train_cls.py"
-TEST = "pip install -r requirements-dev.txt && pytest"
+TEST = "pip install -r requirements-dev.txt && pytest -n 2 --dist loadfile"
 LAUNCHERS = {"num_processes", "config_file", "nproc_per_node"}  # options of accelerate launch and torchrun
 INSTALLERS = {"seed"}  # of uv
 SCRIPTS = {"train_cls.py": train_cls, "train_clm.py": train_clm, "train_sft.py": train_sft,
@@ -93,7 +93,7 @@ def test_first_screen_has_commands_results_and_a_picture():
     assert re.findall(r"```bash\n(.*?)```", screen, re.S) == [f"{DEMO}\n", f"{TEST}\n"]
     workflow = (ROOT / ".github" / "workflows" / "test.yml").read_text()
     assert DEMO in workflow and TEST in workflow
-    assert "requirements-dev.txt && pytest" in (ROOT / ".ci" / "run").read_text()
+    assert "requirements-dev.txt && pytest -n 2 --dist loadfile\n" in (ROOT / ".ci" / "run").read_text()
     torch_version = re.search(r"^torch==(\S+)", (ROOT / "requirements.txt").read_text(), re.M)[1]
     assert f"torch {torch_version}" in " ".join(screen.split())
     (picture,) = re.findall(r"!\[.+\]\((.+?\.png)\)", screen)
