@@ -33,6 +33,7 @@ from common.data.classification import SEPARATOR, load_classification
 from common.errors import InputError
 from common.model import storage
 from common.options import TrainingConfig, read_saved
+from common.use.fit_decisions import check_fit
 from common.use.runs import open_run
 
 
@@ -84,11 +85,15 @@ def test_other_rows_by_an_adapter_folder_alone(trained, combination, tmp_path):
 @pytest.mark.parametrize("kind", ["single", "multi"])
 def test_baselines_are_measured_on_whatever_rows(models, kind, tmp_path, capsys):
     """Own test rows, validation rows and a --test_file: majority and TF-IDF, and first the gain over them."""
-    run, few = tmp_path / "run", ["--max_steps", 1, "--baselines", "true", "--approach", "head"]
+    approach = "generative" if kind == "single" else "head"
+    run, few = tmp_path / "run", ["--max_steps", 1, "--baselines", "true", "--approach", approach]
     train("--model", models["llama"], *task_options(kind, tmp_path / "data"), *few, "--output_dir", run)
     for name in ("tfidf/tfidf.json", "tfidf/tfidf.safetensors", "majority.json"):
         assert (run / name).is_file()
     before, table = figures(run / "eval" / "test"), (run / "eval" / "test" / "report.md").read_text()
+    known = json.loads((run / "eval/test/baselines.json").read_text())
+    known["TF-IDF + logistic regression"]["suspects"] = 3
+    (run / "eval/test/baselines.json").write_text(json.dumps(known))
     assert "TF-IDF + logistic regression |" in table and before["gain_over_best_baseline"]["rows"] == before["rows"]
     capsys.readouterr()
     rows = multi_rows(7, 80) if kind == "multi" else toy_rows(3, start=50)
@@ -109,6 +114,16 @@ def test_baselines_are_measured_on_whatever_rows(models, kind, tmp_path, capsys)
     assert figures(run / "eval" / "test")["gain_over_best_baseline"] == before["gain_over_best_baseline"]
     run_evaluate("--run", run / "adapter", "--test_file", other, "--output_dir", tmp_path / "alone")
     assert "gain_over_best_baseline" in figures(tmp_path / "alone")  # the run folder is around it
+    assert "labels of 3 training rows may be wrong" in (run / "eval" / "test" / "report.md").read_text()
+    if kind == "single":  # the untrained base was asked, too
+        run_evaluate("--run", run, "--output_dir", tmp_path / "again")
+        assert figures(tmp_path / "again")["gain_over_best_baseline"] == before["gain_over_best_baseline"]
+        kept = (Path("baselines") / "zero_shot.jsonl").as_posix()
+        assert (tmp_path / "again" / kept).read_text() == (run / "eval" / "test" / kept).read_text()
+        text = (run / "eval" / "test" / "report.md").read_text()
+        run_evaluate("--run", run, "--text_fields", "text", "text")  # neither replaces what was nor stands beside it
+        assert (run / "eval" / "test" / "report.md").read_text() == text
+        assert "untrained base" not in (run / "eval" / "test-changed" / "report.md").read_text()
 
 
 @pytest.mark.parametrize("kind", ["single", "multi"])
@@ -316,7 +331,7 @@ def test_a_fitted_decision_is_applied_wherever_a_run_answers(trained, combinatio
         said = capsys.readouterr().out
         task = json.loads((folder / "adapter" / "task.json").read_text())
         decision = task["decision"]
-        assert " validation rows, most of which" in said and "with 60% confidence" in said
+        assert " validation rows, half of which" in said and "with 60% confidence" in said
         run_evaluate("--run", folder, *options)
         assert json.loads((folder / "adapter" / "task.json").read_text()) == task
         task["decision"]["cut"] = 0.4  # some are given, some are not
@@ -362,6 +377,12 @@ def test_decisions_are_fitted_on_validation_rows_alone(trained, models, tmp_path
         run_evaluate("--run", folder, "--min_precision", 0.9)
     with pytest.raises(InputError, match="is a base model"):
         run_evaluate("--run", models["llama"], "--fit_decisions")
+    config = mock.Mock(blend_baseline=False, min_precision=0.9)
+    with pytest.raises(InputError, match="only one row"):
+        check_fit(config, open_run(str(folder)), [None])
+    config.blend_baseline = True
+    with pytest.raises(InputError, match="has no tfidf/, which --baselines true leaves there"):
+        check_fit(config, open_run(str(folder)), [None] * 9)
     task = json.loads((folder / "adapter" / "task.json").read_text())
     (folder / "adapter" / "task.json").write_text(json.dumps({**task, "decision": {"temperatur": 2}}))
     with pytest.raises(InputError, match="task.json: decision: .*temperatur"):

@@ -250,7 +250,7 @@ def test_runs_side_by_side(models, texts, tmp_path):
         assert [float(row["low_95"]), float(row["high_95"])] == values["intervals_95"]["perplexity"]
         assert float(row["tokens/s"]) == values["train_tokens_per_second"]
         assert float(row["s per epoch"]) == pytest.approx(values["train_runtime"] / values["epochs"])
-        assert int(row["memory_bytes"]) == values["peak_memory_bytes"] and int(row["weights_bytes"]) > 1000
+        assert int(row["memory_bytes"]) == values["train_peak_memory_bytes"] and int(row["weights_bytes"]) > 1000
     text = (tmp_path / "out" / "table.md").read_text()
     assert text.count("\n") == 2 + 3 + 2 and text.count("untrained base") == 2  # in 32 and in 4 bits
     assert (tmp_path / "out" / "quality.png").stat().st_size > 1000 < (tmp_path / "out" / "speed.png").stat().st_size

@@ -264,6 +264,8 @@ def test_folds_predict_every_row_once(models, tmp_path, monkeypatch, capsys, kin
             run / "eval/test/predictions.jsonl"
         ).read_text()
         found += lines
+    run_evaluate("--run", run, "--test_file", tmp_path / "rows.csv", "--output_dir", tmp_path / "all")
+    assert json.loads((tmp_path / "all" / "metrics.json").read_text())["rows"] == 27  # other rows are not dealt out
     assert sorted((line["id"] for line in found), key=int) == [str(i) for i in range(27)]
     names = list(WORDS)
     gold, predicted = (

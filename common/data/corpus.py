@@ -422,8 +422,9 @@ def _cut(pieces: np.ndarray, given: set[str], config: CorpusDataConfig) -> dict[
 def units_of(blocks: Sequence[Block]) -> tuple[list[int], str]:
     """The unit of each block, numbered from 0, and what the units are: what an interval's resamples draw.
 
-    Blocks of one text are alike, so whole documents are drawn. Of fewer than MIN_DOCUMENTS, about STRETCHES stretches
-    of consecutive blocks are, as in the block bootstrap of a series (Kuensch, 1989; without overlap: Carlstein, 1986).
+    Blocks of one text are alike, so whole documents are drawn. Of fewer than MIN_DOCUMENTS, stretches of consecutive
+    blocks are, half of STRETCHES or more, as in the block bootstrap of a series (Kuensch, 1989; without overlap:
+    Carlstein, 1986).
     """
     documents, numbers = np.unique([block.document for block in blocks], return_inverse=True)
     if len(documents) >= MIN_DOCUMENTS:

@@ -93,7 +93,7 @@ def check_same_rows(first: Evaluation, other: Evaluation, task: str) -> None:
         raise InputError(f"{both} are not of the same rows: {len(lacking)} are in one alone, as {min(lacking)}. {hint}")
     fact = "predicted_tokens" if task == CAUSAL_LM else "gold"
     for id, row in first.rows.items():
-        if row[fact] != other.rows[id][fact]:
+        if _unordered(row[fact]) != _unordered(other.rows[id][fact]):
             if task == CAUSAL_LM:
                 remedy = "Only models with one tokenizer, in the same windows, can be compared block by block."
             raise InputError(f"{both} differ in what is right in row {id} ({fact}). {remedy}")
@@ -101,6 +101,11 @@ def check_same_rows(first: Evaluation, other: Evaluation, task: str) -> None:
     if labels[0] != labels[1]:
         names = ", ".join(sorted(labels[0] ^ labels[1]))
         raise InputError(f"{both} have different label sets ({names} is in one alone), so their F1 do not compare.")
+
+
+def _unordered(gold: Any) -> Any:
+    """Several labels in an order that does not depend on that of the run's labels."""
+    return sorted(gold) if isinstance(gold, list) else gold
 
 
 def measures_of(evaluations: Sequence[Evaluation], task: str) -> tuple[list[Measure], int]:
@@ -155,6 +160,8 @@ def compare(task: str, split: str, recipes: Mapping[str, Recipe]) -> dict[str, A
     for other in every[1:]:
         check_same_rows(every[0], other, task)
     measures, units = measures_of(every, task)
+    if units < 2:
+        raise InputError(f"{every[0].folder} is of a single row or text, which tells no runs apart: give --test_file.")
     shown = [metric.name for metric in headlines(task) if metric.name in point(measures[0], units)]
     for recipe in recipes.values():
         recipe.measures, measures = measures[: len(recipe.folders)], measures[len(recipe.folders) :]

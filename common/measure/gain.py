@@ -1,5 +1,6 @@
 """Baselines' predictions on disk, and what a run gains over the best of them on the same rows."""
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 
 from common.data.classification import Example
 from common.disk import read_lines, to_json
-from common.measure.intervals import Measure, difference, percentiles, point, resampled
+from common.measure.intervals import Measure, bootstrap, difference, point
 from common.measure.metrics import METRICS, label_measure
 
 Answers = Sequence[tuple[int, ...] | None]  # label indices of each row; None: outside the label set
@@ -55,10 +56,19 @@ def read_predictions(folder: Path, name: str, labels: Sequence[str]) -> dict[str
     return found
 
 
+def copy_zero_shot(source: Path, folder: Path) -> None:
+    """What the untrained base answered, from one evaluation of a run's rows to another one of the same rows."""
+    old, new = (each / FOLDER / FILES[ZERO_SHOT] for each in (source, folder))
+    if old.is_file() and not new.exists():
+        new.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(old, new)
+
+
 def gain_over_best(
     folder: Path, methods: Sequence[str], rows: Sequence[Example], answers: Answers, labels: Sequence[str]
 ) -> dict[str, Any]:
-    """How much more than the best baseline the answers measure, with paired 95 % intervals; empty without a baseline.
+    """How much more than the best baseline the answers measure, with paired 95 % intervals; empty without a baseline,
+    and of a single row.
 
     The best one has the highest micro-F1 (with one label per row: accuracy) on all rows. One that answered only some of
     them, as the untrained base may, is it where it beats that one on its own rows, and is then compared on these.
@@ -80,13 +90,13 @@ def gain_over_best(
         some = [id for id in position if id in found[name]]
         if best is None or value(name, some) > value(best, some):
             ids, best = some, name
-    if best is None:
+    if best is None or len(ids) < 2:
         return {}
     own = {row.id: answer for row, answer in zip(rows, answers, strict=True)}
     gained = difference(measure(found[best], ids), measure(own, ids))
-    values, drawn = point(gained, len(ids)), resampled(gained, len(ids))
-    intervals = {name: percentiles(drawn[name]) for name in VALUES}
-    return {"baseline": best, "rows": len(ids), **{name: values[name] for name in VALUES}, "intervals_95": intervals}
+    values, intervals = ({name: each[name] for name in VALUES} for each in (
+        point(gained, len(ids)), bootstrap(gained, len(ids))))  # fmt: skip
+    return {"baseline": best, "rows": len(ids), **values, "intervals_95": intervals}
 
 
 def gain_sentence(gain: Mapping[str, Any], rows: int, multi_label: bool) -> str:

@@ -86,6 +86,11 @@ def percentiles(values: np.ndarray) -> list[float]:
     return np.percentile(values, [2.5, 97.5]).tolist()
 
 
+def bootstrap(measure: Measure, rows: int, seed: int = 0) -> dict[str, list[float]]:
+    """The 95 % interval of each value; none of a single row, which says nothing about others."""
+    return {name: percentiles(v) for name, v in resampled(measure, rows, seed).items()} if rows > 1 else {}
+
+
 def sums_of(rows: Sequence[Any] | np.ndarray, groups: Sequence[int]) -> np.ndarray:
     """rows [rows, ...] -> [groups, ...]: those of each group added up. groups: of each row, numbered from 0."""
     values = np.asarray(rows, dtype=float)

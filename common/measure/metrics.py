@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import InputError
-from common.measure.intervals import Measure, percentiles, point, resampled, sums_of, wilson
+from common.measure.intervals import Measure, bootstrap, point, sums_of, wilson
 from common.measure.label_answer import Answer
 from common.options import CAUSAL_LM, CHAT, CLASSIFICATION
 
@@ -119,15 +119,17 @@ def label_measure(gold: Sequence[Sequence[int]], predicted: Sequence[Sequence[in
     Definitions are scikit-learn's with all labels listed and zero_division=0.
     """
     real, found, right = indicator(gold, labels), indicator(predicted, labels), rows_right(gold, predicted)
-    hits = real & found
+    hits, used = real & found, (real | found).any(0).mean()
 
     def measure(weights: np.ndarray) -> dict[str, np.ndarray]:
         tp, pred, true = weights @ hits, weights @ found, weights @ real
         per_label = _ratio(2 * tp, pred + true)
+        # A label that a resample has drawn no row of says nothing there. As a 0, it would move all of them down.
+        drawn = np.maximum((pred + true > 0).sum(1), 1)
         return {
             "accuracy": weights @ right / weights.sum(1),
             "f1_micro": _ratio(2 * tp.sum(1), pred.sum(1) + true.sum(1)),
-            "f1_macro": per_label.mean(1),
+            "f1_macro": per_label.sum(1) / drawn * used,
             "f1_weighted": _ratio((per_label * true).sum(1), true.sum(1)),
         }
 
@@ -147,7 +149,7 @@ def classification_metrics(
     Intervals: Wilson's of accuracy, and of micro-F1 where that is the same number; else percentiles of a bootstrap.
     """
     measure, rows = label_measure(gold, predicted, len(labels)), len(gold)
-    intervals = {name: percentiles(values) for name, values in resampled(measure, rows, seed).items()}
+    intervals = bootstrap(measure, rows, seed)
     intervals["accuracy"] = wilson(int(rows_right(gold, predicted).sum()), rows)
     if all(len(g) == 1 and p is not None and len(p) == 1 for g, p in zip(gold, predicted, strict=True)):
         intervals["f1_micro"] = intervals["accuracy"]
@@ -214,7 +216,7 @@ def perplexity_metrics(
     measure = loss_measure(sums[:, 0], sums[:, 1], per_token)
     metrics: dict[str, Any] = {
         **point(measure, len(sums)),
-        "intervals_95": {name: percentiles(values) for name, values in resampled(measure, len(sums), seed).items()},
+        "intervals_95": bootstrap(measure, len(sums), seed),
         "rows": len(rows),
         "units": len(sums),
         "unit": unit,
@@ -260,8 +262,7 @@ def text_overlap(answers: Sequence[str], references: Sequence[str], seed: int = 
     corpus, by sacrebleu with its defaults.
     """
     measure, rows = overlap_measure(answers, references), len(answers)
-    intervals = {name: percentiles(values) for name, values in resampled(measure, rows, seed).items()}
-    return {**point(measure, rows), "intervals_95": intervals}
+    return {**point(measure, rows), "intervals_95": bootstrap(measure, rows, seed)}
 
 
 def chat_metrics(

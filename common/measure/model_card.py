@@ -51,7 +51,7 @@ def _training(config: TrainingConfig, metrics: dict[str, Any], facts: dict[str, 
     done = [f"{metrics['epochs']:.3g} passes"] if "epochs" in metrics else []
     done += [f"learning rate {config.learning_rate:g}, seed {config.seed}"]
     done += [f"{metrics['train_runtime']:.0f} s of updates"] if "train_runtime" in metrics else []
-    memory = metrics.get("peak_memory_bytes")
+    memory = metrics.get("train_peak_memory_bytes")
     done += [f"{memory / 2**30:.1f} GB of memory at most"] if memory else []
     versions = ", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items())
     return (

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Metrics = dict[str, Any]  # the content of a metrics.json
 Results = Mapping[str, Metrics | str]  # method -> its metrics, or a text in their place
 SAMPLES = 10  # answers shown in a report
+SHARES = {"accuracy": "accuracy and a micro-F1 that equals it", "stopped": "the share that ends by itself"}
 PAIRS = 10  # of labels that are confused most, shown in a report
 
 
@@ -220,7 +221,8 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     shown = "\n\n".join(filter(None, [first, results_table(results, split, headlines(task))]))
     write_json(folder / "metrics.json", metrics)
-    text = ["# Evaluation", shown, f"95 % intervals: bootstrap over the {unit}.", *parts]
+    shares = [f"Wilson's for {said}, else " for name, said in SHARES.items() if name in metrics]
+    text = ["# Evaluation", shown, f"95 % intervals: {''.join(shares)}bootstrap over the {unit}.", *parts]
     write_text(folder / "report.md", printable("\n\n".join(text) + "\n"))
     return shown
 

@@ -137,7 +137,7 @@ def write_table(folders: Sequence[Path], target: Path) -> str:
         sheet.writerow([*runs[0].described, name, "low_95", "high_95", "memory_bytes", "weights_bytes"])
         for run in runs:
             bounds = interval(run.metrics, name) or ("", "")
-            memory = run.metrics.get("peak_memory_bytes")
+            memory = run.metrics.get("train_peak_memory_bytes")
             sheet.writerow([*run.described.values(), run.metrics[name], *bounds, memory, run.weights])
     if figures.can_draw():
         figures.draw_bars(target / "quality.png", {run.described["run"]: run.metrics for run in runs}, name)
@@ -153,7 +153,7 @@ def _markdown(runs: Sequence[Run], name: str) -> str:
     for run in runs:
         described = run.described.items()
         cells = ["-" if value is None else FORMS.get(title, "{}").format(value) for title, value in described]
-        memory = run.metrics.get("peak_memory_bytes", 0) / 2**20
+        memory = run.metrics.get("train_peak_memory_bytes", 0) / 2**20
         rows.append([*cells, value_text(run.metrics, name), f"{memory:.0f} MB", f"{run.weights / 2**20:.1f} MB"])
         for method, metrics in run.baselines.items():
             if isinstance(metrics, dict) and name in metrics:

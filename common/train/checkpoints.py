@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from common.data.files import file_hash
 from common.disk import read_json, replace_folder, write_json
 from common.errors import InputError
+from common.log import peak_memory
 from common.measure.metrics import metric
 from common.model.storage import load_weights, save_weights
 from common.train.run_folder import RunFolder, checksum, list_checkpoints, number_of
@@ -77,7 +78,7 @@ class State:
         return False
 
     def summary(self, flops_per_token: float) -> dict[str, float]:
-        """The figures of the whole training; train_runtime has neither evaluation nor saving in it.
+        """The figures of the whole training; train_runtime has neither evaluation nor saving in it, the memory has.
 
         Tokens and total_flos are those of the rows: a shared prefix counts in each, computed once or not.
         """
@@ -89,6 +90,7 @@ class State:
             "train_steps_per_second": self.update / seconds,
             "train_tokens_per_second": self.tokens / seconds,
             "total_flos": flops_per_token * self.tokens,
+            "train_peak_memory_bytes": peak_memory(),
         }
 
 

@@ -17,19 +17,23 @@ from common.measure.tfidf import Tfidf
 from common.use.runs import DECISION, Run
 
 
+def check_fit(config: Any, run: Run, rows: Sequence[Example]) -> None:
+    """Raises InputError where a blend is wanted of a run without a TF-IDF baseline, or a cut by a single row."""
+    if config.blend_baseline and not (run.run_folder / BASELINE).is_dir():
+        raise InputError(f"--blend_baseline: {run.name} has no {BASELINE}/, which --baselines true leaves there.")
+    if config.min_precision is not None and len(rows) < 2:
+        raise InputError("--min_precision: half of the rows fit, the others test, and there is only one row.")
+
+
 def fit_decisions(config: Any, run: Run, examples: Sequence[Example], answers: Sequence[Answer]) -> str:
     """Fits a decision to undecided `answers` of the validation split and saves it with the run; says what it is.
 
-    config: of evaluate.py. Raises InputError where a blend is wanted and the run has no TF-IDF baseline.
+    config: of evaluate.py, as `check_fit` wants it.
     """
     assert run.folder
     labels, multi_label = run.trained["labels"], run.trained["multi_label"]
     model, gold = np.array([answer.probabilities for answer in answers]), [example.labels for example in examples]
-    baseline = None
-    if config.blend_baseline:
-        if not (run.run_folder / BASELINE).is_dir():
-            raise InputError(f"--blend_baseline: {run.name} has no {BASELINE}/, which --baselines true leaves there.")
-        baseline = Tfidf.load(run.run_folder / BASELINE)
+    baseline = Tfidf.load(run.run_folder / BASELINE) if config.blend_baseline else None
     other = baseline.probabilities([example.text for example in examples]) if baseline else None
     decision = fit(
         model, gold, multi_label=multi_label, baseline=other, min_precision=config.min_precision,
@@ -43,7 +47,8 @@ def fit_decisions(config: Any, run: Run, examples: Sequence[Example], answers: S
         calibration(p, indicator(gold, len(labels)), multi_label) for p in (model, decision.probabilities(model, other))
     )
     changed = "; ".join(f"{METRICS[x].title} {before[x]:.3f} -> {after[x]:.3f}" for x in ("ece", "brier_score", "nll"))
-    lines = [f"On the {len(examples)} validation rows, most of which it was fitted on: {changed}."]
+    part = "all of" if decision.fitted["rows"] == len(examples) else "half of"
+    lines = [f"On the {len(examples)} validation rows, {part} which it was fitted to: {changed}."]
     return "\n".join([*describe(decision, labels), *lines, *_chosen_by(run.run_folder)])
 
 

@@ -58,6 +58,8 @@ if TYPE_CHECKING:
     from common.use.text_models import TextModel
 
 DECISION = "decision"  # of task.json
+# Options that decide what of a row the model is shown, and what is right.
+SHOWN = ("text_fields", "label_column", "label_columns", "label_delimiter", "columns", "chat_template")
 T = TypeVar("T")
 
 
@@ -132,7 +134,8 @@ class Run:
             if split != "test":
                 raise InputError("--test_file is the test split: drop --split.")
             text = given["test_file"].lower().endswith(".txt")
-            for name in ("train_file", "validation_file", "dataset_name", "dataset_config", *["text_fields"] * text):
+            own = ("train_file", "validation_file", "dataset_name", "dataset_config", "folds", "fold")
+            for name in (*own, *["text_fields"] * text):
                 options.pop(name, None)
         elif split != "train" and f"{split}_file" in options:
             for other in set(SPLITS) - {split}:  # nothing of it is cut from those files, so none is read
@@ -146,6 +149,8 @@ class Run:
         """
         if self.folder and other_rows:
             name += f"-{Path(config.test_file).stem}"
+        elif self.reads_otherwise():
+            name += "-changed"
         folder = Path(config.output_dir or self.home / "eval" / (f"{name}-base" if self.untrained else name))
         if folder.exists() and not folder.is_dir():
             raise InputError(f"--output_dir {folder}: this is a file. Choose another folder.")
@@ -158,6 +163,12 @@ class Run:
                     )
         self.refuse_links(folder)
         return folder
+
+    def reads_otherwise(self) -> bool:
+        """Whether the command line has the model shown something else of its rows than in training."""
+        return self.folder is not None and any(
+            self.given.get(name, self.options.get(name)) != self.options.get(name) for name in SHOWN
+        )
 
     def refuse_links(self, path: Path) -> None:
         """Raises InputError where a result of this run, which may be somebody else's, would be written elsewhere."""

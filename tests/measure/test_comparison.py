@@ -151,6 +151,22 @@ def test_other_rows_are_refused(tmp_path, change, reason):
     assert reason.startswith("different") or str(folders[1]) in str(error.value)
 
 
+def test_the_order_of_the_labels_does_not_matter(tmp_path):
+    """Several labels of a row stand in the order that its run has."""
+    metrics = classification_metrics([(0, 1), (2,)], [(0, 1), (2,)], LABELS)
+    rows = [{"id": str(i), "gold": gold, "prediction": gold} for i, gold in enumerate([LABELS[:2], LABELS[2:]])]
+    turned = [{**row, "gold": row["gold"][::-1], "prediction": row["prediction"][::-1]} for row in rows]
+    folders = write(tmp_path / "A", rows, metrics), write(tmp_path / "B", turned, metrics)
+    result = compare(CLASSIFICATION, "test", {"A": one(folders[0]), "B": one(folders[1])})
+    assert result["differences"][0]["accuracy"] == 0
+
+
+def test_one_text_tells_no_models_apart(tmp_path):
+    folders = [texts(tmp_path / name, np.full(3, loss), [0] * 3) for name, loss in (("A", 2.0), ("B", 1.0))]
+    with pytest.raises(InputError, match="of a single row or text"):
+        compare(CAUSAL_LM, "test", {"A": one(folders[0]), "B": one(folders[1])})
+
+
 def test_other_windows_and_lost_files_are_refused(tmp_path):
     one_, two = (texts(tmp_path / name, np.ones(n), [0] * n) for name, n in (("A", 5), ("B", 6)))
     with pytest.raises(InputError, match="one --block_size and --stride for both"):

@@ -28,6 +28,7 @@ from common.measure.metrics import (
     indicator,
     label_measure,
     metric,
+    perplexity_metrics,
     register_metric,
     register_task,
     summarize,
@@ -195,6 +196,25 @@ def test_intervals_cover_the_truth_about_95_times_in_100():
         low, high = classification_metrics([(0,)] * 150, predicted, LABELS)["intervals_95"]["accuracy"]
         inside += low <= 0.7 <= high
     assert 0.895 <= inside / 150 <= 1
+
+
+@pytest.mark.parametrize("labels", [5, 20, 77])
+def test_the_interval_of_macro_f1_holds_it_with_two_rows_of_a_label(labels):
+    """A label that a resample did not draw is no error there; one that no row has still counts as 0."""
+    rng, gold = np.random.default_rng(labels), [(k,) for k in range(labels)] * 2
+    names = [str(k) for k in range(labels + 3)]
+    for _ in range(10):
+        predicted = [g if rng.random() < 0.85 else (int(rng.integers(labels)),) for g in gold]
+        ours = classification_metrics(gold, predicted, names)
+        low, high = ours["intervals_95"]["f1_macro"]
+        assert low <= ours["f1_macro"] <= high <= labels / len(names) + 1e-9
+
+
+def test_a_single_row_has_no_bootstrap_interval():
+    """All resamples would be that row; Wilson's interval of its accuracy is wide."""
+    assert perplexity_metrics([(20.0, 10)])["intervals_95"] == {}
+    low, high = classification_metrics([(0,)], [(0,)], LABELS)["intervals_95"]["accuracy"]
+    assert low < 0.3 and high == 1
 
 
 def test_loss_is_a_sum_over_targets_not_a_mean_of_means():
