@@ -156,7 +156,8 @@ def train(config: Config, sources: dict[str, Source], path: str, last: bool = Tr
     if config.dry_run:
         return dry_run.predict(
             run, accelerator, plan, total, rows, model=model, optimizer=optimizer, collate=collate, loss_of=loss_of,
-            validation=dry_run.Evaluation(data.splits["validation"], partial(measure, what="validation")),
+            validation=dry_run.Evaluation(
+                data.splits["validation"], partial(measure, what="validation", split="validation")),
             test=dry_run.Evaluation(test, partial(measure, what="test")),
             keep_best=keep_best, save=partial(save_checkpoint, accelerator, run, lambda: state, None), last=last,
         )  # fmt: skip

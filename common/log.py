@@ -170,11 +170,19 @@ def evaluation_cost(rows: int, started: float) -> dict[str, float]:
     }
 
 
+def uses_gpu() -> bool:
+    """Whether there is a GPU, and the launcher (configs/accelerate/cpu.yaml) does not keep the run off it."""
+    import torch
+    from accelerate.utils import parse_flag_from_env
+
+    return torch.accelerator.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+
+
 def peak_memory() -> int:
     """Bytes: what the GPU's allocator held at most, or this process's peak resident set on a CPU."""
     import torch
 
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and uses_gpu():
         return torch.cuda.max_memory_allocated()
     try:
         import resource

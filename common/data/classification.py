@@ -236,8 +236,11 @@ def _read_weights(path: str, labels: Sequence[str]) -> list[float]:
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(f"--class_weights {path}: not a JSON object {{label: weight}}: {error}.") from None
     for label, weight in zip(labels, weights, strict=True):
-        if not 0 <= weight < math.inf:
-            raise InputError(f"--class_weights {path}: the weight of {label!r} is {weight}; use a number from 0 up.")
+        if not 0 < weight < math.inf:
+            raise InputError(
+                f"--class_weights {path}: the weight of {label!r} is {weight}; use a number above 0. Rows that are not "
+                "to count are left out of the file."
+            )
     return weights
 
 

@@ -260,10 +260,10 @@ def _packs_work(model: PreTrainedModel) -> bool:
     weight, training = cast(nn.Embedding, model.get_input_embeddings()).weight, model.training
     ids = (len(weight) // 10 + torch.arange(12)).tolist()  # the first ones may be special
     rows = [ids[:7], ids[:3] + ids[7:]]
-    with weight.device:
-        together, separate = pack(rows, 3, pad_id=ids[0]), [{"input_ids": torch.tensor([row])} for row in rows]
+    together, separate = pack(rows, 3, pad_id=ids[0]), [{"input_ids": torch.tensor([row])} for row in rows]
 
     def states(inputs: dict[str, Any]) -> torch.Tensor:  # of the last layer, [tokens after the prefix, size]
+        inputs = {k: v.to(weight.device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
         return model(**inputs, use_cache=False, output_hidden_states=True).hidden_states[-1][0, 3:].float()
 
     model.eval()

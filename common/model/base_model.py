@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from common.disk import damage_named
 from common.errors import InputError
+from common.log import uses_gpu
 from common.model import attention
 from common.options import LoopConfig, ModelConfig
 
@@ -40,7 +41,7 @@ def resolve_options(config: Any, encoder: bool, head: bool = False) -> None:
     if config.load_in_4bit is None:
         config.load_in_4bit = not (encoder or config.full_finetuning or config.load_in_8bit)
     if config.mixed_precision is None:
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() and uses_gpu():
             config.mixed_precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         else:
             fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
@@ -119,7 +120,10 @@ def load_base(
             "label2id": {label: i for i, label in enumerate(labels)},
             "problem_type": f"{'multi' if multi_label else 'single'}_label_classification",
         }
-    if getattr(read_config(path, config), "quantization_config", None):
+    stored_quantized = bool(getattr(read_config(path, config), "quantization_config", None))
+    if quantized or stored_quantized:  # such weights cannot be moved; one complete model per process
+        options["device_map"] = {"": device or "cpu"}
+    if stored_quantized:
         if labels:
             raise InputError(
                 f"--model {config.model} is stored quantized, and its settings would quantize the new head as well. "
@@ -133,8 +137,6 @@ def load_base(
             bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
             bnb_4bit_compute_dtype=config.bnb_4bit_compute_dtype,
         )
-        # One complete model per process: quantized weights cannot be moved.
-        options["device_map"] = {"": device or "cpu"}
     kind: Any = transformers.AutoModelForSequenceClassification if labels else transformers.AutoModelForCausalLM
     try:
         with damage_named(Path(path)):
@@ -149,7 +151,7 @@ def load_base(
         # no gradient: training would go on after an evaluation with broken gradients, and only a warning.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    if not quantized:
+    if not (quantized or stored_quantized):
         model.to(device or "cpu")
     if not config.attn_implementation:
         attention.use(model)

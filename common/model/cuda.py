@@ -87,6 +87,7 @@ class _Plan(NamedTuple):
 
 
 @lru_cache(256)
+@torch.inference_mode(False)  # a plan that an evaluation has made may come back in training, which saves its tensors
 def _plan(rows: int, prefix: int, queries: int, new: int, width: int, device: torch.device) -> _Plan:
     """new, width: queries and columns of a row in its mask. All on the device, which nothing waits for."""
     own, first = width - prefix, queries - rows * new  # keys of a row; queries of the prefix: all, or none

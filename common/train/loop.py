@@ -6,17 +6,18 @@ import os
 import signal
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from common.errors import InputError, Terminated
-from common.log import say
+from common.log import say, uses_gpu
 from common.memory import give_back
 from common.model.base_model import unpacked_size
 from common.model.sharding import keep_from_ddp, shard
@@ -27,6 +28,7 @@ from common.train.checkpoints import register_hooks
 
 T = TypeVar("T")
 ONE_SIGNAL = 1.0  # seconds; a terminal sends Ctrl-C to all processes, and torchrun passes it on to those it started
+PATIENCE = timedelta(hours=12)  # one process reads a long corpus or fits TF-IDF, and the others wait for it
 # What shards a model, by the flag that `accelerate launch` sets. On a CPU, Accelerate itself would ignore it.
 ENGINES = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED",
            "Megatron-LM": "ACCELERATE_USE_MEGATRON_LM", "parallelism": "ACCELERATE_USE_PARALLELISM_CONFIG"}  # fmt: skip
@@ -44,15 +46,18 @@ def start_accelerator(config: Any, trackers: Sequence[str] = ()) -> Accelerator:
                 f"The launcher asks for {engine}, which is not supported here. What shards a base that is too large "
                 "for one GPU is --shard_model true, launched with configs/accelerate/multi_gpu.yaml."
             )
-    if config.mixed_precision == "fp16" and not torch.accelerator.is_available():
+    if config.mixed_precision == "fp16" and not uses_gpu():
         raise InputError("fp16 (--mixed_precision, or as trained) needs a GPU. Set --mixed_precision bf16 or no.")
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # without it, several CPU processes would each train alone
+        cpu=not uses_gpu(),  # without it, several CPU processes would each train alone
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=1,  # accumulation is the loop's own
         log_with=list(trackers) or None,
         project_config=ProjectConfiguration(logging_dir="logs"),  # RunLog sets the real folder
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
+    if accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # of this run alone
     if accelerator.device.type == "cpu":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))

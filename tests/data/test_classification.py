@@ -800,6 +800,7 @@ def test_weights_of_a_file_follow_the_label_order(tmp_path, hundred):
         ('{"a": 1, "b": 2}', "no weight for the label 'c'"),
         ('{"a": 1, "b": 2, "c": NaN}', "the weight of 'c' is nan"),
         ('{"a": 1, "b": -2, "c": 1}', "the weight of 'b' is -2.0"),
+        ('{"a": 1, "b": 0, "c": 1}', "the weight of 'b' is 0.0"),  # an update of such rows would have no target
         ("[1, 2, 3]", "not a JSON object"),
         ("balanced", "not a JSON object"),
         ('{"a": ' + "[" * 100_000, "nested too deeply"),

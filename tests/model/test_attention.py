@@ -54,6 +54,19 @@ def test_equals_torch_in_output_and_gradients(shared, queries, keys, masked, at_
         torch.testing.assert_close(mine.grad, other.grad)
 
 
+def test_packs_are_tried_where_the_model_is(models):
+    """Its inputs are made on the CPU, whatever `torch.device` is around."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(models["llama"]).to("meta")
+    seen = []
+
+    def forward(**inputs):
+        seen.append({tensor.device.type for tensor in inputs.values() if isinstance(tensor, torch.Tensor)})
+        raise ValueError
+
+    model.forward = forward
+    assert not attention._packs_work(model) and seen == [{"meta"}]
+
+
 @pytest.mark.parametrize("at_once", [2**20, 700, 1])  # all scores, those of two rows, of one
 @pytest.mark.parametrize("shared", [1, 2, 6])
 def test_a_prefix_is_the_same_as_a_copy_of_it_in_every_row(shared, at_once, monkeypatch):

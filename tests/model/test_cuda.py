@@ -140,6 +140,15 @@ def test_blocks_hold_whatever_is_seen_and_whole_ones_nothing_else(monkeypatch, s
         assert whole.any()
 
 
+def test_a_plan_made_in_an_evaluation_can_be_trained_with():
+    """autograd saves no tensor that was made in inference mode."""
+    cuda._plan.cache_clear()
+    with torch.inference_mode():
+        made = cuda._plan(2, 3, 7, 2, 5, torch.device("cpu"))
+    cuda._plan.cache_clear()
+    assert not made.row.is_inference() and not made.blocks.kv_indices.is_inference()
+
+
 def test_the_drawing_of_the_docstring(monkeypatch):
     monkeypatch.setattr(cuda, "BLOCK", 2)
     cuda._plan.cache_clear()

@@ -54,6 +54,8 @@ def test_disk_is_what_the_run_leaves_and_nothing_is_written(start, script, tmp_p
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     (tmp_path / "scratch").mkdir()
     needs = start[script](*SIZES, "--max_steps", 9, "--dry_run", "true")
+    if script == "train_clm":
+        start[script]("--test_fraction", 0, "--max_steps", 1, "--dry_run", "true")
     assert list((tmp_path / "scratch").iterdir()) == [] and len(list(tmp_path.iterdir())) == 1
     start[script](*SIZES, "--max_steps", 9, "--output_dir", "run")
     left = [path for name in ("adapter", "checkpoints") for path in Path("run", name).rglob("*") if path.is_file()]

@@ -13,6 +13,7 @@ from helpers.runs import FAMILY_APPROACHES, Stopped, log_lines, stop_at, train, 
 from helpers.scripts import run_script
 
 from common.errors import InputError
+from common.log import peak_memory, uses_gpu
 from common.options import LoopConfig
 from common.train import loop
 
@@ -340,3 +341,15 @@ def test_engines_that_shard_are_refused(engine, monkeypatch):
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
     with pytest.raises(InputError, match="not supported here.*multi_gpu.yaml"):
         loop.start_accelerator(None)
+
+
+def test_a_launcher_may_keep_a_run_off_the_gpu(monkeypatch):
+    """configs/accelerate/cpu.yaml: neither precision nor memory are the GPU's then."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert uses_gpu()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert not uses_gpu()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert peak_memory() > 0
+    with pytest.raises(InputError, match="fp16 .* needs a GPU"):
+        loop.start_accelerator(LoopConfig(mixed_precision="fp16"))
