@@ -70,7 +70,9 @@ class Config(ModelConfig, ClassificationDataConfig, CorpusDataConfig, ChatDataCo
     per_device_eval_batch_size: int = option(
         16, "a pass holds the tokens of this many of the longest rows", at_least=1, binds=False
     )
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "unset: as trained; for a base model, bf16")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
+        None, "unset: as trained; for a base model, bf16 where the device has it"
+    )
     num_threads: int | None = option(
         None, "CPU threads; unset: cores / processes on this machine", at_least=1, binds=False
     )

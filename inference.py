@@ -84,7 +84,9 @@ class Config(ModelConfig, Sampling, WebConfig):
         at_least=1, tasks=[CLASSIFICATION], settled=True,
     )  # fmt: skip
     per_device_eval_batch_size: int = option(8, "rows answered together", at_least=1, binds=False)
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "unset: as trained; for a base model, bf16")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
+        None, "unset: as trained; for a base model, bf16 where the device has it"
+    )
     num_threads: int | None = option(
         None, "CPU threads; unset: cores / processes on this machine", at_least=1, binds=False
     )

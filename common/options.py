@@ -63,7 +63,9 @@ class ModelConfig:
 
     model: str = option("smollm2-135m", "hub id, local folder, .gguf file, or smollm2-135m (embedded)", settled=True)
     revision: str | None = option(None, "branch, tag or commit on the hub", settled=True)
-    load_in_4bit: bool | None = option(None, "NF4 base; unset: true for decoders with LoRA, else false", settled=True)
+    load_in_4bit: bool | None = option(
+        None, "NF4 base; unset: as trained, else true for decoders without --full_finetuning", settled=True
+    )
     load_in_8bit: bool = option(False, "8-bit base (LLM.int8)", settled=True)
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = option("nf4", "4-bit data type", settled=True)
     bnb_4bit_use_double_quant: bool = option(True, "quantize the quantization constants too", settled=True)

@@ -375,8 +375,9 @@ def test_decisions_are_fitted_on_validation_rows_alone(trained, models, tmp_path
             run_evaluate("--run", folder, "--fit_decisions", *options)
     with pytest.raises(InputError, match="need --fit_decisions"):
         run_evaluate("--run", folder, "--min_precision", 0.9)
-    with pytest.raises(InputError, match="is a base model"):
-        run_evaluate("--run", models["llama"], "--fit_decisions")
+    for option in (["--fit_decisions"], ["--folds", 5, "--train_file", "t.csv"]):
+        with pytest.raises(InputError, match="is a base model"):
+            run_evaluate("--run", models["llama"], *option)
     config = mock.Mock(blend_baseline=False, min_precision=0.9)
     with pytest.raises(InputError, match="only one row"):
         check_fit(config, open_run(str(folder)), [None])

@@ -173,6 +173,8 @@ def _turns(row: Row, columns: Sequence[str], where: str) -> list[Message]:
         for column in columns:
             turns += _turns_in(row[column], f"{where}, column {column!r}")
     else:
+        if not _is_empty(row.get("history")):
+            raise InputError(f"{where}, column 'history': not read. Write all turns as `messages`, or delete it.")
         for role, column in zip(("user", "assistant"), columns, strict=False):
             names = ("instruction", "input") if column == "instruction" else (column,)
             texts = [_text_in(row.get(name), f"{where}, column {name!r}") for name in names]

@@ -123,6 +123,8 @@ class Run:
         """
         if self.folder is None and given.get("approach") == "head":
             raise InputError(f"--approach head: {self.name} is a base model, whose head would be random. Drop it.")
+        if self.folder is None and (unused := [name for name in ("folds", "fold", "class_weights") if name in given]):
+            raise InputError(f"--{unused[0]} is about training, and {self.name} is a base model. Drop it.")
         changed = ("output_dir", "mixed_precision", "chat_template")  # the template is saved with the weights
         options = {name: value for name, value in self.options.items() if name not in changed}
         if self.folder is None and self.task == CHAT:

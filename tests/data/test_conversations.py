@@ -152,6 +152,12 @@ def test_parts_that_are_no_text_are_named(tmp_path, part):
         read_question(row, "in.json, data row 1", {})
 
 
+def test_a_history_beside_the_turns_is_named(tmp_path):
+    """Without it, the answer would be learned without what it answers to."""
+    row = {"instruction": "And in French?", "output": "Bonjour", "history": [["Say hello in Spanish", "Hola"]]}
+    assert "row 2, column 'history': not read" in problem(tmp_path, [{**PAIR, "history": []}, row])
+
+
 def test_pictures_beside_the_turns_are_named(tmp_path):
     """They are no part of a turn in some data sets; a row whose column is empty has none."""
     row = {"messages": said(*TURNS), "images": ["a.png"]}
