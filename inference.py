@@ -133,7 +133,9 @@ def read_options(given: dict[str, Any]) -> tuple[Config, Run, list[Run | None]]:
     if config.input_file is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("Several processes share the rows of an --input_file; for a chat, start one.")
     if config.persona:
-        config.system_prompt = choose_persona(config.persona).system_prompt
+        persona = choose_persona(config.persona)
+        if not config.web:  # the page begins with it, and goes back to the model's own
+            config.system_prompt = persona.system_prompt
     if config.demo:
         run.check_base_is_intact()
     if config.web:

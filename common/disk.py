@@ -164,7 +164,8 @@ def cached_folder(name: str, write: Callable[[Path], None]) -> Path:
 
 def newest_run() -> Path | None:
     """The run folder under outputs/ whose trained weights are the newest."""
-    found = [path for path in OUTPUTS.glob(f"**/{TASK_FILE}") if path.parent.name in WEIGHTS_FOLDERS]
+    weights = (path for path in OUTPUTS.glob(f"**/{TASK_FILE}") if path.parent.name in WEIGHTS_FOLDERS)
+    found = [path for path in weights if (path.parent.parent / "config.yaml").is_file()]  # an export has none
     return max(found, key=lambda path: path.stat().st_mtime).parent.parent if found else None
 
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from helpers import ROOT
 from helpers.models import FAMILIES
-from helpers.rows import chats, multi_rows, task_options, toy_options, toy_rows, write_csv, write_jsonl
+from helpers.rows import WORDS, chats, multi_rows, task_options, toy_options, toy_rows, write_csv, write_jsonl
 from helpers.runs import (
     COMBINATIONS,
     QUANTIZED,
@@ -115,6 +115,11 @@ def test_baselines_are_measured_on_whatever_rows(models, kind, tmp_path, capsys)
     run_evaluate("--run", run / "adapter", "--test_file", other, "--output_dir", tmp_path / "alone")
     assert "gain_over_best_baseline" in figures(tmp_path / "alone")  # the run folder is around it
     assert "labels of 3 training rows may be wrong" in (run / "eval" / "test" / "report.md").read_text()
+    copy = copy_of(run / "adapter", tmp_path / "copy")
+    shutil.copytree(run / "tfidf", copy / "tfidf")  # as a merged model has it
+    fitted = ["--fit_decisions", "--blend_baseline", "true", "--validation_file", tmp_path / "data" / "validation.csv"]
+    run_evaluate("--run", copy, *fitted, *(["--label_columns", *WORDS] if kind == "multi" else []))
+    assert (copy / "tfidf").is_dir() and open_run(str(copy)).decision()
     if kind == "single":  # the untrained base was asked, too
         run_evaluate("--run", run, "--output_dir", tmp_path / "again")
         assert figures(tmp_path / "again")["gain_over_best_baseline"] == before["gain_over_best_baseline"]

@@ -143,20 +143,26 @@ def _read_csv(path: Path) -> Iterator[Row]:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     with open(path, encoding="utf-8-sig", newline="") as file:
         # strict: otherwise a quote that is never closed would swallow the rest of the file as one cell.
-        reader = csv.DictReader(file, delimiter=delimiter, strict=True)
-        line = 1
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        line, blank = 1, 0
         try:
-            header = reader.fieldnames or []
+            header = next(reader, [])
             _check_header(header, f"{path}, line 1")
             line = 2
-            for row in reader:
+            for cells in reader:
                 line = reader.line_num + 1
-                if None in row or None in row.values():
+                if not cells:
+                    blank += len(header) == 1  # of one column, a blank line in between is an empty cell
+                    continue
+                if len(cells) != len(header):
                     raise InputError(
-                        f"{path}, line {reader.line_num}: the row has {'more' if None in row else 'fewer'} fields than "
-                        f"the header's {len(header)}. Put quotes around fields that contain a separator."
+                        f"{path}, line {reader.line_num}: the row has "
+                        f"{'more' if len(cells) > len(header) else 'fewer'} fields than the header's {len(header)}. "
+                        "Put quotes around fields that contain a separator."
                     )
-                yield row
+                yield from [{header[0]: ""}] * blank
+                yield dict(zip(header, cells, strict=True))
+                blank = 0
         except csv.Error as error:
             remedy = "A field in quotes must end with a quote, and quotes inside it are doubled."
             raise InputError(f"{path}, line {line}: not readable as CSV: {error}. {remedy}") from None

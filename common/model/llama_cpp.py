@@ -69,7 +69,7 @@ class LlamaCpp:
     """A GGUF file in llama.cpp, on the CPU, one request at a time."""
 
     def __init__(self, file: Path, context: int, threads: int) -> None:
-        """context: tokens of prompt and answer at most. Raises InputError where llama.cpp cannot load the file."""
+        """context: tokens of prompt and answer, CONTEXT at most. Raises InputError for a file that cannot be loaded."""
         import xllamacpp
 
         parameters = xllamacpp.CommonParams()

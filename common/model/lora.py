@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from common.errors import InputError
+from common.options import BASE_CHANGING_INITS
 
 LORA_INITS: dict[str, Any] = {
     "true": True,
@@ -39,6 +40,11 @@ def add_lora(model: Any, config: Any, missing: list[str], head: bool) -> Any:
         raise InputError(
             f"--init_lora_weights {config.init_lora_weights}: expected {', '.join(LORA_INITS)}. PEFT's other ones need "
             "a pass over data, or are drawn again when the adapter is loaded."
+        )
+    if config.init_lora_weights in BASE_CHANGING_INITS and (config.load_in_4bit or config.load_in_8bit):
+        raise InputError(
+            f"--init_lora_weights {config.init_lora_weights} changes the weights of the base, which would be quantized "
+            "a second time: set --load_in_4bit false."
         )
     targets = config.target_modules if config.target_modules != ["all-linear"] else None
     kinds = nn.Linear | Conv1D  # GPT-2's linear layers

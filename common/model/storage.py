@@ -151,6 +151,13 @@ def merged_card(text: str, labels: int, pad_id: int) -> str:
     return merged.replace(_loading(True, labels, pad_id), _loading(False, labels, pad_id))
 
 
+def gguf_card(text: str, file: str) -> str:
+    """The model card of a merged model as that of the GGUF file that was made of it."""
+    head, _, rest = text.partition(_loading(False, 0, 0))
+    use = f"In Ollama: `ollama create mine -f Modelfile`. In llama.cpp: `llama-cli -m {file}`.\n"
+    return (head + use + rest).replace("--run THIS_FOLDER", "--run RUN")
+
+
 def _loading(adapter: bool, labels: int, pad_id: int) -> str:
     """How other programs load the weights; those read a head at the last token that is not the pad token."""
     package, auto = ("peft", "AutoPeftModelFor") if adapter else ("transformers", "AutoModelFor")

@@ -28,6 +28,10 @@ class ChatState:
         system = [{"role": "system", "content": self.system}] if self.system else []
         return system + self.messages
 
+    def questions(self) -> list[str]:
+        """What has been asked."""
+        return [turn["content"] for turn in self.messages if turn["role"] == "user"]
+
     def stream_answer(self, question: str) -> Generator[str, None, None]:
         """The pieces of the answer to a question, as they are written.
 

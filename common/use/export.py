@@ -42,7 +42,7 @@ from common.measure.metrics import label_measure, loss_measure
 from common.measure.scoring import classify, head_outputs
 from common.model import storage
 from common.model.base_model import DTYPES, precision
-from common.model.llama_cpp import LlamaCpp, check_tools, convert, is_runnable
+from common.model.llama_cpp import CONTEXT, LlamaCpp, check_tools, convert, is_runnable
 from common.model.merging import merged_model
 from common.options import (
     CHAT,
@@ -125,7 +125,8 @@ class HeldOut:
             self.rows = self.chats.splits[self.split]
         else:
             self.sources = open_sources(config, training=False)
-            self.rows = [None] * (self.split in self.sources)
+            cut = self.split == "validation" and "train" in self.sources and config.validation_fraction > 0
+            self.rows = [None] * (cut or self.split in self.sources)
         if not self.rows:
             raise InputError(
                 f"{run.name} has no {self.split} rows to compare the export on: name some with --test_file."
@@ -210,6 +211,9 @@ def export_gguf(run: Run, target: Path, kind: str, held_out: HeldOut, trust_remo
         file = folder / f"{run.run_folder.name}-{kind}.gguf"
         convert(scratch, file, kind)
         certificate = certify(run, scratch, held_out, "fp16", trust_remote_code, gguf=file, kind=kind)
+        card = scratch / "README.md"
+        if card.is_file():
+            card.write_text(storage.gguf_card(card.read_text(encoding="utf-8"), file.name), encoding="utf-8")
         for name in ("README.md", TASK_FILE, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             if (scratch / name).is_file():
                 shutil.move(scratch / name, folder / name)
@@ -276,7 +280,12 @@ def certify(
     if gguf and not is_runnable():
         certificate["notes"].append("The GGUF file was not run: `pip install xllamacpp` adds llama.cpp.")
         return certificate
-    rows = trained.rows[: LLAMA_ROWS if gguf else None]
+    rows = trained.rows
+    if gguf:
+        rows = [row for row in rows if len(row.ids) + ANSWER <= CONTEXT][:LLAMA_ROWS]
+        if not rows:
+            certificate["notes"].append(f"The GGUF file was not run: all rows are longer than {CONTEXT} tokens.")
+            return certificate
     places = [row.chosen(LLAMA_POSITIONS if gguf else POSITIONS) for row in rows]
     before = [_log_probs(trained, row, at, device) for row, at in zip(rows, places, strict=True)]
     if gguf:
@@ -397,7 +406,7 @@ def _answers_measured(
     """Accuracy and F1 of the labels that both write greedily; nothing for other tasks."""
     if trained.run.task != CLASSIFICATION:
         return []
-    some: Sequence[Example] = held_out.rows[: len(rows)]
+    some: Sequence[Example] = [held_out.rows[int(row.id)] for row in rows]
     prompt = trained.loaded.classifier.prompt
     written = [prompt.parse(llama.answer(row.prompt, prompt.answer_tokens)) for row in rows]
     gold = [example.labels for example in some]

@@ -39,9 +39,10 @@ def fit_decisions(config: Any, run: Run, examples: Sequence[Example], answers: S
         model, gold, multi_label=multi_label, baseline=other, min_precision=config.min_precision,
         confidence=config.confidence, seed=config.split_seed,
     )  # fmt: skip
-    shutil.rmtree(run.folder / BASELINE, ignore_errors=True)
-    if decision.blend:
-        shutil.copytree(run.run_folder / BASELINE, run.folder / BASELINE)
+    if run.folder != run.run_folder:  # a copied adapter or a merged model has the only one
+        shutil.rmtree(run.folder / BASELINE, ignore_errors=True)
+        if decision.blend:
+            shutil.copytree(run.run_folder / BASELINE, run.folder / BASELINE)
     write_json(run.folder / TASK_FILE, {**load_task(run.folder), DECISION: decision.saved()})
     before, after = (
         calibration(p, indicator(gold, len(labels)), multi_label) for p in (model, decision.probabilities(model, other))

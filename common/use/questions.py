@@ -25,7 +25,7 @@ def read_input(config: Any, run: Run) -> tuple[list[str], Sequence[Any]]:
     if run.task == CAUSAL_LM:
         names = config.text_fields or ["prompt" if all("prompt" in row for row in rows) else "text"]
         unlabeled_rows(rows, ids, config.input_file, TextConfig(names))  # checks columns and cells
-        return ids, [" ".join(filter(None, (text_in(row.get(name), "") for name in names))) for row in rows]
+        return ids, ["\n".join(filter(None, (text_in(row.get(name), "") for name in names))) for row in rows]
     renamed, system = read_columns(config.columns or []), config.system_prompt or run.trained.get("system_prompt")
     require_columns(renamed.values(), columns_of(rows), config.input_file, "--columns")
     where = f"{config.input_file}, data row"

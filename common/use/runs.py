@@ -132,6 +132,9 @@ class Run:
         if "labels" in self.trained and "label_columns" not in {**options, **given}:
             options["labels"] = self.trained["labels"]
         split = given.get("split", "test")
+        named = {f"{name}_file" for name in SPLITS} | {"dataset_name"}
+        if self.folder and not (named & given.keys() or (self.run_folder / "config.yaml").is_file()):
+            raise InputError(f"{self.name} does not say which rows it was trained on: name some with --test_file.")
         if "test_file" in given:
             if split != "test":
                 raise InputError("--test_file is the test split: drop --split.")
@@ -286,7 +289,8 @@ class Run:
             what = f"with options of its own: drop {', '.join(sorted(others))}" if others else f"for {self.task}"
             raise InputError(f"{self.name} was trained {what}, and is opened for {task}.")
         self.task = task
-        config = TrainingConfig(**{**self.options, **({} if self.folder else {"model": self.name}), **options})
+        known = {"chat_template": None} if self.folder else {"model": self.name}  # the template is with the weights
+        config = TrainingConfig(**{**self.options, **known, **options})
         self.resolve(config)
         return config
 

@@ -31,7 +31,7 @@ def write_space(folder: Path, name: str) -> None:
     """Adds to a folder that holds the merged model in `model` what a Space needs. name: its title."""
     (folder / "app.py").write_text(APP, encoding="utf-8")
     ignored = shutil.ignore_patterns("__pycache__")
-    for path in ("common", "data/chat_templates"):
+    for path in ("common", "data/chat_templates", "data/instructions_demo"):  # whose questions are the examples
         shutil.copytree(ROOT / path, folder / path, ignore=ignored)
     for file in ("inference.py", "LICENSE", "data/personas.yaml"):
         shutil.copy(ROOT / file, folder / file)
@@ -42,7 +42,8 @@ def write_space(folder: Path, name: str) -> None:
     head = f"title: {name}\nsdk: gradio\nsdk_version: {version}\napp_file: app.py\n"
     card = folder / "model" / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else "---\n---\n"
-    (folder / "README.md").write_text(text.replace("---\n", f"---\n{head}", 1), encoding="utf-8")
+    text = text.replace("---\n", f"---\n{head}", 1).replace("THIS_FOLDER", "THIS_FOLDER/model")
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def _lines(name: str) -> list[str]:

@@ -56,7 +56,7 @@ class TextModel:
         """The pieces of `answer`, as they are written."""
         sampling = Sampling(**settings)
         torch.manual_seed(sampling.seed)
-        yield from self.pieces(self.turns(question) if isinstance(question, str) else question, sampling)
+        yield from self.pieces(self.turns(question), sampling)
 
     def perplexity(self, text: str) -> float:
         """e to the mean loss of the text's tokens, each with at most WINDOW tokens of context before it.
@@ -77,12 +77,17 @@ class TextModel:
             raise InputError("A text needs at least two tokens to have a perplexity.")
         return math.exp(min(loss_sum / count, 700))  # a float ends at e^709
 
-    def turns(self, text: str) -> Question:
-        """What a single text means to this model: a question after the system turn, or a text to continue."""
+    def turns(self, question: Question) -> Question:
+        """What this model is prompted with: a text to continue; or the turns, a single question being one.
+
+        Turns without a system turn get the model's.
+        """
         if self.template is None:
-            return text
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        return [*system, {"role": "user", "content": text}]
+            return question
+        turns: list[Message] = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
+        if self.system and not (turns and turns[0]["role"] == "system"):
+            turns.insert(0, {"role": "system", "content": self.system})
+        return turns
 
     def prompt_ids(self, question: Question, sampling: Sampling) -> tuple[list[int], bool]:
         """The prompt's ids, and whether early turns or text had to be left out for the answer to fit."""
@@ -90,7 +95,7 @@ class TextModel:
         if self.template is None:
             if not question:
                 raise InputError("There is no text to continue.")
-            ids = self.tokenizer(question, add_special_tokens=False)["input_ids"]
+            ids = self.tokenizer(question, add_special_tokens=False, split_special_tokens=True)["input_ids"]
             kept = ids if room is None else ids[-(room - len(self.start)) :]
             return self.start + kept, len(kept) < len(ids)
         try:

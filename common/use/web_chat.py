@@ -26,7 +26,7 @@ class ChatPage:
     def __init__(self, config: Any, run: Run, models: Models) -> None:
         queue, self.sampling = ModelQueue(), web_look.sampling_of(config)
         self.run, self.models = run, models
-        self.sessions = Sessions(lambda: Conversations(queue, models, self.sampling))
+        self.sessions = Sessions(lambda: Conversations(queue, models, self.sampling, config.persona or OWN))
         title = "As trained" if run.folder else "No persona"
         own = Persona(OWN, f"{title} - the model's own system turn", "", tuple(demo_questions(CHAT)[:EXAMPLES]))
         self.personas = {OWN: own, **read_personas()}

@@ -121,8 +121,8 @@ class LabelPage:
                 text = f"{len(lines):,} of {len(ids):,} rows answered." + f" The first {ROWS}:" * (len(lines) > ROWS)
                 yield self._look(text, file=write_lines(path, written), rows=rows)
         except InputError as error:
-            text = web_look.error_text(error).replace(path, Path(path).name)
-            yield self._look(f'<span class="error">{escape(text)}</span>')
+            text = web_look.error_text(error).replace(escape(path), escape(Path(path).name))
+            yield self._look(f'<span class="error">{text}</span>')
 
     def stop(self, request: gr.Request) -> None:
         """Stops what this browser has asked for."""

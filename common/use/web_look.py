@@ -140,8 +140,11 @@ def note(text: str = "") -> str:
 
 
 def error_text(error: Exception) -> str:
-    """An error for the page, where an option is a field and no word of a command line."""
-    return re.sub(r"--(\w)", r"\1", printable(str(error)))
+    """An error for the page, where an option is a field and no word of a command line.
+
+    Escaped: Gradio shows it as HTML, and a chat template, which may be anybody's, can put anything into it.
+    """
+    return escape(re.sub(r"--(\w)", r"\1", printable(str(error))))
 
 
 def sampling_of(config: Any) -> Sampling:

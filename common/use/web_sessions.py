@@ -88,10 +88,11 @@ class Pane:
 class Conversations:
     """One browser's conversations, one per model, all asked the same."""
 
-    def __init__(self, queue: ModelQueue, models: Models, sampling: Sampling) -> None:
+    def __init__(self, queue: ModelQueue, models: Models, sampling: Sampling, persona: str = OWN) -> None:
         self.queue, self.turn = queue, Turn()
         self.own = [model.system for _, model in models]
-        self.panes = [Pane(ChatState(in_sequence(model), sampling, model.system)) for _, model in models]
+        self.panes = [Pane(ChatState(in_sequence(model), sampling)) for _, model in models]
+        self.use_persona(persona)
 
     def shown(self) -> list[list[Message]]:
         """The turns of every conversation."""
@@ -137,9 +138,13 @@ class Conversations:
                     pane.asked, pane.written = None, ""
 
     def _pieces(self, question: str | None) -> Generator[str, None, None]:
-        for pane in self.panes:
+        asked = [pane.state.questions() for pane in self.panes]
+        if question is None and not asked[0]:
+            raise InputError("nothing has been asked yet.")
+        for pane, before in zip(self.panes, asked, strict=True):
             state = pane.state
-            pieces = state.stream_retry() if question is None else state.stream_answer(question)
+            again = question is None and len(before) == len(asked[0])  # else stopped before this model was asked
+            pieces = state.stream_retry() if again else state.stream_answer(question or asked[0][-1])
             pane.asked = None
             with contextlib.closing(pieces):
                 for piece in pieces:

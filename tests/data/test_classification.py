@@ -161,6 +161,16 @@ def test_json_jsonl_and_parquet_hold_the_same_rows(tmp_path):
     assert [read_rows(file) for file in files] == [rows] * 3
 
 
+def test_a_blank_line_of_one_column_is_an_empty_cell(tmp_path):
+    """The rows after it keep their numbers; of several columns it is no row, and at the end never one."""
+    assert read_rows(save(tmp_path / "t.csv", "text\nfirst\n\nthird\n\n")) == [
+        {"text": "first"}, {"text": ""}, {"text": "third"}
+    ]  # fmt: skip
+    assert read_rows(save(tmp_path / "u.csv", "text,label\na,b\n\nc,d\n\n")) == [
+        {"text": "a", "label": "b"}, {"text": "c", "label": "d"}
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

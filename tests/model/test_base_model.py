@@ -384,7 +384,8 @@ def test_attention_implementations_agree(models, family):
     [
         ({"target_modules": ["q_proj", "query"]}, "--target_modules query: .* there are .*k_proj.*q_proj"),
         ({"init_lora_weights": "eva"}, "--init_lora_weights eva: expected true, false, gaussian"),
-        ({"init_lora_weights": "pissa", "load_in_4bit": True}, "could not be added: .*PiSSA"),
+        ({"init_lora_weights": "pissa", "load_in_4bit": True}, "pissa changes the weights of the base"),
+        ({"init_lora_weights": "olora", "load_in_4bit": True}, "olora changes the weights of the base"),
         ({"attn_implementation": "flash"}, "could not be loaded: .*flash"),
     ],
 )

@@ -14,15 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from helpers import ROOT
 from helpers.models import FAMILIES, build_model
 from helpers.rows import toy_options
-from helpers.runs import QUANTIZED, run_evaluate, train, train_chat, weights
+from helpers.runs import QUANTIZED, run_evaluate, train, train_chat, train_text, weights
+from helpers.texts import prose
 from peft.tuners.lora import Linear, LoraLayer
 from safetensors.torch import load_file, save_file
 
 from common import export as command
 from common import open_run
-from common.disk import load_task
+from common.disk import load_task, newest_run
 from common.errors import InputError
 from common.measure.certificate import LAYER_BOUNDS, problems
 from common.model import merging, storage
@@ -131,6 +133,29 @@ def chat(models, chat_files, tmp_path):
     train_chat("--model", models["llama"], *chat_files, "--max_steps", 4, "--learning_rate", "1e-2",
                "--output_dir", tmp_path / "run")  # fmt: skip
     return tmp_path / "run"
+
+
+def test_running_text_is_compared_on_what_was_cut_for_validation(models, tmp_path):
+    (tmp_path / "text.txt").write_text(prose(200))
+    options = ["--model", models["llama"], "--train_file", tmp_path / "text.txt", "--block_size", 32]
+    train_text(*options, "--max_steps", 2, "--output_dir", tmp_path / "run")
+    assert exported(tmp_path / "run", tmp_path / "out")[2] == []
+    with pytest.raises(InputError, match="does not say which rows"):  # nor are they those of the demo
+        run_evaluate("--run", tmp_path / "out")
+
+
+def test_a_template_file_is_not_needed_again(models, chat_files, tmp_path):
+    """Template and system turn of the training are saved; turns of one's own get the system turn, too."""
+    file = tmp_path / "own.jinja"
+    shutil.copy(ROOT / "data" / "chat_templates" / "plain.jinja", file)
+    options = ["--chat_template", file, "--system_prompt", "Be short.", "--max_steps", 1]
+    train_chat("--model", models["llama"], *chat_files, *options, "--output_dir", tmp_path / "run")
+    file.unlink()
+    chat = open_run(str(tmp_path / "run")).chat()
+    asked = [{"role": "user", "content": "Hello?"}]
+    assert chat.turns(asked) == chat.turns("Hello?") == [{"role": "system", "content": "Be short."}, *asked]
+    assert chat.turns(chat.turns(asked)) == chat.turns(asked)
+    chat.answer(asked, max_new_tokens=2)
 
 
 def test_conversations_keep_template_and_ends(chat, tmp_path):
@@ -275,6 +300,8 @@ def test_gguf_runs_in_llama_cpp(kind, chat_files, tmp_path):
     assert certificate["tokens"]["kl_per_token"] < 0.01 and certificate["tokens"]["top_1_agreement"] > 0.9
     assert "chat template in llama.cpp" in certificate["same"]
     assert [path.name for path in (tmp_path / "out").glob("*.gguf")] == [f"run-{kind}.gguf"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"llama-cli -m run-{kind}.gguf" in card and "from_pretrained" not in card and "THIS_FOLDER" not in card
     text = (tmp_path / "out" / "Modelfile").read_text()
     assert f"FROM ./run-{kind}.gguf" in text and 'PARAMETER stop "<|im_end|>"' in text
 
@@ -333,14 +360,16 @@ def test_an_export_is_uploaded_in_one_commit(trained, tmp_path, monkeypatch, cap
         export.push(tmp_path / "out", "me/mine")
 
 
-@pytest.mark.parametrize("approach", ["generative", "head"])
-def test_a_space_shows_its_page(approach, trained, tmp_path, monkeypatch):
+@pytest.mark.parametrize("approach", ["generative", "head", "chat"])
+def test_a_space_shows_its_page(approach, trained, chat, tmp_path, monkeypatch):
     """Its app runs in the folder alone, without the repository."""
     pytest.importorskip("gradio", reason="an extra")
-    run, folder = trained("llama", approach, "single"), tmp_path / "space"
+    run, folder = chat if approach == "chat" else trained("llama", approach, "single"), tmp_path / "space"
     few = ["--run", run, "--format", "space", "--output_dir", folder, "--dtype", "fp32", "--max_eval_samples", 2]
     run_export(monkeypatch, *few)
     assert (folder / "README.md").read_text().startswith("---\ntitle: run\nsdk: gradio\nsdk_version: ")
+    assert '.from_pretrained("THIS_FOLDER/model")' in (folder / "README.md").read_text()
+    assert newest_run() != folder
     assert "bitsandbytes" not in (folder / "requirements.txt").read_text()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -353,7 +382,7 @@ def test_a_space_shows_its_page(approach, trained, tmp_path, monkeypatch):
         stop.start()
         assert str(port) in app.stdout.readline(), app.stderr.read()
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=30) as page:
-            assert page.status == 200 and "Classify" in page.read().decode()
+            assert page.status == 200 and ("Chat" if approach == "chat" else "Classify") in page.read().decode()
     finally:
         stop.cancel()
         app.kill()

@@ -115,6 +115,42 @@ def test_personas_and_settings_of_a_conversation():
     assert len(found.shown()[0]) == 2
 
 
+def test_a_retry_asks_all_models_the_same(monkeypatch):
+    """Stopped while the first one wrote, the second one has not been asked yet."""
+    monkeypatch.setattr(web_sessions, "REFRESH", -1)
+    for before in ([], ["zero"]):
+        found = conversations(echo(), echo())
+        with pytest.raises(InputError, match="nothing has been asked"):
+            list(found.answer(None, {}))
+        for question in before:
+            list(found.answer(question, {}))
+        pieces = found.answer("one two", {})
+        next(pieces), next(pieces)
+        found.turn.stop()
+        list(pieces)
+        assert [len(chat) for chat in found.shown()] == [2 * len(before) + 2, 2 * len(before)]
+        list(found.answer(None, {}))
+        asked = [[turn["content"] for turn in chat if turn["role"] == "user"] for chat in found.shown()]
+        assert asked == [[*before, "one two"]] * 2
+
+
+def test_a_page_that_begins_with_a_persona_goes_back_to_the_models_own_turn():
+    found = Conversations(ModelQueue(), [("a", echo("trained"))], Sampling(), "sales")
+    list(found.answer("one", {}))
+    assert not found.shown()[0][-1]["content"].startswith("[trained]")
+    found.use_persona(OWN)
+    list(found.answer("two", {}))
+    assert found.shown()[0][-1]["content"].startswith("[trained]")
+
+
+def test_errors_are_text_on_the_page():
+    """Gradio's warnings are HTML, and a chat template, which may be anybody's, can raise whatever it likes."""
+    web_look = pytest.importorskip("common.use.web_look", reason="an extra")
+    assert web_look.error_text(ValueError('<img src="https://x/"> --seed')) == (
+        "&lt;img src=&quot;https://x/&quot;&gt; seed"
+    )
+
+
 def test_stop_and_clear_in_the_middle_of_an_answer(monkeypatch):
     monkeypatch.setattr(web_sessions, "REFRESH", -1)
     found = conversations(echo())
