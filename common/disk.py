@@ -128,9 +128,15 @@ def replace_folder(new: Path, target: Path) -> None:
     recover(target)
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.rename(target, old)
-    os.rename(new, target)
+    for again in (True, False):
+        if target.exists():
+            os.rename(target, old)
+        try:
+            os.rename(new, target)
+            break
+        except OSError:
+            if not (again and target.exists()):  # it does if a reader has just put the old one back, by `recover`
+                raise
     shutil.rmtree(old, ignore_errors=True)
 
 

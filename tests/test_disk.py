@@ -10,7 +10,7 @@ import pytest
 from helpers.rows import toy_options, toy_rows, write_csv
 from helpers.runs import assert_same_bits, train
 
-from common.disk import cached_folder, read_lines, to_json
+from common.disk import cached_folder, read_lines, recover, replace_folder, to_json
 from common.errors import RESUME_HINT, cli_errors
 from common.train.run_folder import damaged_file, list_checkpoints
 
@@ -32,6 +32,25 @@ def test_a_cached_folder_is_written_once_and_only_complete(tmp_path, monkeypatch
     assert not (tmp_path / "kind" / "name").exists() and not list(tmp_path.glob("kind/.*"))
     assert (cached_folder("kind/name", write) / "all").read_text() == "content"
     assert cached_folder("kind/name", fail) == tmp_path / "kind" / "name"  # it is there, so nothing is written
+
+
+def test_a_reader_between_the_renames_stops_no_writer(tmp_path, monkeypatch):
+    """It puts the old folder back, as after a kill; the new one takes its place all the same."""
+    for name in ("new", "target"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "content").write_text(name)
+    rename, read = os.rename, []
+
+    def interrupted(source, to):
+        rename(source, to)
+        if not read:
+            read.append(1)
+            recover(tmp_path / "target")
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    replace_folder(tmp_path / "new", tmp_path / "target")
+    assert (tmp_path / "target" / "content").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
 @pytest.fixture
