@@ -129,7 +129,7 @@ def describe_environment(processes: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": _processor(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() and uses_gpu() else None,
         "processes": processes,
         "threads": torch.get_num_threads(),
         "versions": {name: _version(name) for name in PACKAGES},

@@ -209,9 +209,11 @@ class DataConfig:
     dataset_config: str | None = option(None, "configuration of the hub data set")
     max_train_samples: int | None = option(None, "use this many training rows, drawn by --split_seed", at_least=1)
     max_eval_samples: int | None = option(None, "use this many validation rows; the test split stays whole", at_least=1)
-    validation_fraction: float = option(0.1, "share cut for validation where no file is given", at_least=0)
-    test_fraction: float = option(0.1, "share cut for test where no file is given", at_least=0)
-    split_seed: int = option(42, "of the cut, independent of --seed", at_least=0)
+    validation_fraction: float = option(
+        0.1, "share cut for validation where no file is given", at_least=0, settled=True
+    )
+    test_fraction: float = option(0.1, "share cut for test where no file is given", at_least=0, settled=True)
+    split_seed: int = option(42, "of the cut, independent of --seed", at_least=0, settled=True)
 
     def broken_rules(self) -> Iterator[str]:
         if self.dataset_name and (self.train_file or self.validation_file or self.test_file):

@@ -231,6 +231,7 @@ def test_what_does_not_fit_the_run_is_refused(trained, tmp_path, monkeypatch):
         alone = copy_of(several / "adapter", tmp_path / f"{family}-adapter")
         for options, reason in (
             (["--run", run, "--max_length", "9"], "--max_length was settled"),
+            (["--run", run, "--test_fraction", "0.3"], "--test_fraction was settled"),  # would test what was trained on
             (["--run", run, "--labels", "sport", "music", "science"], "--labels was settled"),
             (["--run", run, "--load_in_4bit", "true"], "--load_in_4bit was settled"),
             (["--run", several, "--decode", "generate"], "has a classification head and writes no text"),

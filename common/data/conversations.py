@@ -174,7 +174,8 @@ def _turns(row: Row, columns: Sequence[str], where: str) -> list[Message]:
             turns += _turns_in(row[column], f"{where}, column {column!r}")
     else:
         if not _is_empty(row.get("history")):
-            raise InputError(f"{where}, column 'history': not read. Write all turns as `messages`, or delete it.")
+            remedy = "Write all turns as `messages`, or give a file without it; for an older run as --test_file."
+            raise InputError(f"{where}, column 'history': not read. {remedy}")
         for role, column in zip(("user", "assistant"), columns, strict=False):
             names = ("instruction", "input") if column == "instruction" else (column,)
             texts = [_text_in(row.get(name), f"{where}, column {name!r}") for name in names]

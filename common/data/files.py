@@ -8,7 +8,8 @@ import csv
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +27,24 @@ OTHER_KINDS = {  # first bytes -> what the file is, and the remedy
 }
 
 
-def read_rows(path: str | Path) -> list[Row]:
-    """The rows of a CSV, TSV, JSON, JSONL or Parquet file; cells of CSV and TSV stay text as written."""
-    rows = list(iterate_rows(path))
+def read_rows(path: str | Path, blank_lines: bool = False) -> list[Row]:
+    """The rows of a CSV, TSV, JSON, JSONL or Parquet file; cells of CSV and TSV stay text as written.
+
+    blank_lines: of a CSV or TSV file of one column, such a line between others is a row with an empty cell.
+    """
+    rows = list(iterate_rows(path, blank_lines))
     if not rows:
         raise InputError(f"{path}: the file has no rows. It needs at least one, in CSV and TSV under a header line.")
     return rows
 
 
-def iterate_rows(path: str | Path) -> Iterator[Row]:
+def iterate_rows(path: str | Path, blank_lines: bool = False) -> Iterator[Row]:
     """The rows of `read_rows` one by one: memory does not grow with the file, unless it is .json, a single value."""
     path = Path(path)
-    readers = {
-        ".csv": _read_csv,
-        ".tsv": _read_csv,
+    tabular = partial(_read_csv, blank_lines=blank_lines)
+    readers: dict[str, Callable[[Path], Iterable[Row]]] = {
+        ".csv": tabular,
+        ".tsv": tabular,
         ".json": _read_json,
         ".jsonl": _read_jsonl,
         ".parquet": _read_parquet,
@@ -138,7 +143,7 @@ def _first_not_utf8(path: Path) -> tuple[int, int]:
     raise AssertionError(f"{path} is UTF-8")
 
 
-def _read_csv(path: Path) -> Iterator[Row]:
+def _read_csv(path: Path, blank_lines: bool) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     with open(path, encoding="utf-8-sig", newline="") as file:
@@ -152,7 +157,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
             for cells in reader:
                 line = reader.line_num + 1
                 if not cells:
-                    blank += len(header) == 1  # of one column, a blank line in between is an empty cell
+                    blank += blank_lines and len(header) == 1
                     continue
                 if len(cells) != len(header):
                     raise InputError(

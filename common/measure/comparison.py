@@ -41,7 +41,7 @@ from common.measure.metrics import (
     overlap_measure,
     rows_right,
 )
-from common.measure.report import value_text
+from common.measure.report import SHARES, value_text
 from common.options import CAUSAL_LM, CHAT, CLASSIFICATION
 
 MIN_SEEDS = 6  # of each recipe, for a sign test: with 5, even 5 of 5 have a p of 0.06
@@ -182,9 +182,9 @@ def _values(recipe: Recipe, unit: str, units: int, metrics: Sequence[str]) -> di
     values: dict[str, Any] = point(mean_of(recipe.measures), units)
     drawn = resampled(mean_of_drawn(recipe.measures, seed=1), units)
     intervals = {name: percentiles(drawn[name]) for name in metrics}
-    if len(recipe.evaluations) == 1:  # what its report says, as Wilson's interval of an accuracy
+    if len(recipe.evaluations) == 1:  # Wilson's interval of a share, as its report has it
         own = recipe.evaluations[0].metrics
-        intervals = {name: interval(own, name) or intervals[name] for name in metrics}
+        intervals |= {name: interval(own, name) or intervals[name] for name in ("f1_micro", *SHARES) if name in metrics}
     folders = [str(folder) for folder in recipe.folders]
     values = {name: values[name] for name in metrics}
     return {"folders": folders, "seeds": len(folders), **values, "intervals_95": intervals}

@@ -59,7 +59,7 @@ def read_predictions(folder: Path, name: str, labels: Sequence[str]) -> dict[str
 def copy_zero_shot(source: Path, folder: Path) -> None:
     """What the untrained base answered, from one evaluation of a run's rows to another one of the same rows."""
     old, new = (each / FOLDER / FILES[ZERO_SHOT] for each in (source, folder))
-    if old.is_file() and not new.exists():
+    if old.is_file() and old.resolve() != new.resolve():
         new.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(old, new)
 

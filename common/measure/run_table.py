@@ -153,8 +153,9 @@ def _markdown(runs: Sequence[Run], name: str) -> str:
     for run in runs:
         described = run.described.items()
         cells = ["-" if value is None else FORMS.get(title, "{}").format(value) for title, value in described]
-        memory = run.metrics.get("train_peak_memory_bytes", 0) / 2**20
-        rows.append([*cells, value_text(run.metrics, name), f"{memory:.0f} MB", f"{run.weights / 2**20:.1f} MB"])
+        held = run.metrics.get("train_peak_memory_bytes")
+        memory = "-" if held is None else f"{held / 2**20:.0f} MB"
+        rows.append([*cells, value_text(run.metrics, name), memory, f"{run.weights / 2**20:.1f} MB"])
         for method, metrics in run.baselines.items():
             if isinstance(metrics, dict) and name in metrics:
                 start = (method, run.described["model"], run.base if "untrained" in method else "")

@@ -18,7 +18,7 @@ def read_input(config: Any, run: Run) -> tuple[list[str], Sequence[Any]]:
 
     config: of inference.py. Raises InputError that names file, row and column for what cannot be answered.
     """
-    rows = read_rows(config.input_file)
+    rows = read_rows(config.input_file, blank_lines=True)  # as the answers are joined to the rows by their numbers
     ids = row_ids(rows, config.input_file, config.id_column)
     if run.task == CLASSIFICATION:
         return ids, unlabeled_rows(rows, ids, config.input_file, config)

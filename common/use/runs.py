@@ -36,6 +36,7 @@ from common.disk import (
 )
 from common.errors import InputError
 from common.hub import EMBEDDED, resolve_model, weights_fingerprint
+from common.log import uses_gpu
 from common.options import (
     BASE_CHANGING_INITS,
     CAUSAL_LM,
@@ -58,8 +59,8 @@ if TYPE_CHECKING:
     from common.use.text_models import TextModel
 
 DECISION = "decision"  # of task.json
-# Options that decide what of a row the model is shown, and what is right.
-SHOWN = ("text_fields", "label_column", "label_columns", "label_delimiter", "columns", "chat_template")
+# Options that decide what a row is called, what of it the model is shown, and what is right.
+SHOWN = ("id_column", "text_fields", "label_column", "label_columns", "label_delimiter", "columns", "chat_template")
 T = TypeVar("T")
 
 
@@ -170,8 +171,12 @@ class Run:
         return folder
 
     def reads_otherwise(self) -> bool:
-        """Whether the command line has the model shown something else of its rows than in training."""
-        return self.folder is not None and any(
+        """Whether the command line has the model shown something else of its rows than in training.
+
+        A copied adapter does not know what that was.
+        """
+        known = self.folder is not None and (self.run_folder / "config.yaml").is_file()
+        return known and any(
             self.given.get(name, self.options.get(name)) != self.options.get(name) for name in SHOWN
         )
 
@@ -399,10 +404,10 @@ class Run:
 
 
 def best_device() -> "torch.device":
-    """The GPU if there is one, else the CPU."""
+    """The GPU if there is one to use, else the CPU."""
     import torch
 
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    return (uses_gpu() and torch.accelerator.current_accelerator()) or torch.device("cpu")
 
 
 def open_run(name: str | None = None, task: str | None = None) -> Run:

@@ -139,12 +139,13 @@ class Conversations:
 
     def _pieces(self, question: str | None) -> Generator[str, None, None]:
         asked = [pane.state.questions() for pane in self.panes]
-        if question is None and not asked[0]:
+        last = max(asked, key=len)  # a model that was stopped, or had no word to say, has not kept the last question
+        if question is None and not last:
             raise InputError("nothing has been asked yet.")
         for pane, before in zip(self.panes, asked, strict=True):
             state = pane.state
-            again = question is None and len(before) == len(asked[0])  # else stopped before this model was asked
-            pieces = state.stream_retry() if again else state.stream_answer(question or asked[0][-1])
+            again = question is None and len(before) == len(last)
+            pieces = state.stream_retry() if again else state.stream_answer(question or last[-1])
             pane.asked = None
             with contextlib.closing(pieces):
                 for piece in pieces:

@@ -162,13 +162,12 @@ def test_json_jsonl_and_parquet_hold_the_same_rows(tmp_path):
 
 
 def test_a_blank_line_of_one_column_is_an_empty_cell(tmp_path):
-    """The rows after it keep their numbers; of several columns it is no row, and at the end never one."""
-    assert read_rows(save(tmp_path / "t.csv", "text\nfirst\n\nthird\n\n")) == [
-        {"text": "first"}, {"text": ""}, {"text": "third"}
-    ]  # fmt: skip
-    assert read_rows(save(tmp_path / "u.csv", "text,label\na,b\n\nc,d\n\n")) == [
-        {"text": "a", "label": "b"}, {"text": "c", "label": "d"}
-    ]  # fmt: skip
+    """Of what is to be answered, so that rows keep their numbers; not of several columns, and never at the end."""
+    one = save(tmp_path / "t.csv", "text\nfirst\n\nthird\n\n")
+    assert read_rows(one, blank_lines=True) == [{"text": "first"}, {"text": ""}, {"text": "third"}]
+    assert read_rows(one) == [{"text": "first"}, {"text": "third"}]
+    two = save(tmp_path / "u.csv", "text,label\na,b\n\nc,d\n\n")
+    assert read_rows(two, blank_lines=True) == [{"text": "a", "label": "b"}, {"text": "c", "label": "d"}]
 
 
 @pytest.mark.parametrize(

@@ -369,6 +369,7 @@ def test_a_space_shows_its_page(approach, trained, chat, tmp_path, monkeypatch):
     run_export(monkeypatch, *few)
     assert (folder / "README.md").read_text().startswith("---\ntitle: run\nsdk: gradio\nsdk_version: ")
     assert '.from_pretrained("THIS_FOLDER/model")' in (folder / "README.md").read_text()
+    monkeypatch.setattr("common.disk.OUTPUTS", tmp_path)
     assert newest_run() != folder
     assert "bitsandbytes" not in (folder / "requirements.txt").read_text()
     with socket.socket() as probe:

@@ -134,6 +134,16 @@ def test_a_retry_asks_all_models_the_same(monkeypatch):
         assert asked == [[*before, "one two"]] * 2
 
 
+def test_a_retry_where_one_model_had_no_word_to_say():
+    """Its question is not kept, and is asked of both again."""
+    silent = SimpleNamespace(template=True, system=None, pieces=lambda turns, sampling: iter([]))
+    found = conversations(silent, echo())
+    list(found.answer("one", {}))
+    assert [len(chat) for chat in found.shown()] == [0, 2]
+    list(found.answer(None, {}))
+    assert [[turn["content"] for turn in chat] for chat in found.shown()] == [[], ["one", "[none] one None"]]
+
+
 def test_a_page_that_begins_with_a_persona_goes_back_to_the_models_own_turn():
     found = Conversations(ModelQueue(), [("a", echo("trained"))], Sampling(), "sales")
     list(found.answer("one", {}))
