@@ -253,7 +253,7 @@ def test_a_file_that_cannot_be_read_is_named(folder, monkeypatch):
     """The same for root: what the system says is passed on."""
     from common.data import files
 
-    def forbid(path):
+    def forbid(path, **options):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(files, "_read_csv", forbid)

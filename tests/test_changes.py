@@ -376,7 +376,7 @@ def test_preferences(changed, models, tmp_path):
     assert "DPO loss" in (folder / "eval" / "test" / "report.md").read_text()
 
     run_evaluate("--run", folder, "--columns", "completion=chosen", "--max_new_tokens", "3")
-    lines = read_jsonl(folder / "eval" / "test" / "predictions.jsonl")
+    lines = read_jsonl(folder / "eval" / "test-changed" / "predictions.jsonl")
     assert [line["gold"] for line in lines] == [row["chosen"] for row in parts["test"]]
 
 

@@ -114,7 +114,10 @@ def test_a_damaged_baseline_is_named(tmp_path):
 
 @KINDS
 def test_the_gain_is_that_of_a_direct_computation(multi_label, tmp_path):
-    """Accuracy, micro- and macro-F1 by scikit-learn on every resample, both methods on the same rows."""
+    """Accuracy, micro- and macro-F1 by scikit-learn on every resample, both methods on the same rows.
+
+    Macro-F1 is the mean over the labels that the resample has drawn, as all labels that are used count in the value.
+    """
     data = data_of(multi_label, test=60)
     results, rows, rng = measure(tmp_path, data), data.splits["test"], np.random.default_rng(0)
     own = [row.labels if rng.random() < 0.9 else (2,) for row in rows]
@@ -125,11 +128,14 @@ def test_the_gain_is_that_of_a_direct_computation(multi_label, tmp_path):
 
     def values(answers: list, drawn: np.ndarray) -> np.ndarray:
         real, said = (
-            np.array([[k in labels for k in range(3)] for labels in part])[drawn]
+            np.array([[k in labels for k in range(3)] for labels in part])
             for part in ([row.labels for row in rows], answers)
         )
-        f1 = [f1_score(real, said, average=average, zero_division=0) for average in ("micro", "macro")]
-        return np.array([(real == said).all(1).mean(), *f1])
+        used = (real | said).any(0).mean()
+        real, said = real[drawn], said[drawn]
+        f1_micro, each = (f1_score(real, said, average=average, zero_division=0) for average in ("micro", None))
+        f1_macro = each[(real | said).any(0)].mean() * used
+        return np.array([(real == said).all(1).mean(), f1_micro, f1_macro])
 
     assert [found[name] for name in gain.VALUES] == pytest.approx(values(own, range(60)) - values(base, range(60)))
     counts = np.random.default_rng(0).multinomial(60, np.full(60, 1 / 60), size=100)
