@@ -121,11 +121,11 @@ def evaluate_classifier(config: Config, run: Run, other_rows: bool, reuse: bool 
             raise InputError("--decode generate: this run has a classification head and writes no text.")
     decode = "head" if run.trained.get("approach") == "head" else config.decode
     name = f"{config.split}-generate" if decode == "generate" else config.split
-    target, usual = run.results_folder(config, name, other_rows), not (other_rows or run.reads_otherwise())
+    target = run.results_folder(config, name, other_rows)
     if reuse and run.has_results(target, data.sources, config.split, decode=decode):
         return target
 
-    from common.measure import baselines, gain, report
+    from common.measure import baselines, report
     from common.measure.partial_results import measure_in_chunks
     from common.measure.scoring import predict
     from common.train import loop
@@ -150,9 +150,7 @@ def evaluate_classifier(config: Config, run: Run, other_rows: bool, reuse: bool 
     gold = [example.labels for example in examples]
     metrics = summarize(answers, gold, data.labels) | evaluation_cost(len(examples), time.perf_counter() - seconds)
     if accelerator.is_main_process:
-        metrics, results = run.results(data.sources, config.split, metrics, usual)
-        if usual:
-            gain.copy_zero_shot(run.home / "eval" / config.split, target)
+        metrics, results = run.results(target, data.sources, config.split, metrics, usual=not other_rows)
         if run.weights:
             kept = baselines.measure_kept(run.run_folder, target, examples, data.labels, data.multi_label)
             results |= {name: {**results.get(name, {}), **measured} for name, measured in kept.items()}
@@ -172,10 +170,9 @@ def evaluate_text(config: Config, run: Run, other_rows: bool, reuse: bool = Fals
     if run.folder and not other_rows:
         run.check_unchanged(named, config.split)
     trained = run.options  # a copied adapter has no stride to compare with
-    same = all(getattr(config, x) == trained.get(x) for x in ("block_size", "stride")) or run.folder is None
+    usual = all(getattr(config, x) == trained.get(x) for x in ("block_size", "stride")) or run.folder is None
     windows = f"{config.block_size}-{config.stride or config.block_size}"
-    target = run.results_folder(config, config.split if same else f"{config.split}-windows-{windows}", other_rows)
-    usual = same and not (other_rows or run.reads_otherwise())
+    target = run.results_folder(config, config.split if usual else f"{config.split}-windows-{windows}", other_rows)
     if reuse and run.has_results(target, named, config.split):
         return target
     path = str(run.folder or resolve_model(config.model, config.revision))
@@ -213,7 +210,7 @@ def evaluate_text(config: Config, run: Run, other_rows: bool, reuse: bool = Fals
     metrics |= evaluation_cost(len(blocks), time.perf_counter() - seconds)
     sample = continue_text(model, tokenizer, config.sample_prompt, accelerator, seed=42)
     if accelerator.is_main_process:
-        metrics, results = run.results(data.sources, config.split, metrics, usual)
+        metrics, results = run.results(target, data.sources, config.split, metrics, usual and not other_rows)
         say(accelerator, report.write_causal_lm(target, metrics, results, config.split, blocks=losses, units=units,
                                                 sample=sample))  # fmt: skip
         before = f"after {tokenizer.decode(start)}" if start else "without a BOS token before them"
@@ -231,7 +228,6 @@ def evaluate_chat(config: Config, run: Run, other_rows: bool, reuse: bool = Fals
     require_rows(data.splits[config.split], config)
     if run.folder and not other_rows:
         run.check_unchanged(data.sources, config.split)
-    usual = not (other_rows or run.reads_otherwise())
     target = run.results_folder(config, config.split, other_rows)
     if reuse and run.has_results(target, data.sources, config.split):
         return target
@@ -268,7 +264,7 @@ def evaluate_chat(config: Config, run: Run, other_rows: bool, reuse: bool = Fals
         answer |= {"nats": nats, "predicted_tokens": int(count)}
     metrics = chat_metrics(losses, units, answers) | evaluation_cost(len(answers), time.perf_counter() - seconds)
     if accelerator.is_main_process:
-        metrics, results = run.results(data.sources, config.split, metrics, usual)
+        metrics, results = run.results(target, data.sources, config.split, metrics, usual=not other_rows)
         say(accelerator, report.write_chat(target, metrics, results, config.split, answers=answers))
         speed = f"{metrics['examples_per_second']:.1f} examples/s"
         say(accelerator, f"\n{speed}; {run.loaded_as(config)}; samples in {target / 'report.md'}")

@@ -129,7 +129,7 @@ def describe_environment(processes: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": _processor(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() and uses_gpu() else None,
+        "gpu": torch.cuda.get_device_name() if uses_cuda() else None,
         "processes": processes,
         "threads": torch.get_num_threads(),
         "versions": {name: _version(name) for name in PACKAGES},
@@ -178,11 +178,18 @@ def uses_gpu() -> bool:
     return torch.accelerator.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
+def uses_cuda() -> bool:
+    """Whether that GPU is one of CUDA's."""
+    import torch
+
+    return torch.cuda.is_available() and uses_gpu()
+
+
 def peak_memory() -> int:
     """Bytes: what the GPU's allocator held at most, or this process's peak resident set on a CPU."""
     import torch
 
-    if torch.cuda.is_available() and uses_gpu():
+    if uses_cuda():
         return torch.cuda.max_memory_allocated()
     try:
         import resource

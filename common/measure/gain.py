@@ -67,13 +67,12 @@ def copy_zero_shot(source: Path, folder: Path) -> None:
 def gain_over_best(
     folder: Path, methods: Sequence[str], rows: Sequence[Example], answers: Answers, labels: Sequence[str]
 ) -> dict[str, Any]:
-    """How much more than the best baseline the answers measure, with paired 95 % intervals; empty without a baseline,
-    and of a single row.
+    """How much more than the best baseline the answers measure, with paired 95 % intervals.
 
-    The best one has the highest micro-F1 (with one label per row: accuracy) on all rows. One that answered only some of
-    them, as the untrained base may, is it where it beats that one on its own rows, and is then compared on these.
-    folder: of the evaluation, with the predictions of the baselines. methods: of the results table; those that have no
-    predictions there are left out.
+    Empty without a baseline, and of a single row. The best one has the highest micro-F1 (with one label per row:
+    accuracy) on all rows. One that answered only some of them, as the untrained base may, is it where it beats that one
+    on its own rows, and is then compared on these. folder: of the evaluation, with the predictions of the baselines.
+    methods: of the results table; those that have no predictions there are left out.
     """
     position = {row.id: i for i, row in enumerate(rows)}
     found = {name: read_predictions(folder, name, labels) for name in FILES if any(m.startswith(name) for m in methods)}
@@ -94,9 +93,9 @@ def gain_over_best(
         return {}
     own = {row.id: answer for row, answer in zip(rows, answers, strict=True)}
     gained = difference(measure(found[best], ids), measure(own, ids))
-    values, intervals = ({name: each[name] for name in VALUES} for each in (
-        point(gained, len(ids)), bootstrap(gained, len(ids))))  # fmt: skip
-    return {"baseline": best, "rows": len(ids), **values, "intervals_95": intervals}
+    values, intervals = point(gained, len(ids)), bootstrap(gained, len(ids))
+    shown = {name: values[name] for name in VALUES}
+    return {"baseline": best, "rows": len(ids), **shown, "intervals_95": {name: intervals[name] for name in VALUES}}
 
 
 def gain_sentence(gain: Mapping[str, Any], rows: int, multi_label: bool) -> str:

@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from common.disk import damage_named
 from common.errors import InputError
-from common.log import uses_gpu
+from common.log import uses_cuda
 from common.model import attention
 from common.options import LoopConfig, ModelConfig
 
@@ -41,7 +41,7 @@ def resolve_options(config: Any, encoder: bool, head: bool = False) -> None:
     if config.load_in_4bit is None:
         config.load_in_4bit = not (encoder or config.full_finetuning or config.load_in_8bit)
     if config.mixed_precision is None:
-        if torch.cuda.is_available() and uses_gpu():
+        if uses_cuda():
             config.mixed_precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         else:
             fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
@@ -121,7 +121,8 @@ def load_base(
             "problem_type": f"{'multi' if multi_label else 'single'}_label_classification",
         }
     stored_quantized = bool(getattr(read_config(path, config), "quantization_config", None))
-    if quantized or stored_quantized:  # such weights cannot be moved; one complete model per process
+    movable = not (quantized or stored_quantized)
+    if not movable:  # one complete model per process
         options["device_map"] = {"": device or "cpu"}
     if stored_quantized:
         if labels:
@@ -151,7 +152,7 @@ def load_base(
         # no gradient: training would go on after an evaluation with broken gradients, and only a warning.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    if not (quantized or stored_quantized):
+    if movable:
         model.to(device or "cpu")
     if not config.attn_implementation:
         attention.use(model)

@@ -37,6 +37,7 @@ from common.disk import (
 from common.errors import InputError
 from common.hub import EMBEDDED, resolve_model, weights_fingerprint
 from common.log import uses_gpu
+from common.measure.gain import copy_zero_shot
 from common.options import (
     BASE_CHANGING_INITS,
     CAUSAL_LM,
@@ -198,16 +199,19 @@ class Run:
         return weights_fingerprint(resolve_model(known["model"], known.get("revision")), known.get("revision"))
 
     def results(
-        self, sources: Sources, split: str, metrics: dict[str, Any], usual: bool
+        self, folder: Path, sources: Sources, split: str, metrics: dict[str, Any], usual: bool
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The metrics with what they are of and the figures of the training, and the results table's rows.
 
-        usual: the rows are the run's own, read as after training, whose figures and baselines can stand beside these.
+        folder: of the evaluation; it gets what the untrained base answered then, if that is a row of the table. usual:
+        the rows are the run's own. Read as after training, figures and baselines of then can stand beside these.
         """
         metrics |= self.made_from(sources, split)
         results = {"this run" if self.weights else "untrained base": metrics}
-        if self.weights and usual:
-            results |= read_json(self.home / "eval" / split / "baselines.json")
+        if self.weights and usual and not self.reads_otherwise():
+            before = self.home / "eval" / split
+            results |= read_json(before / "baselines.json")
+            copy_zero_shot(before, folder)
             metrics = {**train_figures(self.home), **metrics}
         return metrics, results
 
