@@ -1,4 +1,4 @@
-"""Memory that glibc keeps of freed tensors is given back to the system, so that a process stays as small as it can."""
+"""What a process keeps on a CPU although it needs it no more: memory of freed tensors, and kernels of past shapes."""
 
 import ctypes
 import functools
@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 SHARE = 0.02  # of the time that the system may spend on giving back and, which is most of it, on taking pages anew
 LONGEST = 30.0  # seconds between two calls, where the system has other work as well
+KERNELS = 256  # some updates' worth; 64 are too few for one, which then takes 14 % longer
 
 
 class _Trimmer:
@@ -16,10 +17,10 @@ class _Trimmer:
     def __init__(self, trim: Callable[[int], int]) -> None:
         self.trim, self.last = trim, os.times()
 
-    def __call__(self) -> None:
+    def __call__(self, at_once: bool) -> None:
         now = os.times()
         elapsed = now.elapsed - self.last.elapsed
-        if elapsed >= LONGEST or now.system - self.last.system <= SHARE * elapsed:
+        if at_once or elapsed >= LONGEST or now.system - self.last.system <= SHARE * elapsed:
             self.trim(0)
             self.last = now
 
@@ -33,13 +34,23 @@ def _trimmer() -> _Trimmer | None:
     return trim and _Trimmer(trim)
 
 
-def give_back(device_type: str) -> None:
+def give_back(device_type: str, at_once: bool = False) -> None:
     """Gives freed memory back to the system, on a CPU and where the C library can; to be called after every batch.
 
+    at_once: whatever it costs, as what comes next is of another kind.
     Batches of ever new shapes leave free blocks in which the next tensors do not fit, and without this call a process
     only grows. It takes a few percent of the time, whatever a call costs: calls that come too soon do nothing. A call
     after every update took 10 % of training, as the pages of every batch had to be taken anew.
     """
     trimmer = _trimmer()
     if trimmer and device_type == "cpu":
-        trimmer()
+        trimmer(at_once)
+
+
+def keep_few_kernels() -> None:
+    """Makes oneDNN keep KERNELS compiled kernels instead of 1,024; to be called before the first product on a CPU.
+
+    Every length of a batch has kernels of its own, with their buffers. Texts of 40 to 384 tokens in 40 updates of 4
+    rows, with a model of 135M: 0.3 GB less of 4.3 GB, in the same time.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))

@@ -18,16 +18,18 @@ def test_calls_that_come_too_soon_do_nothing(monkeypatch):
     calls = []
     trimmer = memory._Trimmer(lambda pad: calls.append(now.elapsed) or 1)
     for now.elapsed, now.system in [(105, 0.2), (109, 0.2), (111, 0.2), (112, 0.6), (130, 0.6), (132, 0.6)]:
-        trimmer()
+        trimmer(at_once=False)
     assert calls == [111, 132]
     for now.elapsed in range(133, 200):  # a system that is busy all the time
         now.system += 0.05
-        trimmer()
+        trimmer(at_once=False)
     assert calls == [111, 132, 162, 192]
+    trimmer(at_once=True)  # whatever it costs
+    assert calls[-1] == 199
 
 
 def test_a_gpu_or_another_library_has_nothing_to_give_back(monkeypatch):
-    def refuse() -> None:
+    def refuse(at_once: bool) -> None:
         raise AssertionError
 
     monkeypatch.setattr(memory, "_trimmer", lambda: refuse)
@@ -56,3 +58,12 @@ print((before - resident()) / 1e6)
     environment = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**33), "PATH": ""}
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert float(ended.stdout) > 350, ended.stderr
+
+
+def test_few_kernels_are_kept_unless_the_user_says_how_many(monkeypatch):
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    memory.keep_few_kernels()
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == str(memory.KERNELS)
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
+    memory.keep_few_kernels()
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7"

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from common.errors import InputError, Terminated
 from common.log import say, uses_gpu
-from common.memory import give_back
+from common.memory import give_back, keep_few_kernels
 from common.model.base_model import unpacked_size
 from common.model.sharding import keep_from_ddp, shard
 from common.options import LoopConfig
@@ -35,7 +35,7 @@ ENGINES = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED
 
 
 def start_accelerator(config: Any, trackers: Sequence[str] = ()) -> Accelerator:
-    """The Accelerator of one run or evaluation; sets threads and TF32.
+    """The Accelerator of one run or evaluation; sets threads, TF32 and what oneDNN keeps.
 
     `accelerate launch` gives every CPU process one thread, so threads are set here: the cores this process may use,
     divided by the processes on this machine.
@@ -48,6 +48,7 @@ def start_accelerator(config: Any, trackers: Sequence[str] = ()) -> Accelerator:
             )
     if config.mixed_precision == "fp16" and not uses_gpu():
         raise InputError("fp16 (--mixed_precision, or as trained) needs a GPU. Set --mixed_precision bf16 or no.")
+    keep_few_kernels()
     accelerator = Accelerator(
         cpu=not uses_gpu(),  # without it, several CPU processes would each train alone
         mixed_precision=config.mixed_precision,
