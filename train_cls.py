@@ -109,7 +109,7 @@ def train(config: Config, data: ClassificationData, path: str, last: bool = True
     prompt.reserve(examples)
     weights = class_weights(config.class_weights, examples, data.labels, data.multi_label)
     rows = classification_rows(examples, prompt, weights)
-    prompt.count_shortened(data)
+    prompt.count_shortened(data, examples)
     report_text = data_report(data.report, show_row(rows[0], tokenizer))
     say(accelerator, report_text)
     begin_with = initial_adapter(config, path, CLASSIFICATION, labels=data.labels if head else None,
@@ -253,7 +253,7 @@ def main() -> None:
                     template=read_template(config.prompt_template, config.approach))  # fmt: skip
 
     def train_one(run: Config, last: bool) -> dict[str, Any]:
-        return train(run, load_classification(run) if run.fold else data, path, last)
+        return train(run, data if run is runs[0] else load_classification(run), path, last)
 
     train_each(runs, config, train_one)
 

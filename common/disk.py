@@ -30,23 +30,36 @@ LABEL_FACTS = {
 }  # fmt: skip
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "tokenizer_config.json")
 MODEL_FILES = ("config.json", "tokenizer_config.json")
+NULLS = ("null", "Null", "NULL", "~")  # what YAML means by nothing, unquoted
 COPY_AGAIN = "Copy the folder again, from where it is complete."
 
 
 def read_text(path: Path, name: str, hint: str = "") -> str:
     """The text of a UTF-8 file, which an error calls `name`. hint: what else to do about a file that is not there."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise InputError(f"{name}: {why_unreadable(error)}{hint}.") from None
     except UnicodeDecodeError:
         raise InputError(f"{name}: the file is not UTF-8.") from None
 
 
+class _Texts(yaml.BaseLoader):
+    """Every scalar as its text; what is null is left out of a mapping."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        node.value = [(key, value) for key, value in node.value if not _is_null(value)]
+        return super().construct_mapping(node, deep)
+
+
+def _is_null(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.ScalarNode) and node.style is None and node.value in NULLS
+
+
 def read_yaml(path: Path, name: str) -> Any:
-    """The content of a YAML file, which an error calls `name`; every scalar as its text."""
+    """The content of a YAML file, which an error calls `name`; every scalar as its text, without what is null."""
     try:
-        return yaml.load(read_text(path, name), Loader=yaml.BaseLoader)
+        return yaml.load(read_text(path, name), Loader=_Texts)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""

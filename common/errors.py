@@ -101,4 +101,4 @@ def why_unreadable(error: OSError) -> str:
         errno.ENOENT: f"there is no such file (seen from {Path.cwd()}); check the path",
         errno.EISDIR: "this is a folder; name a file in it",
     }
-    return reasons.get(error.errno or 0) or f"the file cannot be read ({error.strerror})"
+    return reasons.get(error.errno or 0) or f"the file cannot be read ({error.strerror or error})"

@@ -1,5 +1,6 @@
 """What a run reports while it goes: progress bars, metrics.jsonl, trackers; what it costs and what it runs on."""
 
+import contextlib
 import importlib.util
 import logging
 import os
@@ -186,7 +187,7 @@ def uses_cuda() -> bool:
 
 
 def peak_memory() -> int:
-    """Bytes: what the GPU's allocator held at most, or this process's peak resident set on a CPU."""
+    """Bytes that the GPU's allocator held at most since the last reset, or on a CPU this process's resident set."""
     import torch
 
     if uses_cuda():
@@ -195,4 +196,15 @@ def peak_memory() -> int:
         import resource
     except ImportError:  # Windows
         return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def reset_peak_memory() -> None:
+    """Lets `peak_memory` begin anew, for the next of several runs; on a CPU only where the system can (Linux)."""
+    import torch
+
+    if uses_cuda():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")

@@ -285,8 +285,6 @@ class ClassificationConfig(TextConfig, RowConfig):
             yield "--fold is one of --folds: 1 up to their number"
         if self.few_shot and self.approach == "head":
             yield "--few_shot needs --approach generative: a head has no prompt"
-        if {self.label_column or "label", *(self.label_columns or ())} & set(self.text_fields or ()):
-            yield "--text_fields names a label column too: the model would read the answer"
         if self.label_columns and (self.label_column or self.label_delimiter or self.labels):
             yield (
                 "--label_columns excludes the other label options, its names are the labels: drop --label_column, "
@@ -484,7 +482,7 @@ def parse_given(cls: type, argv: Sequence[str] | None = None) -> dict[str, Any]:
     if "config" in texts:
         path = _convert("config", str, texts.pop("config"))
         saved = _read_yaml(path, seen)
-        if saved.get("trust_remote_code", "false") != "false" and "trust_remote_code" not in texts:
+        if str(saved.get("trust_remote_code", "false")).lower() != "false" and "trust_remote_code" not in texts:
             raise InputError(
                 f"--config {path}: no file can turn on trust_remote_code, which runs the code of a model's authors: "
                 "give it on the command line."

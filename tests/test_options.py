@@ -7,7 +7,18 @@ import pytest
 import yaml
 
 from common.errors import InputError, Terminated, cli_errors
-from common.options import check, check_task, convert, dump_config, names, option, parse_config, parse_given, read_saved
+from common.options import (
+    TrainingConfig,
+    check,
+    check_task,
+    convert,
+    dump_config,
+    names,
+    option,
+    parse_config,
+    parse_given,
+    read_saved,
+)
 from train_cls import Config
 
 ODD_LABELS = ["01", "1", "1.0", "1e3", "off", "no", "yes", "null", "~", "true", "-1", "a: b", "# c", "x, y", "[z]"]
@@ -253,8 +264,6 @@ def test_contradictory_loop_options_are_refused(changes, message):
         ({"label_columns": ["a"], "label_column": "b"}, "--label_columns"),
         ({"label_columns": ["a"], "label_delimiter": ","}, "--label_columns"),
         ({"label_columns": ["a"], "labels": ["a"]}, "--label_columns"),
-        ({"text_fields": ["title", "label"]}, "--text_fields names a label column"),
-        ({"text_fields": ["a"], "label_columns": ["a", "b"]}, "--text_fields names a label column"),
         ({"validation_fraction": 0.5, "test_fraction": 0.5}, "sum must be below 1"),
     ],
 )
@@ -286,6 +295,22 @@ def test_only_given_options_are_passed_on(tmp_path):
         "lora_r": 2,
     }
     assert parse_given(Config, []) == {}
+
+
+def test_null_in_yaml_is_an_option_left_out(tmp_path):
+    """A label may be called so, and a text in quotes is one."""
+    lines = ["system_prompt: null", "run_name: ~", "seed: null", "labels: [no, null]"]
+    (tmp_path / "run.yaml").write_text("\n".join(lines) + "\n")
+    assert parse_given(TrainingConfig, ["--config", str(tmp_path / "run.yaml")]) == {"labels": ["no", "null"]}
+    (tmp_path / "run.yaml").write_text('run_name: "null"\n')
+    assert parse_given(TrainingConfig, ["--config", str(tmp_path / "run.yaml")]) == {"run_name": "null"}
+
+
+def test_a_mark_at_the_start_of_a_file_is_no_text(tmp_path):
+    """Some editors put a byte order mark before UTF-8."""
+    (tmp_path / "run.yaml").write_bytes(b"\xef\xbb\xbfseed: 7\ntrust_remote_code: False\n")
+    given = parse_given(Config, ["--config", str(tmp_path / "run.yaml")])
+    assert given == {"seed": 7, "trust_remote_code": False}
 
 
 def test_an_own_option_works_from_both_sides(tmp_path):

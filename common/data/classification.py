@@ -39,7 +39,7 @@ from common.data.splits import (
 )
 from common.disk import read_text
 from common.errors import InputError
-from common.options import ClassificationConfig, ClassificationDataConfig, TextConfig
+from common.options import ClassificationConfig, ClassificationDataConfig
 
 DEMO = DEMO_FOLDERS / ClassificationConfig.demo
 FACTORS = (0.01, 100.0)  # bounds of negatives / positives, which would be 0 for a label that every row has
@@ -74,6 +74,10 @@ def load_classification(config: ClassificationDataConfig, training: bool = True)
     Raises InputError that names file, row and column for whatever cannot be used.
     """
     tables, sources = read_splits(config, DEMO, training)
+    left_out = _unlabeled_splits(tables, config)
+    for split in [*left_out, *["test"] * bool(config.folds)]:  # each fold of the training rows is a test split
+        tables.pop(split, None)
+        sources.pop(split, None)
     multi_label = is_multi_label(tables, sources, config)
     names = {split: read_labels(rows, sources[split]["name"], config) for split, rows in tables.items()}
     given = config.labels or config.label_columns
@@ -84,6 +88,11 @@ def load_classification(config: ClassificationDataConfig, training: bool = True)
     _check_labels(labels, multi_label, config)
     indices = {split: label_indices(rows, labels, sources[split]["name"]) for split, rows in names.items()}
     data = assemble(tables, indices, sources, config, labels, multi_label, stratified=True)
+    if seen := {*(config.label_columns or [config.label_column or "label"])} & {*(config.text_fields or ())}:
+        raise InputError(
+            f"The label column {seen.pop()!r} would be a part of the text, and the model would read the answer. Name "
+            "the others with --text_fields."
+        )
     if train := data.splits["train"]:
         used = {label for example in train for label in example.labels}
         if len(used) < (1 if multi_label else 2):
@@ -97,7 +106,8 @@ def load_classification(config: ClassificationDataConfig, training: bool = True)
     for split, entry in data.report["rows"].items():
         entry["label_counts"] = _label_counts(data.splits[split], labels)
     data.report["findings"] += doctor.few_rows(data.report["rows"].get("train", {}).get("label_counts", {}))
-    notes = [] if given else label_notes(names.get("train", []))
+    notes = [f"{config.dataset_name} [{split}] has no label in any row and is left out" for split in left_out]
+    notes += [] if given else label_notes(names.get("train", []))
     weights = class_weights(config.class_weights, train, labels, multi_label) if training else None  # checks a file
     if weights and multi_label:
         notes += _weight_notes(weights, data.report["rows"]["train"]["label_counts"], len(train))
@@ -118,13 +128,16 @@ def assemble(
     """The rows as examples in three splits; cut from the training rows where no file gives a split.
 
     targets: of each split, what every row's `Example.labels` shall be. stratified: splits and samples keep their
-    proportions. Training rows without a text teach nothing and are left out. Raises InputError where no row has a text.
+    proportions. Training rows without a text teach nothing and are left out. `config.text_fields`, where unset, becomes
+    what the training rows have, for all splits and for later use. Raises InputError where no row has a text.
     """
     report: dict[str, Any] = {"files": sources, "rows": {}}
     splits = {}
+    first = tables.get("train") or next(iter(tables.values()))
+    config.text_fields = text_columns(columns_of(first), config.text_fields)
     for split, rows in tables.items():
         source = sources[split]["name"]
-        examples = unlabeled_rows(rows, row_ids(rows, source, config.id_column), source, config)
+        examples = unlabeled_rows(rows, row_ids(rows, source, config.id_column), source, config.text_fields)
         examples = [Example(row.id, row.text, found) for row, found in zip(examples, targets[split], strict=True)]
         splits[split] = [example for example in examples if example.text or split != "train"]
         if not splits[split]:
@@ -146,13 +159,18 @@ def assemble(
     return ClassificationData(splits, labels, multi_label, sources, report)
 
 
-def unlabeled_rows(rows: Sequence[Row], ids: Sequence[str], source: str, config: TextConfig) -> list[Example]:
+def _unlabeled_splits(tables: dict[str, list[Row]], config: ClassificationDataConfig) -> list[str]:
+    """The splits of a hub data set of which no row has a label, as the test split of a competition."""
+    column = config.label_column or "label"
+    unlabeled = [split for split, rows in tables.items() if all(row.get(column, "") is None for row in rows)]
+    return [split for split in unlabeled if split != "train"] if config.dataset_name else []
+
+
+def unlabeled_rows(rows: Sequence[Row], ids: Sequence[str], source: str, text_fields: list[str]) -> list[Example]:
     """The rows as examples without labels, as for rows to be answered."""
-    columns = columns_of(rows)
-    names = text_columns(columns, config.text_fields)
-    require_columns(names, columns, source, "--text_fields")
+    require_columns(text_fields, columns_of(rows), source, "--text_fields")
     return [
-        Example(id, join_fields(row, names, f"{source}, data row {number}"), ())
+        Example(id, join_fields(row, text_fields, f"{source}, data row {number}"), ())
         for number, (id, row) in enumerate(zip(ids, rows, strict=True), 1)
     ]
 
@@ -167,7 +185,11 @@ def draw_few_shot(
     rows, count = data.splits["train"], config.few_shot
     if not count:
         return [], list(rows)
+    labels_of: dict[str, set[tuple[int, ...]]] = {}
+    for row in rows:
+        labels_of.setdefault(row.text, set()).add(row.labels)
     distinct = list({row.text: row for row in reversed(rows)}.values())[::-1]  # of equal texts the first
+    distinct = [row for row in distinct if len(labels_of[row.text]) == 1]  # a contradiction is no example
     drawn = stratified_sample([row.labels for row in distinct], count, config.split_seed, leave=1)
     if len(drawn) < count:
         raise InputError(

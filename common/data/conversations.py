@@ -176,6 +176,9 @@ def _turns(row: Row, columns: Sequence[str], where: str) -> list[Message]:
         if not _is_empty(row.get("history")):
             remedy = "Write all turns as `messages`, or give a file without it; for an older run as --test_file."
             raise InputError(f"{where}, column 'history': not read. {remedy}")
+        if columns[0] != "instruction" and not _is_empty(row.get("input")):
+            remedy = f"Map the question with `--columns instruction={columns[0]}`, or delete the column."
+            raise InputError(f"{where}, column 'input': read beside an `instruction` alone. {remedy}")
         for role, column in zip(("user", "assistant"), columns, strict=False):
             names = ("instruction", "input") if column == "instruction" else (column,)
             texts = [_text_in(row.get(name), f"{where}, column {name!r}") for name in names]
@@ -297,10 +300,10 @@ def _text_in(cell: Any, where: str) -> str:
 
 
 def _item(row: Conversation) -> doctor.Item:
-    answer = "\n".join(turn["content"] for turn in row.messages if turn["role"] not in ("user", "tool"))
+    answer = "\n".join(turn["content"] for turn in row.messages if turn["role"] == "assistant")
     return doctor.Item(row.id, "\n".join(_questions(row)), answer, answer)
 
 
 def _questions(row: Conversation) -> tuple[str, ...]:
-    """What users and tools say in a conversation."""
-    return tuple(turn["content"] for turn in row.messages if turn["role"] in ("user", "tool"))
+    """What a model is told in a conversation: by the system, by users and by tools."""
+    return tuple(turn["content"] for turn in row.messages if turn["role"] != "assistant")

@@ -219,7 +219,7 @@ def _row_parts(rows: Iterable[Row], source: str, config: TextConfig) -> Parts:
     for number, row in enumerate(rows, 1):
         seen.update(dict.fromkeys(row))
         fields = fields or text_columns(list(row), config.text_fields)
-        if number == ROWS_LOOKED_AT or seen.keys().isdisjoint(fields):
+        if number == ROWS_LOOKED_AT:
             require_columns(fields, list(seen), source, "--text_fields")
         cells = (text_in(row.get(name), f"{source}, data row {number}, column {name!r}") for name in fields)
         text = "\n".join(filter(None, cells))

@@ -86,6 +86,12 @@ def examine(splits: Mapping[str, Sequence[Item]]) -> list[str]:
     return found
 
 
+def add_findings(report: dict[str, Any], found: Sequence[str]) -> None:
+    """Adds them to the data report, unless an earlier run, as of several seeds, has done it."""
+    known = report.setdefault("findings", [])
+    known += [line for line in found if line not in known]
+
+
 class Documents:
     """Collects what is known of the documents of a running text, which come in pieces.
 

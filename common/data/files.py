@@ -187,7 +187,8 @@ def _read_json(path: Path) -> list[Row]:
         raise InputError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}. {remedy}") from None
     except ValueError as error:
         raise InputError(f"{path}, data row {_first_bad_row(text)}: {error}. Correct the row.") from None
-    _check_rows(rows, path)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise InputError(f'{path}: expected a list of objects, one per row, such as [{{"text": ..., "label": ...}}].')
     return rows
 
 
@@ -214,7 +215,9 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
                     raise InputError(f"{path}, line {number}: not valid JSON: {error.msg}. Correct it there.") from None
                 except ValueError as error:
                     raise InputError(f"{path}, line {number}: {error}. Correct it there.") from None
-                _check_rows([row], path)
+                if not isinstance(row, dict):
+                    example = '{"text": ..., "label": ...}'
+                    raise InputError(f"{path}, line {number}: expected an object, such as {example}.")
                 yield row
 
 
@@ -247,11 +250,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _check_rows(rows: Any, path: Path) -> None:
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise InputError(f'{path}: expected a list of objects, one per row, such as [{{"text": ..., "label": ...}}].')
-
-
 def _read_parquet(path: Path) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
@@ -264,5 +262,6 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     except pyarrow.ArrowInvalid as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: not a complete Parquet file ({reason}). Copy or save it again.") from None
-    except (OverflowError, ValueError) as error:  # a date outside Python's years, a struct with a name twice
+    # A date outside Python's years, a struct with a name twice, a time zone that is not known.
+    except (OverflowError, ValueError, KeyError) as error:
         raise InputError(f"{path}: a column cannot be read ({error}). Write only the columns that you need.") from None

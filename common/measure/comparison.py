@@ -97,6 +97,8 @@ def check_same_rows(first: Evaluation, other: Evaluation, task: str) -> None:
             if task == CAUSAL_LM:
                 remedy = "Only models with one tokenizer, in the same windows, can be compared block by block."
             raise InputError(f"{both} differ in what is right in row {id} ({fact}). {remedy}")
+    if first.metrics.get("per_token") != other.metrics.get("per_token"):  # their blocks may have as many tokens
+        raise InputError(f"{both} have blocks of different texts. Only models with one tokenizer can be compared.")
     labels = [set(each.metrics.get("per_label", ())) for each in (first, other)]
     if labels[0] != labels[1]:
         names = ", ".join(sorted(labels[0] ^ labels[1]))

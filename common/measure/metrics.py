@@ -142,14 +142,14 @@ def rows_right(gold: Sequence[Sequence[int]], predicted: Sequence[Sequence[int] 
 
 
 def classification_metrics(
-    gold: Sequence[Sequence[int]], predicted: Sequence[Sequence[int] | None], labels: Sequence[str], seed: int = 0
+    gold: Sequence[Sequence[int]], predicted: Sequence[Sequence[int] | None], labels: Sequence[str]
 ) -> dict[str, Any]:
     """The values of `label_measure`, each with a 95 % interval, and precision, recall and F1 of every label.
 
     Intervals: Wilson's of accuracy, and of micro-F1 where that is the same number; else percentiles of a bootstrap.
     """
     measure, rows = label_measure(gold, predicted, len(labels)), len(gold)
-    intervals = bootstrap(measure, rows, seed)
+    intervals = bootstrap(measure, rows)
     intervals["accuracy"] = wilson(int(rows_right(gold, predicted).sum()), rows)
     if all(len(g) == 1 and p is not None and len(p) == 1 for g, p in zip(gold, predicted, strict=True)):
         intervals["f1_micro"] = intervals["accuracy"]
@@ -203,7 +203,6 @@ def perplexity_metrics(
     *,
     units: Sequence[int] | None = None,
     unit: str = "rows",
-    seed: int = 0,
 ) -> dict[str, Any]:
     """Perplexity and related metrics from (nats, predicted tokens) of every row: sums over all, no means of means.
 
@@ -216,7 +215,7 @@ def perplexity_metrics(
     measure = loss_measure(sums[:, 0], sums[:, 1], per_token)
     metrics: dict[str, Any] = {
         **point(measure, len(sums)),
-        "intervals_95": bootstrap(measure, len(sums), seed),
+        "intervals_95": bootstrap(measure, len(sums)),
         "rows": len(rows),
         "units": len(sums),
         "unit": unit,
@@ -254,7 +253,7 @@ def overlap_measure(answers: Sequence[str], references: Sequence[str]) -> Measur
     return measure
 
 
-def text_overlap(answers: Sequence[str], references: Sequence[str], seed: int = 0) -> dict[str, Any]:
+def text_overlap(answers: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
     """How much generated answers share with their references, from 0 to 100, with 95 % bootstrap intervals.
 
     rouge_l: mean F1 of the longest common word sequence (Lin, 2004; of a-z and 0-9 alone, as the rouge-score package
@@ -262,7 +261,7 @@ def text_overlap(answers: Sequence[str], references: Sequence[str], seed: int = 
     corpus, by sacrebleu with its defaults.
     """
     measure, rows = overlap_measure(answers, references), len(answers)
-    return {**point(measure, rows), "intervals_95": bootstrap(measure, rows, seed)}
+    return {**point(measure, rows), "intervals_95": bootstrap(measure, rows)}
 
 
 def chat_metrics(

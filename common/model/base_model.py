@@ -18,6 +18,9 @@ from common.model import attention
 from common.options import LoopConfig, ModelConfig
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Encoders whose first position has the number after that of the padding.
+AFTER_PADDING = ("camembert", "data2vec-text", "ibert", "longformer", "luke", "mpnet", "roberta",
+                 "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod")  # fmt: skip
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -81,7 +84,10 @@ def start_ids(tokenizer: transformers.PreTrainedTokenizerBase) -> list[int]:
 
 def check_length(path: str, config: Any, tokens: int, option: str) -> None:
     """Raises InputError where rows of this many `tokens` (set by `option`) need more positions than the model has."""
-    most = getattr(read_config(path, config).get_text_config(), "max_position_embeddings", None) or tokens
+    text = read_config(path, config).get_text_config()
+    most = getattr(text, "max_position_embeddings", None) or tokens
+    if text.model_type in AFTER_PADDING:
+        most -= text.pad_token_id + 1
     if tokens > most:
         raise InputError(f"{option}: rows of {tokens} tokens are longer than the {most} positions of {config.model}.")
 

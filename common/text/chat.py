@@ -240,7 +240,7 @@ def chat_rows(
                 "trained_tokens": sum(sum(row.mask) for row in rows),
                 "lengths": doctor.quantiles([row.length for row in rows]),
             }
-            data.report.setdefault("findings", []).extend(_findings(split, rows, template, loss_on))
+            doctor.add_findings(data.report, _findings(split, rows, template, loss_on))
     seen = {turn["role"] for rows in data.splits.values() for row in rows for turn in row.messages} | {"date"}
     data.report["chat_template"] = {
         "source": template.source,

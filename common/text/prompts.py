@@ -146,18 +146,22 @@ class ClassificationPrompt:
             self.answer_tokens = max(self.answer_tokens, longest)
             self._check_room()
 
-    def count_shortened(self, data: ClassificationData) -> None:
-        """Notes in the data report how long the rows of each split are, and how many texts had to be cut."""
+    def count_shortened(self, data: ClassificationData, train: Sequence[Example]) -> None:
+        """Notes in the data report how long the rows of each split are, and how many texts had to be cut.
+
+        train: the training rows that are not in the prompt.
+        """
         data.report["max_length"] = self.max_length
-        for split, examples in data.splits.items():
+        for split, examples in {**data.splits, "train": train}.items():
             if examples:
                 rows = list(self.prompts([example.text for example in examples]))
-                lengths = [len(row.ids) + self.answer_tokens for row in rows]
+                answers = [len(self.answer(example.labels)) if self.first_ids else 0 for example in examples]
+                lengths = [len(row.ids) + answer for row, answer in zip(rows, answers, strict=True)]
                 data.report["rows"][split] |= {
                     "shortened": sum(row.truncated for row in rows), "lengths": doctor.quantiles(lengths)
                 }  # fmt: skip
                 twice = sum(row.ids[: 2 * len(self._start)] == self._start * 2 for row in rows) if self._start else 0
-                data.report.setdefault("findings", []).extend(doctor.double_start(split, twice))
+                doctor.add_findings(data.report, doctor.double_start(split, twice))
 
     def prompt(self, text: str) -> Rendered:
         """The ids of everything before the answer."""

@@ -130,7 +130,8 @@ def save_checkpoint(accelerator: Accelerator, run: RunFolder, settle: Callable[[
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             files = {str(p.relative_to(scratch)): file_hash(p) for p in sorted(scratch.rglob("*")) if p.is_file()}
-            content = {"state": asdict(state), "resume_fingerprint": run.resume_fingerprint, "files": files}
+            content = {"state": asdict(state), "resume_fingerprint": run.resume_fingerprint, "files": files,
+                       "best": _best_weights(run)}  # fmt: skip
             write_json(scratch / "state.json", {**content, "checksum": checksum(content)})
     if accelerator.is_main_process:
         replace_folder(scratch, target)
@@ -141,7 +142,9 @@ def save_checkpoint(accelerator: Accelerator, run: RunFolder, settle: Callable[[
 def load_state(accelerator: Accelerator, run: RunFolder) -> State:
     """Restores weights, optimizer, scheduler and random numbers of the checkpoint to resume; a new run's state if none.
 
-    With another number of processes than before, dropout draws other numbers.
+    With another number of processes than before, dropout draws other numbers. If the run got further than this
+    checkpoint and replaced its best weights, there are none until the next evaluation: on a GPU, or with another number
+    of processes, it may not find those again.
     Raises InputError where options or data differ from the checkpoint's, naming each.
     """
     if run.checkpoint is None:
@@ -161,7 +164,15 @@ def load_state(accelerator: Accelerator, run: RunFolder) -> State:
         restored = True
     if not restored:
         raise InputError(f"{random_states}: the random numbers could not be restored on this machine.")
-    return State(**saved["state"])
+    state = State(**saved["state"])
+    if saved.get("best") != _best_weights(run):  # the run went on, and found better ones before it was stopped
+        state.best_score = state.best_update = None
+    return state
+
+
+def _best_weights(run: RunFolder) -> dict[str, str]:
+    """The files of the weights that are kept as the best so far, with their hashes."""
+    return {file.name: file_hash(file) for file in sorted(run.best.glob("*.safetensors"))}
 
 
 def save_best(accelerator: Accelerator, run: RunFolder, write: Callable[[Path], None]) -> None:

@@ -17,7 +17,7 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from common.errors import InputError, Terminated
-from common.log import say, uses_gpu
+from common.log import reset_peak_memory, say, uses_gpu
 from common.memory import give_back, keep_few_kernels
 from common.model.base_model import unpacked_size
 from common.model.sharding import keep_from_ddp, shard
@@ -57,8 +57,7 @@ def start_accelerator(config: Any, trackers: Sequence[str] = ()) -> Accelerator:
         project_config=ProjectConfiguration(logging_dir="logs"),  # RunLog sets the real folder
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
-    if accelerator.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()  # of this run alone
+    reset_peak_memory()  # of this run alone
     if accelerator.device.type == "cpu":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
@@ -172,14 +171,17 @@ def is_due(strategy: str, steps: int | None, update: int, updates_per_epoch: int
 
 
 def flops_per_token(model: torch.nn.Module) -> float:
-    """Without attention: 6 per trained weight, 4 per frozen one, which has no gradient of its own.
+    """Without attention and the vocabulary: 6 per trained weight, 4 per frozen one, which has no gradient of its own.
 
-    Only 2 below the lowest trained one, where the backward pass ends.
+    The product with the vocabulary is computed for targets alone. Only 2 per weight below the lowest trained one, where
+    the backward pass ends.
     """
     flops, backward = 0.0, False
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = getattr(get_head and get_head(), "weight", None)
     for name, parameter in model.named_parameters():
         backward |= parameter.requires_grad
-        if "embed" not in name:
+        if "embed" not in name and parameter is not head:
             flops += unpacked_size(parameter) * (6 if parameter.requires_grad else 4 if backward else 2)
     return flops
 

@@ -63,8 +63,10 @@ def describe(decision: Decision, labels: Sequence[str]) -> list[str]:
         lines.append("Thresholds: " + ", ".join(f"{label} {value:.3f}" for label, value in pairs) + ".")
     else:
         lines.append(f"Temperature: {decision.temperature:.3f}.")
+    certainty = "certainty" if decision.multi_label else "probability"
     if promise := decision.fitted.get("promise"):
-        wanted = f"{promise['min_precision']:.0%} of the answers given are right, with {promise['confidence']:.0%}"
+        right, sure = (f"{100 * promise[name]:.6g}%" for name in ("min_precision", "confidence"))
+        wanted = f"{right} of the answers given are right, with {sure}"
         seen = f"{promise['wrong']} of {promise['accepted']} answers wrong among {promise['tested_rows']} rows"
         if decision.cut is None:
             lines.append(
@@ -73,7 +75,7 @@ def describe(decision: Decision, labels: Sequence[str]) -> list[str]:
             )
         else:
             lines.append(
-                f"Cut: answers with a probability below {decision.cut:.4f} are not given. Then at least {wanted} "
+                f"Cut: answers with a {certainty} below {decision.cut:.4f} are not given. Then at least {wanted} "
                 f"confidence, for rows like these on the whole, not for every label ({seen})."
             )
     return lines

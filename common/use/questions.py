@@ -6,8 +6,8 @@ from typing import Any
 
 from common.data.classification import unlabeled_rows
 from common.data.conversations import DEMO, read_columns, read_question, read_row
-from common.data.files import columns_of, file_hash, read_rows, require_columns, row_ids, text_in
-from common.options import CAUSAL_LM, CLASSIFICATION, TextConfig, binding_options
+from common.data.files import columns_of, file_hash, read_rows, require_columns, row_ids, text_columns, text_in
+from common.options import CAUSAL_LM, CLASSIFICATION, binding_options
 from common.use.runs import Run
 
 OPENINGS = ("In a shocking discovery,", "The first thing to know is", "It was a cold morning when")
@@ -21,10 +21,10 @@ def read_input(config: Any, run: Run) -> tuple[list[str], Sequence[Any]]:
     rows = read_rows(config.input_file, blank_lines=True)  # as the answers are joined to the rows by their numbers
     ids = row_ids(rows, config.input_file, config.id_column)
     if run.task == CLASSIFICATION:
-        return ids, unlabeled_rows(rows, ids, config.input_file, config)
+        return ids, unlabeled_rows(rows, ids, config.input_file, text_columns(columns_of(rows), config.text_fields))
     if run.task == CAUSAL_LM:
         names = config.text_fields or ["prompt" if all("prompt" in row for row in rows) else "text"]
-        unlabeled_rows(rows, ids, config.input_file, TextConfig(names))  # checks columns and cells
+        unlabeled_rows(rows, ids, config.input_file, names)  # checks columns and cells
         return ids, ["\n".join(filter(None, (text_in(row.get(name), "") for name in names))) for row in rows]
     renamed, system = read_columns(config.columns or []), config.system_prompt or run.trained.get("system_prompt")
     require_columns(renamed.values(), columns_of(rows), config.input_file, "--columns")

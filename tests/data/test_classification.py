@@ -125,7 +125,7 @@ def test_a_cell_that_is_no_text_is_named(tmp_path, cell, column):
 def test_rows_to_be_answered_are_checked_alike(cell):
     rows = [{"text": "t"}, {"text": cell}]
     with pytest.raises(InputError, match="in.json, data row 2, column 'text': expected a text, not "):
-        unlabeled_rows(rows, ["0", "1"], "in.json", Config())
+        unlabeled_rows(rows, ["0", "1"], "in.json", ["text"])
 
 
 # --- files
@@ -192,7 +192,7 @@ def test_a_blank_line_of_one_column_is_an_empty_cell(tmp_path):
             "t.json, line 2: not valid JSON: Extra data. Name a file with one",
         ),
         ("t.json", '{"text": "a"}', "t.json: expected a list of objects"),
-        ("t.jsonl", "[1]\n", "t.jsonl: expected a list of objects"),
+        ("t.jsonl", "[1]\n", "t.jsonl, line 1: expected an object"),
         ("t.parquet", "text", "t.parquet: not a complete Parquet file"),
         ("t.parquet", "", "t.parquet: not a complete Parquet file"),
         ("t.csv", b"text,label\na,b\ncaf\xe9,b\n", "t.csv, line 3: byte 0xe9 is not UTF-8"),
@@ -504,6 +504,8 @@ def test_missing_columns_are_named_with_those_there_are(tmp_path):
     assert "no column 'x'; it has body" in problem(train_file=path, label_column="topic", text_fields=["body", "x"])
     message = problem(train_file=path, label_columns=["topic", "z"], text_fields=["body"])
     assert "no column 'z'; it has body, topic. Name the right one with --label_columns." in message
+    for name in ("body", "topic"):
+        assert "would be a part" in problem(train_file=path, text_fields=[name], label_column=name)
     options = {"train_file": path, "label_column": "topic", "text_fields": ["body"]}
     assert "no column 'n'; it has body, topic. Name the right one with --id_column." in problem(
         **options, id_column="n"
@@ -555,6 +557,22 @@ def test_report_counts_drops_duplicates_and_overlap(tmp_path):
         },
     }
     assert [example.id for example in data.splits["train"]] == ["0", "1", "3"]
+
+
+def test_the_columns_of_the_training_rows_are_read_in_every_file(tmp_path):
+    """A test file with a `text` beside title and abstract is read as the training file, which has none."""
+    rows = [{"title": f"t{i}", "abstract": f"a{i}", "label": "xy"[i % 2]} for i in range(6)]
+    train = str(write_csv(tmp_path / "train.csv", rows))
+    test = str(write_csv(tmp_path / "test.csv", [{**row, "text": "whole"} for row in rows]))
+    config = Config(train_file=train, test_file=test, validation_fraction=0)
+    assert load_classification(config).splits["test"][0].text == "t0. a0."
+    assert config.text_fields == ["title", "abstract"]  # a run saves them
+    label = {"train_file": train, "label_column": "title"}
+    assert "'title' would be a part of the text" in problem(**label)
+    assert load(**label, text_fields=["abstract"]).splits["train"][0].text == "a0."
+    several = [{"a": i % 2, "b": 1 - i % 2, "label": f"words {i}"} for i in range(6)]
+    options = {"label_columns": ["a", "b"], "text_fields": ["label"]}
+    assert load(train_file=str(write_csv(tmp_path / "m.csv", several)), **options).splits["train"][2].text == "words 2."
 
 
 def test_rows_without_any_text_are_refused(tmp_path):
@@ -749,7 +767,7 @@ def test_few_shot_examples_are_stratified_and_leave_the_training_rows():
 
 def test_copies_of_few_shot_examples_leave_the_training_rows_too():
     """A prompt must not hold the answer of its own row; rows to be measured stay, and are counted."""
-    rows = [Example(str(i), f"text {i // 3}", (i % 2,)) for i in range(30)]
+    rows = [Example(str(i), f"text {i // 3}", (i // 3 % 2,)) for i in range(30)]
     data = with_rows(rows, validation=rows[:4], test=[Example("0", "other", (0,))])
     for _ in range(2):  # check_prompt draws them as well
         shots, rest = draw_shots(data, 2)
@@ -763,6 +781,15 @@ def test_copies_of_few_shot_examples_leave_the_training_rows_too():
         assert data.report["rows"]["test"] == {"used": 1, "also_few_shot": 0}
     with pytest.raises(InputError, match="--few_shot 1: only 0 of the 6 training rows can be spared"):
         draw_shots(with_rows([replace(row, text="same") for row in rows[:6]]), 1)
+
+
+def test_a_text_with_two_labels_is_no_few_shot_example():
+    """Its copies leave the training rows, and their labels would lose a row more than was counted."""
+    rows = [Example(str(i), f"{i}", (0,)) for i in range(3)]
+    rows += [Example("3", "same", (0,)), Example("4", "same", (1,))]
+    for seed in range(10):
+        shots, rest = draw_shots(with_rows(rows), 1, seed)
+        assert shots[0][0] != "same" and {row.labels for row in rest} == {(0,), (1,)}
 
 
 # --- class weights
@@ -862,6 +889,19 @@ def test_local_data_set_folder_of_csv_files(tmp_path, monkeypatch):
     assert data.sources["train"]["name"].endswith("set [train]") and len(data.sources["train"]["sha256"]) == 64
 
 
+def test_a_split_of_a_data_set_without_labels_is_left_out(tmp_path, monkeypatch):
+    """As the test split of a competition, whose classes are all -1."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    names = datasets.ClassLabel(names=["x", "y"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": names})
+    for split, labels in (("train", [0, 1] * 10), ("test", [-1] * 4)):
+        columns = {"text": [f"{split} {i}" for i in range(len(labels))], "label": labels}
+        datasets.Dataset.from_dict(columns, features).to_parquet(tmp_path / f"set/{split}-00000-of-00001.parquet")
+    data = load(dataset_name=str(tmp_path / "set"), test_fraction=0.2)
+    assert [len(rows) for rows in data.splits.values()] == [16, 0, 4] and "test" not in data.sources
+    assert any("set [test] has no label in any row" in note for note in data.report["notes"])
+
+
 def test_files_without_training_rows_serve_evaluation_only(tmp_path):
     path = str(write_csv(tmp_path / "t.csv", [{"text": "t", "label": v} for v in "ba"]))
     data = load(training=False, test_file=path)
@@ -897,6 +937,12 @@ def test_folds_test_every_row_once_with_the_labels_in_proportion(kind):
         splits.hold_out(rows[:3], 5, 5, 42, itemgetter(1))
 
 
+def test_folds_of_the_demo_are_of_its_training_rows():
+    data = load_classification(Config(folds=5, fold=1))
+    assert data.sources.keys() == {"train", "validation"} and len(data.splits["test"]) == 40
+    assert data.report["rows"]["test"]["used"] == 40 and "read" not in data.report["rows"]["test"]
+
+
 def test_what_would_be_lost_or_misread_is_said(tmp_path):
     """A name twice in an object, a date outside of Python's years, labels that are lists in text."""
     import pyarrow.parquet
@@ -907,6 +953,13 @@ def test_what_would_be_lost_or_misread_is_said(tmp_path):
     when = pyarrow.array([2**62, 2**62], pyarrow.timestamp("us"))
     columns = pyarrow.table({"text": ["a", "b"], "label": ["x", "y"], "when": when})
     pyarrow.parquet.write_table(columns, tmp_path / "t.parquet")
+    with pytest.raises(InputError, match="t.parquet: a column cannot be read"):
+        load(train_file=str(tmp_path / "t.parquet"))
+    (tmp_path / "t.jsonl").write_text('{"text": "a", "label": "x"}\n\nnull\n')
+    with pytest.raises(InputError, match="t.jsonl, line 3: expected an object, such as"):
+        load(train_file=str(tmp_path / "t.jsonl"))
+    when = pyarrow.array([0, 0], pyarrow.timestamp("us", "Nowhere/Land"))
+    pyarrow.parquet.write_table(columns.set_column(2, "when", when), tmp_path / "t.parquet")
     with pytest.raises(InputError, match="t.parquet: a column cannot be read"):
         load(train_file=str(tmp_path / "t.parquet"))
     rows = [{"text": f"t{i}", "label": ("['x', 'z']", "['y']")[i % 2]} for i in range(6)]

@@ -158,6 +158,21 @@ def test_a_history_beside_the_turns_is_named(tmp_path):
     assert "row 2, column 'history': not read" in problem(tmp_path, [{**PAIR, "history": []}, row])
 
 
+def test_an_input_that_belongs_to_no_instruction_is_named(tmp_path):
+    row = {"prompt": "Translate", "input": "Hallo", "completion": "Hello"}
+    message = problem(tmp_path, [{**row, "input": ""}, row])
+    assert "row 2, column 'input': read beside an `instruction` alone. Map" in message
+    (read,) = load(tmp_path, [row], columns=["instruction=prompt", "output=completion"]).splits["train"]
+    assert read.messages[0]["content"] == "Translate\n\nHallo"
+
+
+def test_another_system_turn_is_another_question(tmp_path):
+    """Two answers to one question are no contradiction where the system turns differ."""
+    rows = [{**PAIR, "system": system} for system in ("Be brief.", "Be kind.")] + [{**PAIR, "response": "No."}] * 2
+    (finding,) = load(tmp_path, rows).report["findings"]
+    assert "1 row repeats an earlier one, but for case" in finding
+
+
 def test_pictures_beside_the_turns_are_named(tmp_path):
     """They are no part of a turn in some data sets; a row whose column is empty has none."""
     row = {"messages": said(*TURNS), "images": ["a.png"]}

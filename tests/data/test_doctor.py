@@ -50,7 +50,7 @@ def tables(tmp_path: Path, train: list[dict], test: list[dict], max_length: int 
         encode, labels=data.labels, multi_label=False, template=template or GENERATIVE_TEMPLATE, start=[1], end=[2],
         max_length=max_length,
     )  # fmt: skip
-    prompt.count_shortened(data)
+    prompt.count_shortened(data, data.splits["train"])
     return data_report(data.report, "shown")
 
 

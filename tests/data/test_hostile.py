@@ -100,7 +100,7 @@ def classified(path: str, tokenizer) -> ClassificationData | None:
                                        template=GENERATIVE_TEMPLATE, max_length=config.max_length)  # fmt: skip
         prompt.reserve(data.splits["train"])
         rows = classification_rows(data.splits["train"], prompt, None)
-        prompt.count_shortened(data)
+        prompt.count_shortened(data, data.splits["train"])
     except InputError as error:
         assert str(error)
         return None

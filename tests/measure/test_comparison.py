@@ -34,11 +34,11 @@ def labeled(folder: Path, right: np.ndarray, seed: int = 0, **facts) -> Path:
     return write(folder, rows, {**metrics, **facts})
 
 
-def texts(folder: Path, losses: np.ndarray, units: list[int]) -> Path:
+def texts(folder: Path, losses: np.ndarray, units: list[int], bytes: float = 4.0) -> Path:
     """The evaluation of a language model. losses: nats per token of blocks of 10."""
     pairs = zip(losses, units, strict=True)
     rows = [{"block": i, "unit": u, "nats": 10 * x, "predicted_tokens": 10} for i, (x, u) in enumerate(pairs)]
-    per_token = {"bytes": 4.0, "words": 0.8}
+    per_token = {"bytes": bytes, "words": 0.8}
     metrics = perplexity_metrics([(10 * x, 10) for x in losses], per_token, units=units, unit="documents")
     return write(folder, rows, metrics, "blocks.jsonl")
 
@@ -164,6 +164,13 @@ def test_the_order_of_the_labels_does_not_matter(tmp_path):
 def test_one_text_tells_no_models_apart(tmp_path):
     folders = [texts(tmp_path / name, np.full(3, loss), [0] * 3) for name, loss in (("A", 2.0), ("B", 1.0))]
     with pytest.raises(InputError, match="of a single row or text"):
+        compare(CAUSAL_LM, "test", {"A": one(folders[0]), "B": one(folders[1])})
+
+
+def test_blocks_of_other_tokens_are_refused(tmp_path):
+    """As many blocks with as many tokens each, but of two tokenizers, so not of the same text."""
+    folders = [texts(tmp_path / str(n), np.ones(5), [0, 0, 1, 1, 2], bytes=n) for n in (2.0, 4.0)]
+    with pytest.raises(InputError, match="blocks of different texts. Only models with one tokenizer"):
         compare(CAUSAL_LM, "test", {"A": one(folders[0]), "B": one(folders[1])})
 
 

@@ -1,5 +1,6 @@
 """Loading, adapting, saving and reloading models: what was trained is what answers later, in any process."""
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from common.errors import InputError
 from common.model import base_model, lora, storage
 from common.model.classifier import Classifier
 from common.model.token_losses import TokenLosses
+from common.options import ModelConfig
 from common.text.batches import collate_answers, collate_head
 from common.text.prompts import AnswerRow, HeadRow
 from common.train import loop
@@ -190,6 +192,20 @@ def test_encoder_reads_the_same_text_whatever_the_padding(encoders, family):
         base = classifier.model.model.get_base_model()
         alone = torch.cat([base(torch.tensor([row.prompt])).logits for row, _ in rows])
     assert torch.allclose(together, alone, atol=1e-5) and together.std(0).min() > 1e-4
+
+
+def test_positions_that_begin_after_the_padding_are_counted(tmp_path):
+    """RoBERTa's first position is number 2 of its 34, so 32 tokens fit."""
+    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    config = transformers.RobertaConfig(vocab_size=20, max_position_embeddings=34, **shape)
+    model = transformers.RobertaModel(config).eval()
+    config.save_pretrained(tmp_path)
+    options = ModelConfig(model=str(tmp_path))
+    for tokens, fit in ((32, True), (33, False)):
+        with contextlib.nullcontext() if fit else pytest.raises((IndexError, RuntimeError)):
+            model(torch.full((1, tokens), 5))
+        with contextlib.nullcontext() if fit else pytest.raises(InputError, match="longer than the 32 positions"):
+            base_model.check_length(str(tmp_path), options, tokens, "--max_length")
 
 
 @pytest.mark.parametrize("family", [*ENCODERS, *FAMILIES])
@@ -367,6 +383,8 @@ def test_the_operations_of_a_token_are_counted_where_they_are_made(models):
     lower = sum(p.numel() for p in named(every, ".layers.0.").values())
     adapters = sum(p.numel() for name, p in named(every, ".layers.0.").items() if "lora_" in name)
     difference = 2 * (lower - adapters) + 6 * adapters
+    assert loop.flops_per_token(every) - loop.flops_per_token(upper) == difference
+    every.get_output_embeddings().weight = every.get_input_embeddings().weight  # tied or not, the same layers
     assert loop.flops_per_token(every) - loop.flops_per_token(upper) == difference
 
 

@@ -390,8 +390,13 @@ def test_report_counts_shortened_texts(tokenizers, tmp_path):
     rows = [{"text": "goal " * n, "label": label} for n, label in ((1, "a"), (400, "b"), (2, "a"), (500, "a"))]
     config = Config(train_file=str(write_csv(tmp_path / "t.csv", rows)), validation_fraction=0.0, test_fraction=0.0)
     data = load_classification(config)
-    make(tokenizers["bytes"], labels=data.labels).count_shortened(data)
+    prompt = make(tokenizers["bytes"], labels=data.labels)
+    prompt.count_shortened(data, data.splits["train"])
     assert data.report["rows"]["train"]["shortened"] == 2
+    rows = classification_rows(data.splits["train"], prompt, None)
+    assert data.report["rows"]["train"]["lengths"]["longest"] == max(row.length for row in rows)
+    prompt.count_shortened(data, data.splits["train"][:3])  # the last is in the prompt, as --few_shot has it
+    assert data.report["rows"]["train"]["shortened"] == 1
 
 
 def test_hash_follows_all_that_decides_a_row(tokenizers):

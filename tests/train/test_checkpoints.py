@@ -433,6 +433,21 @@ def test_the_best_comes_back_though_nothing_better_follows(options, tmp_path, mo
     assert all(torch.equal(first[name], last[name]) for name in first)
 
 
+def test_best_weights_that_a_resumed_run_does_not_find_again_are_not_its_best(options, tmp_path, monkeypatch):
+    """As on a GPU, where an update is not the same twice: killed with 0.9 kept and not yet in a checkpoint."""
+    run = [*options["llama"], *SAVED, "--num_train_epochs", 2, "--output_dir", tmp_path]
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        scripted(patch, "f1_macro", [0.5, 0.9])
+        stop_at(patch, checkpoints, "save_checkpoint", 12)
+        train(*run)
+    before = (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
+    scripted(monkeypatch, "f1_macro", [0.4])
+    train(*run, "--resume_from_checkpoint", "latest")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns > before
+    state = json.loads((tmp_path / "checkpoints" / "step_12" / "state.json").read_text())["state"]
+    assert (state["best_score"], state["best_update"]) == (0.4, 12)
+
+
 def test_a_folder_is_whole_at_every_moment_of_its_replacement(tmp_path, monkeypatch):
     """Stopped between the two renames, the old folder comes back; a second replacement does not delete it first."""
     target, new = tmp_path / "adapter", tmp_path / "new"
