@@ -202,7 +202,7 @@ class LoopConfig:
 class DataConfig:
     """data"""
 
-    train_file: str | None = option(None, "CSV, TSV, JSON, JSONL or Parquet; unset: the demo data")
+    train_file: str | None = option(None, "CSV, TSV, JSON, JSONL, Parquet; running text also .txt; unset: the demo")
     validation_file: str | None = option(None, "unset: cut from the training rows")
     test_file: str | None = option(None, "unset: cut from the training rows")
     dataset_name: str | None = option(None, "hub data set, or a local folder of one")

@@ -182,7 +182,10 @@ def _file_source(path: Path, config: TextConfig) -> Source:
     if plain and config.text_fields:
         raise InputError(f"{path}: a text file has no columns: drop --text_fields.")
 
-    parts = partial(_file_parts, path) if plain else lambda: _row_parts(iterate_rows(path), str(path), config)
+    def rows() -> Parts:
+        return _row_parts(iterate_rows(path, others=[".txt"]), str(path), config)
+
+    parts = partial(_file_parts, path) if plain else rows
     with reading(path):
         read_as = (path.suffix.lower(), config.text_fields)
         return Source(str(path), file_hash(path), parts, path.stat().st_size, read_as)

@@ -38,8 +38,11 @@ def read_rows(path: str | Path, blank_lines: bool = False) -> list[Row]:
     return rows
 
 
-def iterate_rows(path: str | Path, blank_lines: bool = False) -> Iterator[Row]:
-    """The rows of `read_rows` one by one: memory does not grow with the file, unless it is .json, a single value."""
+def iterate_rows(path: str | Path, blank_lines: bool = False, others: Sequence[str] = ()) -> Iterator[Row]:
+    """The rows of `read_rows` one by one: memory does not grow with the file, unless it is .json, a single value.
+
+    others: endings of files that the caller reads itself, for the error.
+    """
     path = Path(path)
     tabular = partial(_read_csv, blank_lines=blank_lines)
     readers: dict[str, Callable[[Path], Iterable[Row]]] = {
@@ -50,7 +53,7 @@ def iterate_rows(path: str | Path, blank_lines: bool = False) -> Iterator[Row]:
         ".parquet": _read_parquet,
     }
     if path.suffix.lower() not in readers:
-        raise InputError(f"{path}: unknown file type {path.suffix!r}; use one of {', '.join(readers)}.")
+        raise InputError(f"{path}: unknown file type {path.suffix!r}; use one of {', '.join([*readers, *others])}.")
     with reading(path):
         yield from readers[path.suffix.lower()](path)
 

@@ -262,7 +262,7 @@ def test_tokens_are_made_once(tokenizer, tmp_path, monkeypatch):
         ("t.jsonl", b'{"text": "a"}\n', {"text_fields": ["body"]}, "no column 'body'; it has text"),
         ("t.jsonl", b'{"text": ""}\n', {}, "there is no text in it"),
         ("t.jsonl", b'{"text": "a"}\n{"text": \n', {}, "line 2: not valid JSON"),
-        ("t.doc", b"word", {}, "unknown file type '.doc'"),
+        ("t.doc", b"word", {}, "unknown file type '.doc'; use one of .csv, .tsv, .json, .jsonl, .parquet, .txt"),
         ("t.txt", b"word", {}, "too short to cut"),
         ("t.txt", b"o", {"validation_fraction": 0, "test_fraction": 0, "block_size": 2}, None),
     ],
