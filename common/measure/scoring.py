@@ -29,6 +29,7 @@ from common.text.batches import collate_head, common_prefix, pad_left
 from common.text.prompts import HeadRow
 
 TOLERANCE = 1e-6  # of a probability
+WRITTEN = 0.5  # probability from which on one of several labels is written, so that those after it depend on it
 ROWS_AT_ONCE = 8  # times the batch size, at most
 NODES_AT_ONCE = 12  # per row, in a pass on a CPU
 
@@ -156,7 +157,6 @@ def score_labels(
     device: torch.device | str,
     gold: Sequence[Sequence[int]] | None = None,
     tolerance: float = TOLERANCE,
-    thresholds: Sequence[float] | None = None,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> list[Answer]:
     """The answers of a generative classifier to rendered `prompts`, in their order.
@@ -166,8 +166,6 @@ def score_labels(
     batch_size: a batch holds as many tokens as this many of the longest prompts, its labels' tokens included, and up to
     eight times as many rows. gold: the right labels, for the loss. tolerance: how far a probability may be off; 0: as
     exact as the model; infinite: the same answers with less work, and for one label per row no probabilities.
-    thresholds: of several labels, the probability from which on each is written, so that those after it depend on it;
-    unset: 0.5 each.
     """
     model: Any = classifier.model.eval()
     prompt = classifier.prompt
@@ -184,8 +182,7 @@ def score_labels(
     new_search: Callable[..., OneLabel | LabelChain] = partial(OneLabel, trie=trie(), tolerance=tolerance)
     if prompt.multi_label:
         new_search = partial(
-            LabelChain, trie=trie, thresholds=thresholds or [0.5] * len(prompt.labels),
-            tolerance=min(tolerance, TOLERANCE),
+            LabelChain, trie=trie, thresholds=[WRITTEN] * len(prompt.labels), tolerance=min(tolerance, TOLERANCE)
         )
     most = sum(map(len, pieces))  # tokens that may be computed after a prompt
     # Rows that want fewer are padded: on a CPU that costs what tokens cost, on a GPU less than another pass.

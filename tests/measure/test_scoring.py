@@ -6,6 +6,7 @@ import json
 import math
 import random
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ import train_cls
 from common.data.classification import Example
 from common.data.files import read_rows
 from common.measure import label_trie, scoring
+from common.measure.label_trie import LabelChain
 from common.measure.metrics import confusion_matrix, summarize
 from common.model import attention, prompt_cache
 from common.model.classifier import Classifier, HeadClassifier
@@ -32,11 +34,17 @@ PAD = SimpleNamespace(pad_token_id=2)  # a tokenizer, of which label scoring rea
 
 
 def score(model, prompt, texts=TEXTS, batch_size=4, thresholds=None, tolerance=0.0, **options):
+    """thresholds: of the chain of several labels, in place of 0.5 each."""
     prompts = [prompt.prompt(text).ids for text in texts]
     classifier = Classifier(model, prompt, PAD)
-    return scoring.score_labels(
-        classifier, prompts, batch_size=batch_size, device="cpu", tolerance=tolerance, thresholds=thresholds, **options
-    )
+
+    def chain(*given, **facts):
+        return LabelChain(*given, **{**facts, "thresholds": thresholds or facts["thresholds"]})
+
+    with mock.patch.object(scoring, "LabelChain", chain):
+        return scoring.score_labels(
+            classifier, prompts, batch_size=batch_size, device="cpu", tolerance=tolerance, **options
+        )
 
 
 @torch.no_grad()
