@@ -253,7 +253,7 @@ def main() -> None:
                     template=read_template(config.prompt_template, config.approach))  # fmt: skip
 
     def train_one(run: Config, last: bool) -> dict[str, Any]:
-        return train(run, data if run is runs[0] else load_classification(run), path, last)
+        return train(run, load_classification(run) if run.fold else data, path, last)
 
     train_each(runs, config, train_one)
 

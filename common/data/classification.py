@@ -75,7 +75,8 @@ def load_classification(config: ClassificationDataConfig, training: bool = True)
     """
     tables, sources = read_splits(config, DEMO, training)
     left_out = _unlabeled_splits(tables, config)
-    for split in [*left_out, *["test"] * bool(config.folds)]:  # each fold of the training rows is a test split
+    replaced = ["test"] if config.folds else []  # by a fold of the training rows
+    for split in left_out + replaced:
         tables.pop(split, None)
         sources.pop(split, None)
     multi_label = is_multi_label(tables, sources, config)
@@ -88,7 +89,7 @@ def load_classification(config: ClassificationDataConfig, training: bool = True)
     _check_labels(labels, multi_label, config)
     indices = {split: label_indices(rows, labels, sources[split]["name"]) for split, rows in names.items()}
     data = assemble(tables, indices, sources, config, labels, multi_label, stratified=True)
-    if seen := {*(config.label_columns or [config.label_column or "label"])} & {*(config.text_fields or ())}:
+    if seen := {*(config.label_columns or [config.label_column or "label"])} & {*_text_fields(tables, config)}:
         raise InputError(
             f"The label column {seen.pop()!r} would be a part of the text, and the model would read the answer. Name "
             "the others with --text_fields."
@@ -128,16 +129,14 @@ def assemble(
     """The rows as examples in three splits; cut from the training rows where no file gives a split.
 
     targets: of each split, what every row's `Example.labels` shall be. stratified: splits and samples keep their
-    proportions. Training rows without a text teach nothing and are left out. `config.text_fields`, where unset, becomes
-    what the training rows have, for all splits and for later use. Raises InputError where no row has a text.
+    proportions. Training rows without a text teach nothing and are left out. Raises InputError where no row has a text.
     """
     report: dict[str, Any] = {"files": sources, "rows": {}}
     splits = {}
-    first = tables.get("train") or next(iter(tables.values()))
-    config.text_fields = text_columns(columns_of(first), config.text_fields)
+    text_fields = _text_fields(tables, config)
     for split, rows in tables.items():
         source = sources[split]["name"]
-        examples = unlabeled_rows(rows, row_ids(rows, source, config.id_column), source, config.text_fields)
+        examples = unlabeled_rows(rows, row_ids(rows, source, config.id_column), source, text_fields)
         examples = [Example(row.id, row.text, found) for row, found in zip(examples, targets[split], strict=True)]
         splits[split] = [example for example in examples if example.text or split != "train"]
         if not splits[split]:
@@ -164,6 +163,12 @@ def _unlabeled_splits(tables: dict[str, list[Row]], config: ClassificationDataCo
     column = config.label_column or "label"
     unlabeled = [split for split, rows in tables.items() if all(row.get(column, "") is None for row in rows)]
     return [split for split in unlabeled if split != "train"] if config.dataset_name else []
+
+
+def _text_fields(tables: dict[str, list[Row]], config: ClassificationDataConfig) -> list[str]:
+    """The columns that are the text, of all splits those of the training rows."""
+    first = tables.get("train") or next(iter(tables.values()))
+    return text_columns(columns_of(first), config.text_fields)
 
 
 def unlabeled_rows(rows: Sequence[Row], ids: Sequence[str], source: str, text_fields: list[str]) -> list[Example]:
