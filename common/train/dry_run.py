@@ -15,7 +15,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from common.log import peak_memory, say
-from common.memory import give_back
 from common.text.batches import Batch
 from common.text.plan import Plan, rank_share
 from common.train import loop
@@ -141,7 +140,7 @@ def _due(strategy: str, steps: int | None, plan: Plan, total: int) -> int:
 def _choose(
     plan: Plan, total: int, batch: int, count: Callable[[Sequence[int]], int]
 ) -> tuple[list[int], list[list[int]], float]:
-    """The update with the largest micro-batch, MOST ones near the mean, and the tokens that all updates compute.
+    """The update with the largest micro-batch, MOST ones from short to long, mixed, and the tokens that all compute.
 
     batch: rows of a micro-batch on all processes. count: of the tokens that an update computes. Where there are more
     than LOOKED_AT updates, so many of them, evenly spaced, stand for all.
@@ -152,9 +151,10 @@ def _choose(
     longest = max((updates[i] for i in first), key=lambda numbers: count(numbers[:batch]))
     some = [updates[i] for i in np.linspace(0, total - 1, min(total, LOOKED_AT)).astype(int)]
     tokens = [count(numbers) for numbers in some]
-    mean = sum(tokens) / len(tokens)
-    near = sorted(range(len(some)), key=lambda i: abs(tokens[i] - mean))[:MOST]
-    return longest, [some[i] for i in near], mean * total
+    order = np.argsort(tokens, kind="stable")
+    spread = order[np.unique(np.linspace(0, len(order) - 1, MOST + 2).astype(int))]
+    usual = np.random.default_rng(0).permutation(spread[1:-1] if len(spread) > 2 else spread)
+    return longest, [some[i] for i in usual], sum(tokens) / len(tokens) * total
 
 
 def _computed(numbers: Sequence[int], rows: Sequence[Any], batch_size: int, accelerator: Accelerator, collate) -> int:
@@ -173,7 +173,7 @@ def _update(
     config: Any,
     loss_of: Callable[[torch.nn.Module, Batch], torch.Tensor],
 ) -> float:
-    """One update as in the loop of the scripts, and its seconds."""
+    """One update as in the loop of the scripts, and its seconds; but no freed memory is given back after it."""
     batch_size = config.per_device_train_batch_size
     started = time.perf_counter()
     model.train()
@@ -191,7 +191,6 @@ def _update(
     loop.finite_mean(loss_sum.item(), target_count.item(), float(norm), accelerator, 0, names)
     optimizer.step()
     optimizer.zero_grad()
-    give_back(accelerator.device.type)
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     return time.perf_counter() - started
