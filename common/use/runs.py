@@ -395,7 +395,6 @@ class Run:
         system = config.system_prompt or self.trained.get("system_prompt")
         return TextModel(model, tokenizer, template, start, system, device, config.mixed_precision)
 
-
     def _base(self, model: Any, config: Any, device: "torch.device") -> Any:
         """The base of the trained model; loaded again where it is not in there any more."""
         from common.model import base_model, lora, storage
