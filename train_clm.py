@@ -117,7 +117,7 @@ def train(config: Config, sources: dict[str, Source], path: str, last: bool = Tr
     total = loop.total_updates(config, plan.updates_per_epoch)
     optimizer = loop.make_optimizer(module, config)
     scheduler = loop.make_scheduler(optimizer, config, total)
-    flops = loop.flops_per_token(module)
+    flops = loop.flops_per_token(base)
     model, optimizer = loop.prepare(accelerator, module, optimizer, scheduler, config)
     say(accelerator, loop.describe_plan(accelerator, total, rows_per_update, "blocks"))
 

@@ -124,7 +124,7 @@ def train(config: Config, data: ChatData, path: str, last: bool = True) -> dict[
     total = loop.total_updates(config, plan.updates_per_epoch)
     optimizer = loop.make_optimizer(module, config)
     scheduler = loop.make_scheduler(optimizer, config, total)
-    flops = loop.flops_per_token(module)
+    flops = loop.flops_per_token(base)
     model, optimizer = loop.prepare(accelerator, module, optimizer, scheduler, config)
     prefix = batches.describe_prefix([row.prompt for row in rows], lengths, batch_size, shared_prefix)
     say(accelerator, f"{loop.describe_plan(accelerator, total, rows_per_update)}; {prefix}"

@@ -79,6 +79,8 @@ def load_classification(config: ClassificationDataConfig, training: bool = True)
     for split in left_out + replaced:
         tables.pop(split, None)
         sources.pop(split, None)
+    if not tables:
+        raise InputError(f"{config.dataset_name}: no row has a label. Is --label_column right?")
     multi_label = is_multi_label(tables, sources, config)
     names = {split: read_labels(rows, sources[split]["name"], config) for split, rows in tables.items()}
     given = config.labels or config.label_columns
@@ -89,11 +91,6 @@ def load_classification(config: ClassificationDataConfig, training: bool = True)
     _check_labels(labels, multi_label, config)
     indices = {split: label_indices(rows, labels, sources[split]["name"]) for split, rows in names.items()}
     data = assemble(tables, indices, sources, config, labels, multi_label, stratified=True)
-    if seen := {*(config.label_columns or [config.label_column or "label"])} & {*_text_fields(tables, config)}:
-        raise InputError(
-            f"The label column {seen.pop()!r} would be a part of the text, and the model would read the answer. Name "
-            "the others with --text_fields."
-        )
     if train := data.splits["train"]:
         used = {label for example in train for label in example.labels}
         if len(used) < (1 if multi_label else 2):
@@ -133,7 +130,7 @@ def assemble(
     """
     report: dict[str, Any] = {"files": sources, "rows": {}}
     splits = {}
-    text_fields = _text_fields(tables, config)
+    text_fields = _text_fields(tables, sources, config)
     for split, rows in tables.items():
         source = sources[split]["name"]
         examples = unlabeled_rows(rows, row_ids(rows, source, config.id_column), source, text_fields)
@@ -160,15 +157,24 @@ def assemble(
 
 def _unlabeled_splits(tables: dict[str, list[Row]], config: ClassificationDataConfig) -> list[str]:
     """The splits of a hub data set of which no row has a label, as the test split of a competition."""
-    column = config.label_column or "label"
-    unlabeled = [split for split, rows in tables.items() if all(row.get(column, "") is None for row in rows)]
-    return [split for split in unlabeled if split != "train"] if config.dataset_name else []
+    column, others = config.label_column or "label", [split for split in tables if split != "train"]
+    unlabeled = (split for split in others if all(row.get(column, "") is None for row in tables[split]))
+    return list(unlabeled) if config.dataset_name else []
 
 
-def _text_fields(tables: dict[str, list[Row]], config: ClassificationDataConfig) -> list[str]:
-    """The columns that are the text, of all splits those of the training rows."""
-    first = tables.get("train") or next(iter(tables.values()))
-    return text_columns(columns_of(first), config.text_fields)
+def _text_fields(tables: dict[str, list[Row]], sources: Sources, config: ClassificationDataConfig) -> list[str]:
+    """The columns that are the text. Raises InputError where files differ in them, or one of them is the label."""
+    found = {split: text_columns(columns_of(rows), config.text_fields) for split, rows in tables.items()}
+    fields = next(iter(found.values()))
+    if any(names != fields for names in found.values()):
+        shown = "; ".join(f"{sources[split]['name']}: {', '.join(names)}" for split, names in found.items())
+        raise InputError(f"The text would be in other columns of every file ({shown}). Name them with --text_fields.")
+    if seen := {*(config.label_columns or [config.label_column or "label"])} & {*fields}:
+        raise InputError(
+            f"The label column {seen.pop()!r} would be a part of the text, and the model would read the answer. Name "
+            "the others with --text_fields."
+        )
+    return fields
 
 
 def unlabeled_rows(rows: Sequence[Row], ids: Sequence[str], source: str, text_fields: list[str]) -> list[Example]:
@@ -199,7 +205,7 @@ def draw_few_shot(
     if len(drawn) < count:
         raise InputError(
             f"--few_shot {count}: only {len(drawn)} of the {len(rows)} training rows can be spared, since one of every "
-            "label stays. Use a smaller number."
+            "label stays, and a text with two labels is no example. Use a smaller number."
         )
     chosen = [distinct[i] for i in drawn]
     texts = {row.text for row in chosen}

@@ -177,7 +177,9 @@ def _turns(row: Row, columns: Sequence[str], where: str) -> list[Message]:
             remedy = "Write all turns as `messages`, or give a file without it; for an older run as --test_file."
             raise InputError(f"{where}, column 'history': not read. {remedy}")
         if columns[0] != "instruction" and not _is_empty(row.get("input")):
-            remedy = f"Map the question with `--columns instruction={columns[0]}`, or delete the column."
+            pairs = zip(("instruction", "output"), columns, strict=False)
+            mapped = " ".join(f"{name}={column}" for name, column in pairs)
+            remedy = f"Map the others with `--columns {mapped}`, or delete it."
             raise InputError(f"{where}, column 'input': read beside an `instruction` alone. {remedy}")
         for role, column in zip(("user", "assistant"), columns, strict=False):
             names = ("instruction", "input") if column == "instruction" else (column,)

@@ -43,7 +43,7 @@ def row_losses(
     share = order[accelerator.process_index :: accelerator.num_processes]
     progress = Progress(accelerator, what, len(share))
     results: list[tuple[int, float, int]] = []
-    give_back(accelerator.device.type, at_once=True)  # of training
+    give_back(accelerator.device.type, at_once=True)  # of what came before, as training
     with accelerator.autocast(), lock_step(model):
         for start in range(0, len(share), batch_size):
             numbers = share[start : start + batch_size]

@@ -78,7 +78,7 @@ def _share_out(
     """`answer` by the model of all examples, in their order, on every process, each of which answers its share."""
     share = range(accelerator.process_index, len(examples), accelerator.num_processes)
     progress = Progress(accelerator, what, len(share))
-    give_back(accelerator.device.type, at_once=True)  # of training
+    give_back(accelerator.device.type, at_once=True)  # of what came before, as training
     with accelerator.autocast(), lock_step(model):
         answers = answer([examples[i] for i in share], device=accelerator.device, batch_size=batch_size,
                          progress=progress)  # fmt: skip

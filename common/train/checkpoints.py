@@ -165,7 +165,8 @@ def load_state(accelerator: Accelerator, run: RunFolder) -> State:
     if not restored:
         raise InputError(f"{random_states}: the random numbers could not be restored on this machine.")
     state = State(**saved["state"])
-    if saved.get("best") != _best_weights(run):  # the run went on, and found better ones before it was stopped
+    # The run may have gone on and found better ones before it was stopped. None: an earlier version's checkpoint.
+    if saved.get("best") not in (None, _best_weights(run)):
         state.best_score = state.best_update = None
     return state
 

@@ -151,9 +151,9 @@ def _choose(
     longest = max((updates[i] for i in first), key=lambda numbers: count(numbers[:batch]))
     some = [updates[i] for i in np.linspace(0, total - 1, min(total, LOOKED_AT)).astype(int)]
     tokens = [count(numbers) for numbers in some]
-    order = np.argsort(tokens, kind="stable")
-    spread = order[np.unique(np.linspace(0, len(order) - 1, MOST + 2).astype(int))]
-    usual = np.random.default_rng(0).permutation(spread[1:-1] if len(spread) > 2 else spread)
+    order, most = np.argsort(tokens, kind="stable"), min(len(tokens), MOST)
+    middles = ((np.arange(most) + 0.5) * len(order) / most).astype(int)
+    usual = np.random.default_rng(0).permutation(order[middles])
     return longest, [some[i] for i in usual], sum(tokens) / len(tokens) * total
 
 

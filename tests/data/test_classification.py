@@ -559,13 +559,15 @@ def test_report_counts_drops_duplicates_and_overlap(tmp_path):
     assert [example.id for example in data.splits["train"]] == ["0", "1", "3"]
 
 
-def test_the_columns_of_the_training_rows_are_read_in_every_file(tmp_path):
-    """A test file with a `text` beside title and abstract is read as the training file, which has none."""
+def test_the_text_is_in_the_same_columns_of_every_file(tmp_path):
+    """A test file with a `text` beside title and abstract would be read otherwise than its training file."""
     rows = [{"title": f"t{i}", "abstract": f"a{i}", "label": "xy"[i % 2]} for i in range(6)]
     train = str(write_csv(tmp_path / "train.csv", rows))
     test = str(write_csv(tmp_path / "test.csv", [{**row, "text": "whole"} for row in rows]))
-    config = Config(train_file=train, test_file=test, validation_fraction=0)
-    assert load_classification(config).splits["test"][0].text == "t0. a0."
+    message = problem(train_file=train, test_file=test)
+    assert f"({train}: title, abstract; {test}: text). Name them with --text_fields." in message
+    config = {"train_file": train, "test_file": test, "text_fields": ["title", "abstract"]}
+    assert load(**config).splits["test"][0].text == "t0. a0."
     label = {"train_file": train, "label_column": "title"}
     assert "'title' would be a part of the text" in problem(**label)
     assert load(**label, text_fields=["abstract"]).splits["train"][0].text == "a0."
@@ -899,6 +901,9 @@ def test_a_split_of_a_data_set_without_labels_is_left_out(tmp_path, monkeypatch)
     data = load(dataset_name=str(tmp_path / "set"), test_fraction=0.2)
     assert [len(rows) for rows in data.splits.values()] == [16, 0, 4] and "test" not in data.sources
     assert any("set [test] has no label in any row" in note for note in data.report["notes"])
+    (tmp_path / "set/train-00000-of-00001.parquet").unlink()
+    message = problem(training=False, dataset_name=str(tmp_path / "set"))
+    assert message.endswith("set: no row has a label. Is --label_column right?")
 
 
 def test_files_without_training_rows_serve_evaluation_only(tmp_path):
