@@ -11,6 +11,12 @@ from helpers.rows import chats, task_options, toy_rows, write_csv, write_jsonl
 from helpers.runs import QUANTIZED, train
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # test files run side by side
+LONGEST = ("test_embedded.py", "test_export.py", "test_checkpoints.py", "test_evaluate.py", "test_train_cls.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first, so that no worker is left alone with one of them at the end."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(autouse=True)
