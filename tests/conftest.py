@@ -11,7 +11,7 @@ from helpers.rows import chats, task_options, toy_rows, write_csv, write_jsonl
 from helpers.runs import QUANTIZED, train
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # test files run side by side
-LONGEST = ("test_embedded.py", "test_export.py", "test_checkpoints.py", "test_evaluate.py", "test_train_cls.py")
+LONGEST = ("test_embedded.py", "test_base_model.py", "test_checkpoints.py", "test_generation.py", "test_export.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

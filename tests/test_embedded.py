@@ -4,10 +4,13 @@ import json
 
 import pytest
 import torch
+from helpers import ROOT
 from helpers.packs import assert_same, make
+from helpers.rows import write_csv
 from helpers.runs import log_lines
 from helpers.scripts import run_script
 
+from common.data.files import read_rows
 from common.errors import InputError
 from common.hub import EMBEDDED, resolve_model
 from common.text.prompts import AnswerRow
@@ -25,14 +28,16 @@ def model() -> str:
 
 
 def test_demo_learns_in_4_bit_and_is_the_same_after_reload(model, tmp_path):
-    run = tmp_path / "run"
-    run_script("train_cls.py", "--model", model, *FEW, "--output_dir", str(run), timeout=900)
+    run, demo = tmp_path / "run", ROOT / "data" / "arxiv_demo"
+    rows = write_csv(tmp_path / "test.csv", read_rows(demo / "test.csv")[:15])
+    files = ["--train_file", str(demo / "train.csv"), "--test_file", str(rows)]
+    run_script("train_cls.py", "--model", model, *files, *FEW, "--output_dir", str(run), timeout=900)
     losses = [line["loss"] for line in log_lines(run)]
     assert len(losses) == 10 and sum(losses[-3:]) < 0.8 * sum(losses[:3])
     trained = json.loads((run / "eval" / "test" / "metrics.json").read_text())
     run_script("evaluate.py", "--run", str(run), "--output_dir", str(tmp_path / "again"), timeout=900)
     again = json.loads((tmp_path / "again" / "metrics.json").read_text())
-    assert again["rows"] == 50
+    assert again["rows"] == 15
     for name in ("accuracy", "f1_macro", "eval_loss"):
         assert again[name] == trained[name], name
 
