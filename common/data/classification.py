@@ -157,9 +157,10 @@ def assemble(
 
 def _unlabeled_splits(tables: dict[str, list[Row]], config: ClassificationDataConfig) -> list[str]:
     """The splits of a hub data set of which no row has a label, as the test split of a competition."""
+    if not config.dataset_name:
+        return []
     column, others = config.label_column or "label", [split for split in tables if split != "train"]
-    unlabeled = (split for split in others if all(row.get(column, "") is None for row in tables[split]))
-    return list(unlabeled) if config.dataset_name else []
+    return [split for split in others if all(row.get(column, "") is None for row in tables[split])]
 
 
 def _text_fields(tables: dict[str, list[Row]], sources: Sources, config: ClassificationDataConfig) -> list[str]:
@@ -196,11 +197,9 @@ def draw_few_shot(
     rows, count = data.splits["train"], config.few_shot
     if not count:
         return [], list(rows)
-    labels_of: dict[str, set[tuple[int, ...]]] = {}
-    for row in rows:
-        labels_of.setdefault(row.text, set()).add(row.labels)
+    answers = Counter(text for text, _ in {(row.text, row.labels) for row in rows})
     distinct = list({row.text: row for row in reversed(rows)}.values())[::-1]  # of equal texts the first
-    distinct = [row for row in distinct if len(labels_of[row.text]) == 1]  # a contradiction is no example
+    distinct = [row for row in distinct if answers[row.text] == 1]  # a contradiction is no example
     drawn = stratified_sample([row.labels for row in distinct], count, config.split_seed, leave=1)
     if len(drawn) < count:
         raise InputError(

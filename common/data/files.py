@@ -18,6 +18,7 @@ from common.errors import InputError, why_unreadable
 Row = dict[str, Any]  # column -> cell
 UTF_16 = "UTF-16. Save it as UTF-8, for example with `iconv -f utf-16 -t utf-8 {name}`"
 TWICE = "an object has twice the name"
+EXAMPLE = '{"text": ..., "label": ...}'
 OTHER_KINDS = {  # first bytes -> what the file is, and the remedy
     b"\xff\xfe": UTF_16,
     b"\xfe\xff": UTF_16,
@@ -113,6 +114,11 @@ def file_hash(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def weights_hashes(folder: Path) -> dict[str, str]:
+    """The files of the weights in a folder, each with its SHA-256."""
+    return {file.name: file_hash(file) for file in sorted(folder.glob("*.safetensors"))}
+
+
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Turns a failure to read a file into an InputError that names file and line."""
@@ -191,7 +197,7 @@ def _read_json(path: Path) -> list[Row]:
     except ValueError as error:
         raise InputError(f"{path}, data row {_first_bad_row(text)}: {error}. Correct the row.") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise InputError(f'{path}: expected a list of objects, one per row, such as [{{"text": ..., "label": ...}}].')
+        raise InputError(f"{path}: expected a list of objects, one per row, such as [{EXAMPLE}].")
     return rows
 
 
@@ -219,8 +225,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
                 except ValueError as error:
                     raise InputError(f"{path}, line {number}: {error}. Correct it there.") from None
                 if not isinstance(row, dict):
-                    example = '{"text": ..., "label": ...}'
-                    raise InputError(f"{path}, line {number}: expected an object, such as {example}.")
+                    raise InputError(f"{path}, line {number}: expected an object, such as {EXAMPLE}.")
                 yield row
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from common.data.files import Row, file_hash, read_rows
+from common.data.files import Row, file_hash, read_rows, weights_hashes
 from common.disk import TASK_FILE
 from common.errors import InputError
 from common.hub import hub_answers
@@ -93,8 +93,8 @@ def origin(sources: Sources, split: str, weights: Path | None) -> dict[str, Any]
     sources: a split that is not among them was cut from the training rows. weights: their folder, whose task.json says
     how they are used, and so counts too; None: an untrained base.
     """
-    files = [*sorted(weights.glob("*.safetensors")), weights / TASK_FILE] if weights else []
-    return {"source": sources.get(split) or sources["train"], "weights": {file.name: file_hash(file) for file in files}}
+    hashes = {**weights_hashes(weights), TASK_FILE: file_hash(weights / TASK_FILE)} if weights else {}
+    return {"source": sources.get(split) or sources["train"], "weights": hashes}
 
 
 def _read_hub(name: str, configuration: str | None) -> tuple[dict[str, list[Row]], Sources]:

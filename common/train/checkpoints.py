@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import load
 from torch.optim.lr_scheduler import LRScheduler
 
-from common.data.files import file_hash
+from common.data.files import file_hash, weights_hashes
 from common.disk import read_json, replace_folder, write_json
 from common.errors import InputError
 from common.log import peak_memory
@@ -131,7 +131,7 @@ def save_checkpoint(accelerator: Accelerator, run: RunFolder, settle: Callable[[
         if accelerator.is_main_process:
             files = {str(p.relative_to(scratch)): file_hash(p) for p in sorted(scratch.rglob("*")) if p.is_file()}
             content = {"state": asdict(state), "resume_fingerprint": run.resume_fingerprint, "files": files,
-                       "best": _best_weights(run)}  # fmt: skip
+                       "best": weights_hashes(run.best)}  # fmt: skip
             write_json(scratch / "state.json", {**content, "checksum": checksum(content)})
     if accelerator.is_main_process:
         replace_folder(scratch, target)
@@ -166,14 +166,9 @@ def load_state(accelerator: Accelerator, run: RunFolder) -> State:
         raise InputError(f"{random_states}: the random numbers could not be restored on this machine.")
     state = State(**saved["state"])
     # The run may have gone on and found better ones before it was stopped. None: an earlier version's checkpoint.
-    if saved.get("best") not in (None, _best_weights(run)):
+    if saved.get("best") not in (None, weights_hashes(run.best)):
         state.best_score = state.best_update = None
     return state
-
-
-def _best_weights(run: RunFolder) -> dict[str, str]:
-    """The files of the weights that are kept as the best so far, with their hashes."""
-    return {file.name: file_hash(file) for file in sorted(run.best.glob("*.safetensors"))}
 
 
 def save_best(accelerator: Accelerator, run: RunFolder, write: Callable[[Path], None]) -> None:

@@ -177,10 +177,10 @@ def flops_per_token(model: torch.nn.Module) -> float:
     the backward pass ends.
     """
     flops, backward = 0.0, False
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    vocabulary = getattr(model.get_output_embeddings(), "weight", None)  # type: ignore[operator]
     for name, parameter in model.named_parameters():
         backward |= parameter.requires_grad
-        if "embed" not in name and parameter is not getattr(head, "weight", None):
+        if "embed" not in name and parameter is not vocabulary:
             flops += unpacked_size(parameter) * (6 if parameter.requires_grad else 4 if backward else 2)
     return flops
 

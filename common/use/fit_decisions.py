@@ -63,7 +63,6 @@ def describe(decision: Decision, labels: Sequence[str]) -> list[str]:
         lines.append("Thresholds: " + ", ".join(f"{label} {value:.3f}" for label, value in pairs) + ".")
     else:
         lines.append(f"Temperature: {decision.temperature:.3f}.")
-    certainty = "certainty" if decision.multi_label else "probability"
     if promise := decision.fitted.get("promise"):
         right, sure = (f"{100 * promise[name]:.6g}%" for name in ("min_precision", "confidence"))
         wanted = f"{right} of the answers given are right, with {sure}"
@@ -74,6 +73,7 @@ def describe(decision: Decision, labels: Sequence[str]) -> list[str]:
                 f"{promise['needed']} answers are needed). Give more validation rows or a lower --min_precision."
             )
         else:
+            certainty = "certainty" if decision.multi_label else "probability"
             lines.append(
                 f"Cut: answers with a {certainty} below {decision.cut:.4f} are not given. Then at least {wanted} "
                 f"confidence, for rows like these on the whole, not for every label ({seen})."
