@@ -36,6 +36,7 @@ from common.options import (
     ClassificationDataConfig,
     CorpusDataConfig,
     DecisionConfig,
+    DeviceConfig,
     ModelConfig,
     check,
     option,
@@ -49,7 +50,7 @@ from common.use.runs import Run, open_run
 
 
 @dataclass
-class Config(ModelConfig, ClassificationDataConfig, CorpusDataConfig, ChatDataConfig, DecisionConfig):
+class Config(ModelConfig, ClassificationDataConfig, CorpusDataConfig, ChatDataConfig, DecisionConfig, DeviceConfig):
     """evaluate"""
 
     run: str | None = option(None, "run folder, adapter folder, or base model", binds=False)
@@ -73,10 +74,6 @@ class Config(ModelConfig, ClassificationDataConfig, CorpusDataConfig, ChatDataCo
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
         None, "unset: as trained; for a base model, bf16 where the device has it"
     )
-    num_threads: int | None = option(
-        None, "CPU threads; unset: cores / processes on this machine", at_least=1, binds=False
-    )
-    tf32: bool = option(False, "TF32 products on NVIDIA GPUs for what runs in fp32")
     output_dir: str | None = option(
         None, "unset: RUN/eval/<split>, or outputs/<model>/eval for a base model; --compare: that of RUN_A", binds=False
     )

@@ -24,6 +24,7 @@ from common.options import (
     CAUSAL_LM,
     CHAT,
     CLASSIFICATION,
+    DeviceConfig,
     ModelConfig,
     Sampling,
     WebConfig,
@@ -43,7 +44,7 @@ TEXT = (CHAT, CAUSAL_LM)
 
 
 @dataclass
-class Config(ModelConfig, Sampling, WebConfig):
+class Config(ModelConfig, Sampling, WebConfig, DeviceConfig):
     """inference"""
 
     positional: ClassVar[tuple[str, str]] = ("instruction", "answered once; - reads it from a pipe. Put it first")
@@ -87,10 +88,6 @@ class Config(ModelConfig, Sampling, WebConfig):
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
         None, "unset: as trained; for a base model, bf16 where the device has it"
     )
-    num_threads: int | None = option(
-        None, "CPU threads; unset: cores / processes on this machine", at_least=1, binds=False
-    )
-    tf32: bool = option(False, "TF32 products on NVIDIA GPUs for what runs in fp32")
 
     def broken_rules(self) -> Iterator[str]:
         ways = [name for name in ("prompt", "input_file", "demo", "web") if getattr(self, name)]
@@ -104,6 +101,8 @@ class Config(ModelConfig, Sampling, WebConfig):
             yield "--persona and --system_prompt exclude each other"
         if self.system_prompt is not None and not self.system_prompt.strip():
             yield "--system_prompt is blank: leave it out"
+        if self.shard_model and not self.input_file:
+            yield "--shard_model is for several processes, which share the rows of an --input_file"
         if (self.id_column or self.columns) and not self.input_file:
             yield "--id_column and --columns are about the rows of an --input_file"
 

@@ -107,7 +107,20 @@ class LoraArguments:
 
 
 @dataclass
-class LoopConfig:
+class DeviceConfig:
+    """processes and devices"""
+
+    num_threads: int | None = option(
+        None, "CPU threads; unset: cores / processes on this machine", at_least=1, binds=False
+    )
+    shard_model: bool = option(
+        False, "of several processes, each holds a part of the frozen base instead of all of it", binds=False
+    )
+    tf32: bool = option(False, "TF32 products on NVIDIA GPUs for what runs in fp32")
+
+
+@dataclass
+class LoopConfig(DeviceConfig):
     """loop"""
 
     num_train_epochs: float = option(2.0, "passes over the training rows", at_least=0)
@@ -151,13 +164,6 @@ class LoopConfig:
     )
     output_dir: str | None = option(None, "run folder; unset: outputs/<model>/<dataset>/run_<i>", binds=False)
     run_name: str | None = option(None, "name of the run in trackers", binds=False)
-    num_threads: int | None = option(
-        None, "CPU threads; unset: cores / processes on this machine", at_least=1, binds=False
-    )
-    shard_model: bool = option(
-        False, "of several processes, each holds a part of the frozen base instead of all of it", binds=False
-    )
-    tf32: bool = option(False, "TF32 products on NVIDIA GPUs for what runs in fp32")
     baselines: bool = option(
         True,
         "also measure the untrained base; for labels also majority and TF-IDF + logistic regression",

@@ -245,7 +245,10 @@ def test_what_does_not_fit_the_run_is_refused(trained, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def shared_out(trained, models, chat_files, tmp_path_factory) -> Path:
-    """A folder of evaluations by one process and by two: 103 rows of each task, and 13 of several labels."""
+    """A folder of evaluations by one process, by two, and by two that share the model out.
+
+    103 rows of each task, 13 of several labels, and a single conversation, which one of two processes has.
+    """
     base = tmp_path_factory.mktemp("shared_out")
     text, texts = base / "text.txt", base / "rows.txt"
     text.write_text(prose(400))
@@ -253,24 +256,31 @@ def shared_out(trained, models, chat_files, tmp_path_factory) -> Path:
     train_chat("--model", models["llama"], *chat_files, "--max_steps", 1, "--output_dir", base / "chat")
     train_text("--model", models["llama"], "--train_file", text, "--max_steps", 1, "--output_dir", base / "text")
     labeled = write_csv(base / "rows.csv", toy_rows(35)[:103])
-    asked = write_jsonl(base / "rows.jsonl", chats(103))
+    asked, one_asked = write_jsonl(base / "rows.jsonl", chats(103)), write_jsonl(base / "row.jsonl", chats(1, 30))
     evaluations = {
         "classification": ["--run", trained("mistral", "generative", "single"), "--test_file", labeled],
         "causal_lm": ["--run", base / "text", "--test_file", texts],
         "chat": ["--run", base / "chat", "--test_file", asked, "--max_new_tokens", 8],
+        "one chat": ["--run", base / "chat", "--test_file", one_asked, "--max_new_tokens", 20],
         "multi": ["--run", trained("qwen", "generative", "multi")],
+        "head": ["--run", trained("gemma", "head", "single")],
+        "base": ["--run", models["llama"], "--task", "causal_lm", "--test_file", texts, "--load_in_4bit", "false"],
     }
     for task, options in evaluations.items():
         run_evaluate(*options, "--output_dir", base / "one" / task)
-    calls = ([*options, "--output_dir", base / "two" / task] for task, options in evaluations.items())
-    run_in_two_processes("evaluate", base, *calls)
+    calls = [[*options, "--output_dir", base / "two" / task] for task, options in evaluations.items()]
+    calls += [[*options, "--output_dir", base / "sharded" / task, "--shard_model", "true"]
+              for task, options in evaluations.items()]  # fmt: skip
+    said = run_in_two_processes("evaluate", base, *calls)
+    assert said.count("The base is sharded: a process holds") == len(evaluations)
     return base
 
 
-def test_two_processes_write_one_processes_files(shared_out):
+@pytest.mark.parametrize("processes", ["two", "sharded"])
+def test_two_processes_write_one_processes_files(processes, shared_out):
     """By the script itself: 13 rows over two processes, once each, the same figures."""
-    one, two = (figures(shared_out / processes / "multi") for processes in ("one", "two"))
-    lines = predictions(shared_out / "two" / "multi")
+    one, two = (figures(shared_out / folder / "multi") for folder in ("one", processes))
+    lines = predictions(shared_out / processes / "multi")
     assert [line["id"] for line in lines] == [str(i) for i in range(13)]
     for name in ("eval_loss", "perplexity", "nll", "ece", "brier_score"):
         assert two.pop(name) == pytest.approx(one.pop(name), rel=1e-4)
@@ -278,11 +288,16 @@ def test_two_processes_write_one_processes_files(shared_out):
     assert two == one
 
 
-@pytest.mark.parametrize("task", ["classification", "causal_lm", "chat"])
-def test_two_processes_measure_103_rows_as_one(task, shared_out):
-    """A number that two processes cannot share out evenly: the same figures and intervals, each row once."""
-    one, two = (figures(shared_out / processes / task) for processes in ("one", "two"))
-    assert one["rows"] % 2 and (task == "causal_lm" or one.get("answers", one["rows"]) == 103)
+@pytest.mark.parametrize("processes", ["two", "sharded"])
+@pytest.mark.parametrize("task", ["classification", "causal_lm", "chat", "one chat", "head", "base"])
+def test_two_processes_measure_rows_as_one(task, processes, shared_out):
+    """A number that two processes cannot share out evenly: the same figures and intervals, each row once.
+
+    Greedy answers of different length are written by each for itself, so nobody waits for the other's tokens.
+    """
+    one, two = (figures(shared_out / folder / task) for folder in ("one", processes))
+    rows = {"classification": 103, "chat": 103, "one chat": 1, "head": 15}.get(task, one["rows"])
+    assert one["rows"] % 2 and one.get("answers", one["rows"]) == rows
     for found in (one, two):  # beside these numbers, all is equal
         found.pop("calibration_bins", None)
         for name, bounds in found.pop("intervals_95").items():
@@ -290,6 +305,10 @@ def test_two_processes_measure_103_rows_as_one(task, shared_out):
     numbers = [name for name, value in one.items() if isinstance(value, float)]
     assert [two.pop(name) for name in numbers] == pytest.approx([one.pop(name) for name in numbers], rel=1e-4)
     assert two == one
+    if "chat" in task:
+        answers = [[line["prediction"] for line in predictions(shared_out / folder / task)]
+                   for folder in ("one", processes)]  # fmt: skip
+        assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)

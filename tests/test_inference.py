@@ -19,7 +19,7 @@ import transformers
 from helpers import ROOT
 from helpers.models import FAMILIES
 from helpers.rows import chats, read_jsonl, toy_rows, write_csv, write_jsonl
-from helpers.runs import COMBINATIONS, quick, run_evaluate, timeless, train_chat
+from helpers.runs import COMBINATIONS, quick, run_evaluate, train_chat
 from helpers.scripts import expect_error, run_alone, run_in_two_processes
 
 import inference
@@ -346,45 +346,26 @@ def test_any_number_of_kept_rows(models, questions, tmp_path, capsys, kept):
 
 
 def test_two_processes_write_one_processes_file(models, trained, questions, tmp_path):
-    """45 rows and 6 chunks over 2 processes, drawn answers; and a classifier's 15 rows."""
+    """45 rows and 6 chunks over 2 processes, drawn answers; and a classifier's 15 rows; also with a sharded model."""
     classifier = trained("qwen", "generative", "single")
     file = json.loads((classifier / "splits.json").read_text())["sources"]["test"]["name"]
-    jobs = []
-    for name in ("one", "two"):
+    jobs = {}
+    for name, more in (("one", []), ("two", []), ("sharded", ["--shard_model", "true"])):
         labels = ["--run", classifier, "--input_file", file, "--output_file", tmp_path / f"{name}-labels.jsonl",
-                  "--per_device_eval_batch_size", 1]  # fmt: skip
-        jobs.append([batch(tmp_path, models["llama"], questions, f"{name}.jsonl", "--max_new_tokens", 6), labels])
-    for options in jobs[0]:
+                  "--per_device_eval_batch_size", 1, *more]  # fmt: skip
+        text = batch(tmp_path, models["llama"], questions, f"{name}.jsonl", "--max_new_tokens", 6, *more)
+        jobs[name] = [text, labels]
+    for options in jobs["one"]:
         run(*options)
-    run_in_two_processes("inference", tmp_path, *jobs[1])
-    assert read_jsonl(tmp_path / "two.jsonl") == read_jsonl(tmp_path / "one.jsonl")
-    labelled = [read_jsonl(tmp_path / f"{name}-labels.jsonl") for name in ("one", "two")]
-    for one, two in zip(*labelled, strict=True):  # sums of floats follow the number of threads a process gets
-        assert two.pop("probabilities") == pytest.approx(one.pop("probabilities"), abs=1e-6)
-        assert two == one
-    assert len(read_jsonl(tmp_path / "two.jsonl")) == 45 and len(labelled[1]) == 15
-
-
-def test_evaluation_by_two_processes_is_that_of_one(talks, tmp_path):
-    """evaluate.py on a chat run, whose only row one process has; of many rows, see tests/test_evaluate.py.
-
-    Greedy answers of different length are written by each for itself, so nobody waits for the other's tokens.
-    """
-    file = write_jsonl(tmp_path / "rows.jsonl", chats(1, 30))
-    options = ["--run", str(talks["mistral"]), "--test_file", file, "--max_new_tokens", "20"]
-    options += ["--per_device_eval_batch_size", "1", "--output_dir"]
-    run_evaluate(*options, tmp_path / "one")
-    run_in_two_processes("evaluate", tmp_path, [*options, tmp_path / "two"])
-    one, two = (timeless(json.loads((tmp_path / name / "metrics.json").read_text())) for name in ("one", "two"))
-    assert one.keys() == two.keys() and one["answers"] == 1
-    same = ("source", "weights", "options", "unit")
-    assert [one.pop(name) for name in same] == [two[name] for name in same]
-    for name, intervals in one.pop("intervals_95").items():
-        assert two["intervals_95"][name] == pytest.approx(intervals, rel=1e-5)
-    assert {name: two[name] for name in one} == pytest.approx(one, rel=1e-5)
-    lines = [read_jsonl(tmp_path / name / "predictions.jsonl") for name in ("one", "two")]
-    nats = [[line.pop("nats") for line in each] for each in lines]
-    assert lines[0] == lines[1] and nats[0] == pytest.approx(nats[1], rel=1e-4)
+    said = run_in_two_processes("inference", tmp_path, *jobs["two"], *jobs["sharded"])
+    assert said.count("The base is sharded: a process holds") == 2
+    for name in ("two", "sharded"):
+        assert read_jsonl(tmp_path / f"{name}.jsonl") == read_jsonl(tmp_path / "one.jsonl")
+        labelled = [read_jsonl(tmp_path / f"{each}-labels.jsonl") for each in ("one", name)]
+        for one, two in zip(*labelled, strict=True):  # sums of floats follow the number of threads a process gets
+            assert two.pop("probabilities") == pytest.approx(one.pop("probabilities"), abs=1e-6)
+            assert two == one
+        assert len(read_jsonl(tmp_path / f"{name}.jsonl")) == 45 and len(labelled[1]) == 15
 
 
 def test_an_answer_file_belongs_to_its_input(models, questions, tmp_path, monkeypatch):
@@ -471,6 +452,7 @@ def test_other_formats(models, tmp_path, suffix):
         (["--input_file", "in.csv", "--output_file", "o.jsonl", "--prompt", "x"], "--prompt and --input_file exclude"),
         (["x", "--prompt", "y"], "The instruction is given twice"),
         (["x", "--demo"], "--prompt and --demo exclude each other"),
+        (["x", "--shard_model", "true"], "several processes, which share the rows of an --input_file"),
         ([" "], "The instruction is empty"),
         (["--persona", "biling"], "There is no persona 'biling'. Did you mean billing?"),
         (["--persona", "billing", "--system_prompt", "x"], "--persona and --system_prompt exclude each other"),

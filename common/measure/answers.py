@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from common.data.conversations import Conversation
 from common.log import Progress
 from common.model.generation import NEW_TOKENS, answer_prompts, prompt_room
+from common.model.sharding import lock_step
 from common.options import Sampling
 from common.text.chat import ChatTemplate
 
@@ -50,7 +51,7 @@ def answer_conversations(
     prompts = [template.prompt(messages, room) for messages in questions]
     share = range(accelerator.process_index, len(prompts), accelerator.num_processes)
     ids, progress = [prompts[i].ids for i in share], Progress(accelerator, what, len(share))
-    with accelerator.autocast():
+    with accelerator.autocast(), lock_step(model):
         answers = answer_prompts(model, tokenizer, template, ids, sampling, batch_size, accelerator.device, progress)
     gathered = sorted(gather_object(list(zip(share, answers, strict=True))), key=itemgetter(0))
     return [

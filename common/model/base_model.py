@@ -15,7 +15,7 @@ from common.disk import damage_named
 from common.errors import InputError
 from common.log import uses_cuda
 from common.model import attention
-from common.options import LoopConfig, ModelConfig
+from common.options import DeviceConfig, ModelConfig
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Encoders whose first position has the number after that of the padding.
@@ -107,7 +107,7 @@ def load_base(
     dtype of the files, as trained weights are. device: with --shard_model, the model is left on the CPU, as it may not
     fit there before it is sharded.
     """
-    if isinstance(config, LoopConfig) and config.shard_model:
+    if isinstance(config, DeviceConfig) and config.shard_model:
         device = "cpu"
     dtype = torch.float32 if config.full_finetuning else DTYPES[config.mixed_precision]
     quantized = config.load_in_4bit or config.load_in_8bit

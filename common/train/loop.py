@@ -62,7 +62,7 @@ def start_accelerator(config: Any, trackers: Sequence[str] = ()) -> Accelerator:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
         torch.set_num_threads(config.num_threads or max(1, cores // local))
-    if isinstance(config, LoopConfig) and config.shard_model and accelerator.num_processes == 1:
+    if config.shard_model and accelerator.num_processes == 1:
         raise InputError("--shard_model true needs several processes, and there is one. Launch with --num_processes 2.")
     if config.tf32:
         torch.set_float32_matmul_precision("high")

@@ -99,7 +99,8 @@ def write_answers(
     """Answers the rows that the file lacks, chunk by chunk, and writes them in order.
 
     A chunk is answered by one process and always has the same rows, so neither the number of processes nor a kill
-    changes a batch, and so no answer. answer: (rows, number of the chunk, progress) -> lines.
+    changes a batch, and so no answer. answer: (rows, number of the chunk, progress) -> lines; a process that has no
+    chunk left is asked to answer no rows as long as others have.
     """
     from accelerate.utils import gather_object  # imports torch
 
@@ -115,7 +116,7 @@ def write_answers(
     skip = kept % size  # lines of the first chunk that are there
     for start in range(first, len(chunks), accelerator.num_processes):
         number = start + accelerator.process_index
-        lines = gather_object(answer(chunks[number], number, progress) if number < len(chunks) else [])
+        lines = gather_object(answer(chunks[number] if number < len(chunks) else [], number, progress))
         tokens += sum(line.get("tokens", 0) for line in lines)
         errors += sum("error" in line for line in lines)
         if accelerator.is_main_process:

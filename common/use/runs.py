@@ -10,6 +10,7 @@ Whatever imports torch is imported when a model is loaded.
 
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -36,7 +37,7 @@ from common.disk import (
 )
 from common.errors import InputError
 from common.hub import EMBEDDED, resolve_model, weights_fingerprint
-from common.log import uses_gpu
+from common.log import is_first_process, uses_gpu
 from common.measure.gain import copy_zero_shot
 from common.options import (
     BASE_CHANGING_INITS,
@@ -127,7 +128,8 @@ class Run:
             raise InputError(f"--approach head: {self.name} is a base model, whose head would be random. Drop it.")
         if self.folder is None and (unused := [name for name in ("folds", "fold", "class_weights") if name in given]):
             raise InputError(f"--{unused[0]} is about training, and {self.name} is a base model. Drop it.")
-        changed = ("output_dir", "mixed_precision", "chat_template")  # the template is saved with the weights
+        # The template is saved with the weights; the last two are about the machine of the training.
+        changed = ("output_dir", "mixed_precision", "chat_template", "num_threads", "shard_model")
         options = {name: value for name, value in self.options.items() if name not in changed}
         if self.folder is None and self.task == CHAT:
             options["max_length"] = CHAT_LENGTH
@@ -298,7 +300,8 @@ class Run:
             what = f"with options of its own: drop {', '.join(sorted(others))}" if others else f"for {self.task}"
             raise InputError(f"{self.name} was trained {what}, and is opened for {task}.")
         self.task = task
-        known = {"chat_template": None} if self.folder else {"model": self.name}  # the template is with the weights
+        # The template is with the weights, and a run that was sharded is opened by one process.
+        known = {"chat_template": None, "shard_model": False} if self.folder else {"model": self.name}
         config = TrainingConfig(**{**self.options, **known, **options})
         self.resolve(config)
         return config
@@ -330,12 +333,12 @@ class Run:
         from common.model.classifier import Classifier, classification_prompt
         from common.use.label_models import LabelModel
 
+        place = loading_device(config, device)
         if self.folder:
-            classifier = storage.load_classifier(
-                self.folder, device, config.mixed_precision, config.trust_remote_code
-            )
+            classifier = storage.load_classifier(self.folder, place, config.mixed_precision, config.trust_remote_code)
             if self.untrained:
-                classifier = replace(classifier, model=self._base(classifier.model, config, device))
+                classifier = replace(classifier, model=self._base(classifier.model, config, place))
+            share_out(classifier.model, config, device)
             return LabelModel(classifier, device, config.mixed_precision, self.decision())
         path = resolve_model(config.model, config.revision)
         base_model.check_length(path, config, config.max_length, "--max_length")
@@ -346,7 +349,8 @@ class Run:
             template=template, max_length=config.max_length, few_shot=few_shot,
         )  # fmt: skip
         prompt.reserve(examples)
-        model = base_model.load_base(path, config, device=device)[0].eval()
+        model = base_model.load_base(path, config, device=place)[0].eval()
+        share_out(model, config, device)
         decision = Decision.unfitted(multi_label, len(prompt.labels))
         return LabelModel(Classifier(model, prompt, tokenizer), device, config.mixed_precision, decision)
 
@@ -375,22 +379,23 @@ class Run:
         from common.text.chat import choose_template
         from common.use.text_models import TextModel
 
-        template = None
+        place, template = loading_device(config, device), None
         if self.folder is None:
             path = resolve_model(config.model, config.revision)
             tokenizer = base_model.load_tokenizer(path, config)
             template = choose_template(tokenizer, config.chat_template) if self.task == CHAT else None
-            model = base_model.load_base(path, config, device=device)[0].eval()
+            model = base_model.load_base(path, config, device=place)[0].eval()
         elif self.task == CHAT:
             model, tokenizer, template = storage.load_chat_model(
-                self.folder, device, config.mixed_precision, config.chat_template, config.trust_remote_code
+                self.folder, place, config.mixed_precision, config.chat_template, config.trust_remote_code
             )
         else:
             model, tokenizer = storage.load_language_model(
-                self.folder, device, config.mixed_precision, config.trust_remote_code
+                self.folder, place, config.mixed_precision, config.trust_remote_code
             )
         if self.untrained:
-            model = self._base(model, config, device)
+            model = self._base(model, config, place)
+        share_out(model, config, device)
         start = [] if template else self.trained.get("start", base_model.start_ids(tokenizer))
         system = config.system_prompt or self.trained.get("system_prompt")
         return TextModel(model, tokenizer, template, start, system, device, config.mixed_precision)
@@ -411,6 +416,23 @@ def best_device() -> "torch.device":
     import torch
 
     return (uses_gpu() and torch.accelerator.current_accelerator()) or torch.device("cpu")
+
+
+def loading_device(config: Any, device: "torch.device") -> "torch.device":
+    """Where weights are loaded: a model that will be sharded may not fit on the device before. config: of a script."""
+    import torch
+
+    return torch.device("cpu") if config.shard_model else device
+
+
+def share_out(model: Any, config: Any, device: "torch.device") -> None:
+    """With --shard_model, each process keeps a part of the frozen weights, in place; an adapter stays whole."""
+    from common.model import lora, sharding
+
+    if config.shard_model:
+        parts = sharding.shard(model if lora.is_adapted(model) else model.requires_grad_(False), device)
+        if is_first_process():
+            print(parts, file=sys.stderr, flush=True)
 
 
 def open_run(name: str | None = None, task: str | None = None) -> Run:

@@ -8,6 +8,8 @@ import torch
 from accelerate import Accelerator
 
 from common.data.classification import Example
+from common.model.base_model import precision
+from common.model.sharding import lock_step
 from common.options import Sampling
 from common.use import terminal
 from common.use.answer_file import AnswerFile, write_answers
@@ -27,7 +29,8 @@ def answer_labels(
         yield show_labels(model.classify([text], size, config.min_probability)[0])
 
     def lines(rows: Sequence[Example], chunk: int, progress: Any) -> list[dict[str, Any]]:
-        return model.answer_rows(rows, size, config.min_probability, progress)
+        with precision(model.device, model.precision), lock_step(model.classifier.model):
+            return model.answer_rows(rows, size, config.min_probability, progress)
 
     if batch:
         write_answers(*batch, lines, size, accelerator)
@@ -46,7 +49,8 @@ def answer_texts(
     sampling = Sampling(**{item.name: getattr(config, item.name) for item in fields(Sampling)})
 
     def lines(rows: Sequence[Any], chunk: int, progress: Any) -> list[dict[str, Any]]:
-        return model.answer_rows(rows, replace(sampling, seed=(config.seed + chunk) % 2**32), size, progress)
+        with precision(model.device, model.precision), lock_step(model.model):
+            return model.answer_rows(rows, replace(sampling, seed=(config.seed + chunk) % 2**32), size, progress)
 
     def answer(question: Any, settings: Sampling) -> Iterator[str]:
         if seeded != [settings.seed]:  # set, or changed by /params; a question repeated continues the sampling

@@ -62,12 +62,12 @@ for number, options in enumerate({calls}, 1):
 """
 
 
-def run_in_two_processes(name: str, folder: Path, *calls: Sequence[object]) -> None:
-    """Calls a script with one list of options after the other, in two processes that are started once."""
+def run_in_two_processes(name: str, folder: Path, *calls: Sequence[object]) -> str:
+    """Calls a script with one list of options after the other, in two processes that are started once; its stderr."""
     script = folder / f"{name}_in_two.py"
     options = [list(map(str, call)) for call in calls]
     script.write_text(CALLS.format(name=name, calls=repr(options), count=len(calls)), encoding="utf-8")
-    run_script(str(script), str(ROOT), processes=2)
+    return run_script(str(script), str(ROOT), processes=2).stderr
 
 
 @dataclass
