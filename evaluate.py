@@ -75,8 +75,9 @@ class Config(ModelConfig, ClassificationDataConfig, CorpusDataConfig, ChatDataCo
         None, "unset: as trained; for a base model, bf16 where the device has it"
     )
     output_dir: str | None = option(
-        None, "unset: RUN/eval/<split>, or outputs/<model>/eval for a base model; --compare: that of RUN_A", binds=False
-    )
+        None, "unset: RUN/eval/<split>, or one in outputs/<model>/eval for a base model; --compare: that of RUN_A",
+        binds=False,
+    )  # fmt: skip
 
 
 def read_options(given: dict[str, Any], run: Run | None = None) -> tuple[Config, Run, bool]:
@@ -104,7 +105,9 @@ def evaluate_classifier(config: Config, run: Run, other_rows: bool, reuse: bool 
     """Accuracy, F1 and predictions of a classifier, or of a base model that is prompted."""
     config.decode = config.decode or "score"
     data = load_classification(config, training=False)
-    examples = data.splits[config.split]
+    base, of_training = run.folder is None, config.split == "train"
+    shots, unshown = draw_few_shot(data, config) if base or of_training else ([], [])
+    examples = unshown if of_training else data.splits[config.split]
     require_rows(examples, config)
     if run.folder is None:
         config.labels = data.labels
@@ -132,7 +135,6 @@ def evaluate_classifier(config: Config, run: Run, other_rows: bool, reuse: bool 
         check_fit(config, run, examples)
     run.resolve(config)
     accelerator = loop.start_accelerator(config)
-    shots, _ = draw_few_shot(data, config) if run.folder is None else ([], [])
     model = run.load_classifier(config, accelerator.device, data.multi_label, examples, shots)
     classifier = model.classifier
     measure = partial(predict, classifier, accelerator=accelerator, batch_size=config.per_device_eval_batch_size,
@@ -166,8 +168,8 @@ def evaluate_text(config: Config, run: Run, other_rows: bool, reuse: bool = Fals
     named = {split: source.origin for split, source in sources.items()}
     if run.folder and not other_rows:
         run.check_unchanged(named, config.split)
-    trained = run.options  # a copied adapter has no stride to compare with
-    usual = all(getattr(config, x) == trained.get(x) for x in ("block_size", "stride")) or run.folder is None
+    windows_of = {name: run.options.get(name, getattr(CorpusDataConfig, name)) for name in ("block_size", "stride")}
+    usual = all(getattr(config, name) == value for name, value in windows_of.items())
     windows = f"{config.block_size}-{config.stride or config.block_size}"
     target = run.results_folder(config, config.split if usual else f"{config.split}-windows-{windows}", other_rows)
     if reuse and run.has_results(target, named, config.split):

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from common.errors import InputError, cli_errors
+from common.log import is_first_process
 from common.options import (
     CAUSAL_LM,
     CHAT,
@@ -161,9 +162,11 @@ def main() -> None:
         ids, questions = read_input(config, run)
         batch = AnswerFile(config.output_file, ids, made_from(config, run)), questions
         if batch[0].done == len(ids):
-            print(f"{config.output_file} has the answers to all {len(ids)} rows already.")
+            if is_first_process():
+                print(f"{config.output_file} has the answers to all {len(ids)} rows already.")
             return
-    print(f"Loading {run.folder or config.model} ...", file=sys.stderr, flush=True)
+    if is_first_process():
+        print(f"Loading {run.folder or config.model} ...", file=sys.stderr, flush=True)
 
     from common.model.lora import is_adapted
     from common.train import loop

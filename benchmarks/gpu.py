@@ -364,7 +364,7 @@ def train(config: Config, job: Job, folder: Path) -> dict[str, Any]:
     return {
         "rows per second": len(timed) / seconds, "tokens per second": tokens / seconds,
         "label tokens per second": targets / seconds, "share of peak": flops / seconds / PEAK,
-        "peak memory MB": peak_memory() / 2**20, "rows per pass": size, "seconds": seconds,
+        "peak memory MB": peak_memory() / 1e6, "rows per pass": size, "seconds": seconds,
     }  # fmt: skip
 
 
@@ -457,7 +457,7 @@ def score(config: Config, job: Job, folder: Path) -> dict[str, Any]:
         return time.perf_counter() - started
 
     seconds(examples[:count])  # compiles
-    return {"texts per second": count / seconds(examples[count : 2 * count]), "peak memory MB": peak_memory() / 2**20}
+    return {"texts per second": count / seconds(examples[count : 2 * count]), "peak memory MB": peak_memory() / 1e6}
 
 
 def profile(config: Config, job: Job, folder: Path) -> dict[str, Any]:

@@ -224,6 +224,8 @@ def check_complete(folder: Path, task: dict[str, Any]) -> None:
             raise InputError(f"{folder / TASK_FILE}: {name} is missing or no {kind.__name__}. {COPY_AGAIN}")
     for name in MODEL_FILES if task["full_finetuning"] else ADAPTER_FILES:
         if not (folder / name).is_file():
+            if any(folder.glob("*.gguf")):
+                raise InputError(f"{folder} is an export for llama.cpp and Ollama. Name the run that it was made of.")
             raise InputError(f"{folder / name} is missing. {COPY_AGAIN}")
 
 

@@ -42,7 +42,7 @@ def main() -> None:
     run = open_run(config.run)
     if run.folder is None:
         raise InputError(f"--run {run.name} is no folder of a run, so there is nothing to export.")
-    target = Path(config.output_dir or run.run_folder / "export" / config.format)
+    target = Path(config.output_dir or run.run_folder / "export" / config.format).absolute()
 
     import torch
 

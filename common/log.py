@@ -162,7 +162,10 @@ def _processor() -> str:
 
 
 def evaluation_cost(rows: int, started: float) -> dict[str, float]:
-    """eval_runtime in seconds since `started` (a perf_counter), examples_per_second, peak_memory_bytes."""
+    """eval_runtime in seconds since `started` (a perf_counter), examples_per_second, and peak_memory_bytes.
+
+    The memory is that of the process so far: of a training script's evaluation, the training's as well.
+    """
     seconds = time.perf_counter() - started
     return {
         "eval_runtime": seconds,
@@ -184,6 +187,17 @@ def uses_cuda() -> bool:
     import torch
 
     return torch.cuda.is_available() and uses_gpu()
+
+
+def set_threads(wanted: int | None, processes: int = 1) -> None:
+    """As many threads as --num_threads says; unset: the cores that this process may use, shared by the processes here.
+
+    `accelerate launch` gives every process on a CPU a single one.
+    """
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(wanted or max(1, cores // processes))
 
 
 def peak_memory() -> int:

@@ -161,7 +161,7 @@ def test_base_model_with_task_options(models, family, tmp_path, monkeypatch):
     labels = ["sport", "science", "music"]
     plain = ["--load_in_4bit", "false", "--mixed_precision", "no"]
     run_evaluate("--run", models[family], "--test_file", test, "--labels", *labels, *plain)
-    folder = tmp_path / "outputs" / models[family].name / "eval" / "test"
+    folder = tmp_path / "outputs" / models[family].name / "eval" / "classification-test-test"
     assert [list(line["probabilities"]) for line in predictions(folder)] == [labels] * 9
     assert "train_loss" not in figures(folder) and figures(folder)["eval_loss"] > 0
     with pytest.raises(InputError, match="'music' is not among the labels"):

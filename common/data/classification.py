@@ -197,6 +197,8 @@ def draw_few_shot(
     rows, count = data.splits["train"], config.few_shot
     if not count:
         return [], list(rows)
+    if not rows:
+        raise InputError("--few_shot: there are no training rows to draw from. Give a --train_file, or drop it.")
     answers = Counter(text for text, _ in {(row.text, row.labels) for row in rows})
     distinct = list({row.text: row for row in reversed(rows)}.values())[::-1]  # of equal texts the first
     distinct = [row for row in distinct if answers[row.text] == 1]  # a contradiction is no example

@@ -355,7 +355,8 @@ def load_corpus(
         if split in parts:
             if not blocks:
                 raise InputError(f"The {split} split has no two tokens of text. Give --{split}_file, or more text.")
-            documents, size, words, count = (int(pieces[name].sum()) for name in ("ends", "bytes", "words", "tokens"))
+            size, words, count = (int(pieces[name].sum()) for name in ("bytes", "words", "tokens"))
+            documents = len(np.unique(pieces["document"]))  # one that is cut counts in each of its splits
             entry = {"documents": documents, "bytes": size, "words": words, "tokens": count, "blocks": len(blocks)}
             blocks.draw(limits.get(split), config.split_seed)
             report["splits"][split] = {**entry, "used": len(blocks)}

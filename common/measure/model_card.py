@@ -37,7 +37,9 @@ def complete_card(run: Path) -> None:
 def _results(run: Path, task: str, metrics: dict[str, Any]) -> str:
     if not metrics:
         return "\nNot measured: the run had no test rows.\n"
-    rows = f"{metrics['rows']} test rows" if "rows" in metrics else "test rows"
+    unit = {CAUSAL_LM: "blocks", CHAT: "conversations"}.get(task, "rows")
+    count = metrics.get("units" if task == CHAT else "rows")  # a long conversation has several rows
+    rows = f"{count} test {unit}" if count else f"test {unit}"
     source = markdown(Path(metrics.get("source", {}).get("name", "")).name)
     results = {"this model": metrics, **read_json(run / "eval" / "test" / "baselines.json")}
     shown = results_table(results, "test", headlines(task))
@@ -52,7 +54,7 @@ def _training(config: TrainingConfig, metrics: dict[str, Any], facts: dict[str, 
     done += [f"learning rate {config.learning_rate:g}, seed {config.seed}"]
     done += [f"{metrics['train_runtime']:.0f} s of updates"] if "train_runtime" in metrics else []
     memory = metrics.get("train_peak_memory_bytes")
-    done += [f"{memory / 2**30:.1f} GB of memory at most"] if memory else []
+    done += [f"{memory / 1e9:.1f} GB of memory at most"] if memory else []
     versions = ", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items())
     return (
         f"\n## Training\n\n- Data: {names}{f' ({rows} rows)' if rows else ''}\n- {'; '.join(done)}\n"

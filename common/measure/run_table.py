@@ -1,6 +1,7 @@
 """Runs side by side, of any task: seeds of one call, and runs as one table in Markdown and CSV, with pictures."""
 
 import csv
+import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -124,7 +125,12 @@ def write_table(folders: Sequence[Path], target: Path) -> str:
 
     Raises InputError where the runs are not compared by the same metric.
     """
-    runs = [read_run(folder) for folder in find_runs(folders)]
+    found = find_runs(folders)
+    runs = [read_run(folder) for folder in found]
+    if len({folder.name for folder in found}) < len(found):
+        parent = os.path.commonpath(found)
+        for run, folder in zip(runs, found, strict=True):
+            run.described["run"] = folder.relative_to(parent).as_posix()
     compared = sorted({run.compared for run in runs})
     if len(compared) > 1:
         raise InputError(f"The runs are of different tasks ({', '.join(compared)}): give those of one.")
@@ -154,8 +160,8 @@ def _markdown(runs: Sequence[Run], name: str) -> str:
         described = run.described.items()
         cells = ["-" if value is None else FORMS.get(title, "{}").format(value) for title, value in described]
         held = run.metrics.get("train_peak_memory_bytes")
-        memory = "-" if held is None else f"{held / 2**20:.0f} MB"
-        rows.append([*cells, value_text(run.metrics, name), memory, f"{run.weights / 2**20:.1f} MB"])
+        memory = "-" if held is None else f"{held / 1e6:.0f} MB"
+        rows.append([*cells, value_text(run.metrics, name), memory, f"{run.weights / 1e6:.1f} MB"])
         for method, metrics in run.baselines.items():
             if isinstance(metrics, dict) and name in metrics:
                 start = (method, run.described["model"], run.base if "untrained" in method else "")

@@ -282,12 +282,13 @@ def load_chat_model(
 
 def add_adapter(model: Any, folder: Path, name: str) -> None:
     """Puts the adapter of another run beside that of a loaded model, for `model.set_adapter(name)`."""
-    lora = peft.PeftConfig.from_pretrained(str(folder))
-    lora.base_model_name_or_path = None
-    model.add_adapter(name, lora)
-    found: Any = peft.set_peft_model_state_dict(
-        model, peft.load_peft_weights(str(folder), device="cpu"), adapter_name=name
-    )
+    with damage_named(folder):
+        lora = peft.PeftConfig.from_pretrained(str(folder))
+        lora.base_model_name_or_path = None
+        model.add_adapter(name, lora)
+        found: Any = peft.set_peft_model_state_dict(
+            model, peft.load_peft_weights(str(folder), device="cpu"), adapter_name=name
+        )
     lacking = [key for key in found.missing_keys if f".{name}." in key]
     if lacking or found.unexpected_keys:
         raise InputError(

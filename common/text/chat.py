@@ -232,7 +232,7 @@ def chat_rows(
         if rows:
             data.report["rows"][split] |= {
                 "rendered": len(rows),
-                "in_several_rows": sum(len(rows) > 1 for rows in rendered),
+                "in_several_rows": sum(len(rows) > 1 and any(map(_made_to_fit, rows)) for rows in rendered),
                 "without_early_turns": sum(row.dropped_turns > 0 for row in rows),
                 "shortened": sum(row.shortened for row in rows),
                 "cut_answers": sum(row.cut for row in rows),
@@ -249,6 +249,10 @@ def chat_rows(
         "notes": [note for about, note in template.notes.items() if about in seen],
     }
     return result
+
+
+def _made_to_fit(row: ChatRow) -> bool:
+    return row.dropped_turns > 0 or row.shortened or row.cut
 
 
 def _findings(split: str, rows: Sequence[ChatRow], template: ChatTemplate, loss_on: str) -> list[str]:

@@ -42,6 +42,7 @@ class State:
     rows: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    peak_memory: int = 0  # bytes, when the last checkpoint was written
 
     def count(self, lengths: Sequence[int], seconds: float) -> None:
         """One update more, of rows with these lengths in tokens."""
@@ -90,7 +91,7 @@ class State:
             "train_steps_per_second": self.update / seconds,
             "train_tokens_per_second": self.tokens / seconds,
             "total_flos": flops_per_token * self.tokens,
-            "train_peak_memory_bytes": peak_memory(),
+            "train_peak_memory_bytes": max(self.peak_memory, peak_memory()),
         }
 
 
@@ -130,6 +131,7 @@ def save_checkpoint(accelerator: Accelerator, run: RunFolder, settle: Callable[[
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             files = {str(p.relative_to(scratch)): file_hash(p) for p in sorted(scratch.rglob("*")) if p.is_file()}
+            state.peak_memory = max(state.peak_memory, peak_memory())
             content = {"state": asdict(state), "resume_fingerprint": run.resume_fingerprint, "files": files,
                        "best": weights_hashes(run.best)}  # fmt: skip
             write_json(scratch / "state.json", {**content, "checksum": checksum(content)})

@@ -17,7 +17,7 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from common.errors import InputError, Terminated
-from common.log import reset_peak_memory, say, uses_gpu
+from common.log import reset_peak_memory, say, set_threads, uses_gpu
 from common.memory import give_back, keep_few_kernels
 from common.model.base_model import unpacked_size
 from common.model.sharding import keep_from_ddp, shard
@@ -35,11 +35,7 @@ ENGINES = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED
 
 
 def start_accelerator(config: Any, trackers: Sequence[str] = ()) -> Accelerator:
-    """The Accelerator of one run or evaluation; sets threads, TF32 and what oneDNN keeps.
-
-    `accelerate launch` gives every CPU process one thread, so threads are set here: the cores this process may use,
-    divided by the processes on this machine.
-    """
+    """The Accelerator of one run or evaluation; sets threads, TF32 and what oneDNN keeps."""
     for engine, flag in ENGINES.items():
         if os.environ.get(flag, "false").lower() == "true":
             raise InputError(
@@ -59,9 +55,7 @@ def start_accelerator(config: Any, trackers: Sequence[str] = ()) -> Accelerator:
     )
     reset_peak_memory()  # of this run alone
     if accelerator.device.type == "cpu":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-        torch.set_num_threads(config.num_threads or max(1, cores // local))
+        set_threads(config.num_threads, int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)))
     if config.shard_model and accelerator.num_processes == 1:
         raise InputError("--shard_model true needs several processes, and there is one. Launch with --num_processes 2.")
     if config.tf32:

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import tempfile
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -116,7 +117,8 @@ class RunFolder:
             (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self.path / BASELINE, ignore_errors=True)
         files = {
-            "config.yaml": header + dump_config(self.config),  # the first: it tells that the folder is a run's
+            # The first: it tells that the folder is a run's.
+            "config.yaml": header + dump_config(replace(self.config, resume_from_checkpoint=None)),
             "environment.json": to_json(environment, indent=2),
             "splits.json": to_json({"sources": data.sources, **splits}),
             "data_report.md": data_report,

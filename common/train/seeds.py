@@ -5,6 +5,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,9 @@ def train_each(runs: Sequence[Any], config: Any, train: Callable[..., dict[str, 
     from common.measure.run_table import write_seed_table
 
     if several and PartialState().is_main_process and not config.dry_run:
-        write_seed_table(Path(config.output_dir or runs_folder(config)) / f"{several}s.md", results, several)
+        folder = Path(config.output_dir or runs_folder(config))
+        names = chain([f"{several}s.md"], (f"{several}s_{number}.md" for number in count(2)))
+        write_seed_table(next(folder / name for name in names if not (folder / name).exists()), results, several)
     if any(isinstance(result, str) for result in results.values()):
         sys.exit(1)
 

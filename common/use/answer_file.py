@@ -48,10 +48,12 @@ class AnswerFile:
     def _complete_lines(self) -> tuple[int, int]:
         """The number of complete lines, and their bytes; a kill may have left a part of another one after them."""
         advice = "Delete it, or name another --output_file."
+        if not self.path.stat().st_size:
+            return 0, 0
         before = read_json(self.source_path)
-        if not before and self.path.stat().st_size:
+        if not before:
             raise InputError(f"--output_file {self.path}: the file was not written by inference.py. {advice}")
-        changed = [name for name in self.source if before and before.get(name) != self.source[name]]
+        changed = [name for name in self.source if before.get(name) != self.source[name]]
         if changed:
             raise InputError(
                 f"--output_file {self.path} holds answers made otherwise (other {', '.join(changed)}; see "

@@ -16,9 +16,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from common.disk import read_lines, write_json
+from common.disk import read_json, read_lines, write_json
 from common.errors import InputError, printable
-from common.log import BAR, is_first_process
+from common.log import BAR, is_first_process, set_threads, warn
 from common.measure import figures
 from common.measure.comparison import Recipe, answers_table, answers_text, comparison_text
 from common.measure.comparison import compare as compared_by_rows
@@ -53,6 +53,10 @@ def runs_to_compare(given: dict[str, Any]) -> dict[str, list[Run]]:
             raise InputError(f"--compare: {run.name} was trained for {run.task}, {first.name} for {first.task}.")
     if BASE in names and first.trained.get("approach") == "head":
         raise InputError(f"--compare: {first.name} has a classification head, which its base lacks. Drop `base`.")
+    if given.get("shard_model") and first.task == CHAT:
+        raise InputError("--compare: of chats, one process compares answers as well. Drop --shard_model.")
+    if Path(given.get("output_dir") or ".").is_file():
+        raise InputError(f"--output_dir {given['output_dir']}: this is a file. Choose another folder.")
     short = {name: Path(name).name for name in names}
     unique = len(set(short.values())) == len(names)
     base = replace(first, untrained=True)
@@ -60,10 +64,15 @@ def runs_to_compare(given: dict[str, Any]) -> dict[str, list[Run]]:
 
 
 def _seed_folders(name: str) -> list[str]:
-    """The runs in a folder of several seeds, in the order of the seeds; of any other, its name alone."""
+    """The finished runs in a folder of several seeds, in the order of the seeds; of any other, its name alone."""
     found = {folder: re.fullmatch(r"seed_(\d+)", folder.name) for folder in Path(name).glob("seed_*")}
-    seeds = {int(match[1]): str(folder) for folder, match in found.items() if match}
-    return [seeds[seed] for seed in sorted(seeds)] or [name]
+    seeds = {int(match[1]): folder for folder, match in found.items() if match}
+    finished = [seeds[seed] for seed in sorted(seeds) if "finished" in read_json(seeds[seed] / "environment.json")]
+    for folder in set(seeds.values()) - set(finished):
+        warn(f"{folder} has not finished, so it is left out, as in the table of the seeds.")
+    if seeds and not finished:
+        raise InputError(f"--compare: no run in {name} has finished.")
+    return [str(folder) for folder in finished] or [name]
 
 
 def options_of_each(given: dict[str, Any]) -> dict[str, Any]:
@@ -130,6 +139,7 @@ def _answers(runs: Mapping[str, tuple[Run, Any]]) -> tuple[list[dict[str, Any]],
     """
     from accelerate.utils import release_memory
 
+    set_threads(next(iter(runs.values()))[1].num_threads)
     rows: list[dict[str, Any]] = [{**row, "answers": {}} for row in read_prompts()]
     speeds = {}
     for name, (run, config) in runs.items():

@@ -87,7 +87,7 @@ def replay_options(run: Run, config: Any) -> ReplayConfig:
 class Side:
     """A run as it is loaded, and what its held-out rows become with its own tokenizer and prompt.
 
-    loaded: a LabelModel or TextModel. rows: None where the task has no more than a head's outputs to compare.
+    loaded: a LabelModel or TextModel.
     """
 
     run: Run
@@ -177,7 +177,6 @@ def write_merged(run: Run, folder: Path, dtype: str, trust_remote_code: bool) ->
     model = merged_model(run.folder, options, DTYPES[dtype if dtype != "fp32" else "no"], **kind)
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(run.folder, trust_remote_code=trust_remote_code)
     if head:
-        tokenizer = storage.pad_beside_end(tokenizer)
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder, max_shard_size=SHARD)
     tokenizer.save_pretrained(folder)
@@ -239,6 +238,8 @@ def _replaced(target: Path) -> Iterator[Path]:
     recover(target)
     if target.exists() and not (target / CERTIFICATE).is_file() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"--output_dir {target}: there is something else already. Choose another folder.")
+    if (target / "eval").is_dir():
+        raise InputError(f"{target / 'eval'} has results of an earlier export. Move them, or choose an --output_dir.")
     scratch = target.with_name(f".{target.name}.new")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)

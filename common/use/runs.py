@@ -45,6 +45,7 @@ from common.options import (
     CHAT,
     CHAT_LENGTH,
     CLASSIFICATION,
+    DeviceConfig,
     TrainingConfig,
     check_task,
     names,
@@ -154,10 +155,12 @@ class Run:
     def results_folder(self, config: Any, name: str, other_rows: bool) -> Path:
         """Where the results of an evaluation are written: --output_dir, or `name` under eval/.
 
-        config: of evaluate.py. other_rows: than the run's own; their file's name is in that of the folder.
+        config: of evaluate.py. other_rows: than the run's own; their file's name is in that of the folder, and of a
+        base model the task.
         """
-        if self.folder and other_rows:
-            name += f"-{Path(config.test_file).stem}"
+        if other_rows:
+            read = Path(config.test_file or config.train_file or config.dataset_name or "demo").stem
+            name = "-".join([*([] if self.folder else [self.task]), name, read])
         elif self.reads_otherwise():
             name += "-changed"
         folder = Path(config.output_dir or self.home / "eval" / (f"{name}-base" if self.untrained else name))
@@ -333,12 +336,12 @@ class Run:
         from common.model.classifier import Classifier, classification_prompt
         from common.use.label_models import LabelModel
 
-        place = loading_device(config, device)
+        place = self._loading_device(config, device)
         if self.folder:
             classifier = storage.load_classifier(self.folder, place, config.mixed_precision, config.trust_remote_code)
             if self.untrained:
                 classifier = replace(classifier, model=self._base(classifier.model, config, place))
-            share_out(classifier.model, config, device)
+            _share_out(classifier.model, config, device)
             return LabelModel(classifier, device, config.mixed_precision, self.decision())
         path = resolve_model(config.model, config.revision)
         base_model.check_length(path, config, config.max_length, "--max_length")
@@ -350,7 +353,7 @@ class Run:
         )  # fmt: skip
         prompt.reserve(examples)
         model = base_model.load_base(path, config, device=place)[0].eval()
-        share_out(model, config, device)
+        _share_out(model, config, device)
         decision = Decision.unfitted(multi_label, len(prompt.labels))
         return LabelModel(Classifier(model, prompt, tokenizer), device, config.mixed_precision, decision)
 
@@ -379,7 +382,7 @@ class Run:
         from common.text.chat import choose_template
         from common.use.text_models import TextModel
 
-        place, template = loading_device(config, device), None
+        place, template = self._loading_device(config, device), None
         if self.folder is None:
             path = resolve_model(config.model, config.revision)
             tokenizer = base_model.load_tokenizer(path, config)
@@ -395,10 +398,23 @@ class Run:
             )
         if self.untrained:
             model = self._base(model, config, place)
-        share_out(model, config, device)
+        _share_out(model, config, device)
         start = [] if template else self.trained.get("start", base_model.start_ids(tokenizer))
         system = config.system_prompt or self.trained.get("system_prompt")
         return TextModel(model, tokenizer, template, start, system, device, config.mixed_precision)
+
+    def _loading_device(self, config: Any, device: "torch.device") -> "torch.device":
+        """Where weights are loaded: a model that will be sharded may not fit on the device before.
+
+        Raises InputError for 8-bit weights that should be sharded.
+        """
+        import torch
+
+        if not _is_sharded(config):
+            return device
+        if (self.trained.get("model_options") or vars(config))["load_in_8bit"]:
+            raise InputError("--shard_model true: 8-bit weights cannot be sharded. Drop it.")
+        return torch.device("cpu")
 
     def _base(self, model: Any, config: Any, device: "torch.device") -> Any:
         """The base of the trained model; loaded again where it is not in there any more."""
@@ -418,19 +434,16 @@ def best_device() -> "torch.device":
     return (uses_gpu() and torch.accelerator.current_accelerator()) or torch.device("cpu")
 
 
-def loading_device(config: Any, device: "torch.device") -> "torch.device":
-    """Where weights are loaded: a model that will be sharded may not fit on the device before. config: of a script."""
-    import torch
-
-    return torch.device("cpu") if config.shard_model else device
+def _is_sharded(config: Any) -> bool:
+    return isinstance(config, DeviceConfig) and config.shard_model
 
 
-def share_out(model: Any, config: Any, device: "torch.device") -> None:
-    """With --shard_model, each process keeps a part of the frozen weights, in place; an adapter stays whole."""
-    from common.model import lora, sharding
+def _share_out(model: Any, config: Any, device: "torch.device") -> None:
+    """With --shard_model, each process keeps a part of every layer, adapter and all, in place."""
+    from common.model import sharding
 
-    if config.shard_model:
-        parts = sharding.shard(model if lora.is_adapted(model) else model.requires_grad_(False), device)
+    if _is_sharded(config):
+        parts = sharding.shard(model.requires_grad_(False), device)
         if is_first_process():
             print(parts, file=sys.stderr, flush=True)
 
