@@ -128,6 +128,21 @@ def test_recipes_of_two_seeds(recipes, tmp_path):
     run_evaluate("--compare", tmp_path / "x" / "much" / "seed_1", tmp_path / "x" / "much")
 
 
+def test_seeds_that_have_not_finished_are_left_out(recipes, tmp_path, capsys):
+    """Weights of a run that was killed, or failed later, are none of the recipe's results."""
+    copied(recipes, tmp_path / "x")
+    for seed in (2, 1):
+        file = tmp_path / "x" / "much" / f"seed_{seed}" / "environment.json"
+        file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "finished"}))
+        if seed == 2:
+            run_evaluate("--compare", tmp_path / "x" / "little", tmp_path / "x" / "much")
+            assert "much/seed_2 has not finished, so it is left out" in capsys.readouterr().err
+            result = result_of(tmp_path / "x" / "little" / "eval" / "test-comparison")
+            assert {name: run["seeds"] for name, run in result["runs"].items()} == {"little": 2, "much": 1}
+    with pytest.raises(InputError, match="no run in .*much has finished"):
+        run_evaluate("--compare", tmp_path / "x" / "little", tmp_path / "x" / "much")
+
+
 def test_perplexities_and_their_base(models, tmp_path):
     """By stretches of one text; a base of an initialization that changed it is loaded again."""
     for seed, name in enumerate(("train", "validation", "test")):
@@ -171,6 +186,8 @@ def test_chats_side_by_side(models, chat_files, tmp_path, monkeypatch, capsys):
     assert [row["prompt"] for row in result["answers"]] == [row["prompt"] for row in prompts]
     assert all(1 <= row["answers"][name]["tokens"] <= 6 for row in result["answers"] for name in ("A", "B", "base"))
     assert result["tokens_per_second"].keys() == {"A", "B", "base"}
+    with pytest.raises(InputError, match="Drop --shard_model"):
+        run_evaluate("--compare", tmp_path / "A", "base", "--shard_model", "true")
     page = (tmp_path / "A" / "eval" / "test-comparison" / "comparison.md").read_text()
     assert page.count("## ") == 8 and "| tokens/s " in page and "| tokens/s " in capsys.readouterr().out
 
@@ -190,6 +207,7 @@ def test_what_cannot_be_compared_is_refused(recipes, models, trained, chat_files
         (["--compare", run, trained("llama", "generative", "multi")], "of different files"),
         (["--compare", run, "base", "--block_size", "9"], "does not belong to classification"),
         (["--compare", run, "base", "--max_length", "9"], "--max_length was settled"),
+        (["--compare", run, "base", "--output_dir", run / "config.yaml"], "this is a file"),
     ):
         with pytest.raises(InputError, match=reason):
             run_evaluate(*options)

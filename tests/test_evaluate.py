@@ -264,6 +264,7 @@ def shared_out(trained, models, chat_files, tmp_path_factory) -> Path:
         "one chat": ["--run", base / "chat", "--test_file", one_asked, "--max_new_tokens", 20],
         "multi": ["--run", trained("qwen", "generative", "multi")],
         "head": ["--run", trained("gemma", "head", "single")],
+        "nf4": ["--run", trained(FAMILIES[0], *COMBINATIONS[0], *QUANTIZED)],
         "base": ["--run", models["llama"], "--task", "causal_lm", "--test_file", texts, "--load_in_4bit", "false"],
     }
     for task, options in evaluations.items():
@@ -309,6 +310,12 @@ def test_two_processes_measure_rows_as_one(task, processes, shared_out):
         answers = [[line["prediction"] for line in predictions(shared_out / folder / task)]
                    for folder in ("one", processes)]  # fmt: skip
         assert answers[0] == answers[1]
+
+
+def test_a_sharded_4_bit_base_measures_what_a_whole_one_does(shared_out):
+    """In bf16, with the adapter in fp32 beside it."""
+    whole, sharded = (figures(shared_out / folder / "nf4") for folder in ("two", "sharded"))
+    assert sharded["eval_loss"] == pytest.approx(whole["eval_loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)

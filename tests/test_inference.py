@@ -28,6 +28,7 @@ from common.errors import InputError, printable
 from common.model import base_model, storage
 from common.options import Sampling
 from common.text.chat import ChatTemplate
+from common.use.answer_file import AnswerFile
 
 PLAIN = ["--load_in_4bit", "false", "--mixed_precision", "no"]
 BASE = [*PLAIN, "--chat_template", "plain"]
@@ -345,15 +346,16 @@ def test_any_number_of_kept_rows(models, questions, tmp_path, capsys, kept):
     assert f"{kept} rows had been answered" in said and "rows/s" in said if kept < 45 else "all 45 rows already" in said
 
 
-def test_two_processes_write_one_processes_file(models, trained, questions, tmp_path):
-    """45 rows and 6 chunks over 2 processes, drawn answers; and a classifier's 15 rows; also with a sharded model."""
+def test_two_processes_write_one_processes_file(talks, trained, questions, tmp_path):
+    """45 rows and 3 chunks over 2 processes, drawn answers; and a classifier's 15 rows; also with a sharded model."""
     classifier = trained("qwen", "generative", "single")
     file = json.loads((classifier / "splits.json").read_text())["sources"]["test"]["name"]
     jobs = {}
     for name, more in (("one", []), ("two", []), ("sharded", ["--shard_model", "true"])):
         labels = ["--run", classifier, "--input_file", file, "--output_file", tmp_path / f"{name}-labels.jsonl",
                   "--per_device_eval_batch_size", 1, *more]  # fmt: skip
-        text = batch(tmp_path, models["llama"], questions, f"{name}.jsonl", "--max_new_tokens", 6, *more)
+        text = ["--run", talks["llama"], "--input_file", questions, "--output_file", tmp_path / f"{name}.jsonl",
+                "--temperature", 1.3, "--max_new_tokens", 6, "--per_device_eval_batch_size", 4, *more]  # fmt: skip
         jobs[name] = [text, labels]
     for options in jobs["one"]:
         run(*options)
@@ -385,6 +387,9 @@ def test_an_answer_file_belongs_to_its_input(models, questions, tmp_path, monkey
     with pytest.raises(InputError, match="other input file"):
         run(*batch(tmp_path, models["gemma"], other, "a.jsonl", "--max_new_tokens", 4))
     assert (tmp_path / "a.jsonl").read_bytes() == written
+    (tmp_path / "none.jsonl").write_text("")  # stopped before the first answer: nothing is lost
+    (tmp_path / "none.jsonl.source.json").write_text('{"options": "others"}')
+    assert AnswerFile(tmp_path / "none.jsonl", ["0"], {"options": "mine"}).done == 0
     (tmp_path / "notes.jsonl").write_text("mine\n")
     with pytest.raises(InputError, match="was not written by inference.py"):
         run(*batch(tmp_path, models["gemma"], questions, "notes.jsonl"))

@@ -200,13 +200,16 @@ def test_pictures_survive_any_label(models, family, tmp_path):
     assert r"| $x^{ a\|b$ |" in text
 
 
-def test_few_shot_examples_are_no_training_rows(trained):
+def test_few_shot_examples_are_no_training_rows(trained, tmp_path):
     """splits.json lists what was trained on; the examples stand beside it."""
     run = trained("llama", "generative", "single", "--few_shot", "3", "--max_length", "512")
     splits = json.loads((run / "splits.json").read_text(encoding="utf-8"))
     rows = read_rows(splits["sources"]["train"]["name"])
     assert len(splits["few_shot"]) == 3 and len(splits["ids"]["train"]) == len(rows) - 3
     assert not {rows[int(i)]["text"] + "." for i in splits["ids"]["train"]} & set(splits["few_shot"])
+    run_evaluate("--run", run, "--split", "train", "--output_dir", tmp_path)
+    measured = [json.loads(line)["id"] for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert measured == splits["ids"]["train"]
 
 
 def test_trained_weights_are_finite(trained):

@@ -761,6 +761,8 @@ def test_few_shot_examples_are_stratified_and_leave_the_training_rows():
     assert sorted([*(text for text, _ in shots), *(row.text for row in rest)]) == sorted(row.text for row in rows)
     assert draw_shots(data, 6) == (shots, rest) != draw_shots(data, 6, seed=2)
     assert draw_shots(data, 0) == ([], rows)
+    with pytest.raises(InputError, match="no training rows to draw from"):
+        draw_shots(with_rows([], test=rows), 1)
     for count in (28, 30, 40):
         with pytest.raises(InputError, match=f"--few_shot {count}: only 27 of the 30 training rows can be spared"):
             draw_shots(data, count)

@@ -225,6 +225,7 @@ def test_one_document_is_cut_at_its_end(tokenizer, tmp_path):
     assert sum(parts, []) == [*plain(tokenizer, text), tokenizer.eos_token_id]
     share = [len(part) / sum(map(len, parts)) for part in parts]
     assert share == pytest.approx([0.8, 0.1, 0.1], abs=0.03)
+    assert [entry["documents"] for entry in data.report["splits"].values()] == [1, 1, 1]
 
 
 def test_blocks_are_drawn_by_the_split_seed(tokenizer, tmp_path):

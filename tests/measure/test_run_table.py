@@ -96,6 +96,14 @@ def test_how_a_run_was_trained(tmp_path, config, training):
     assert row["training"] == training and row["r, alpha"] == ("" if training == "full" else "16, 32")
 
 
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    """As seed_1 of two recipes: by their folders."""
+    for recipe in ("a", "b"):
+        write_run(tmp_path / recipe / "seed_1", "classification", {"accuracy": 0.5}, "")
+    rows = cells(write_table([tmp_path], tmp_path / "out"))
+    assert [row["run"] for row in rows] == ["a/seed_1", "b/seed_1"] and rows[0]["weights"] == "1.0 MB"
+
+
 def test_seeds_show_every_registered_metric(tmp_path, capsys):
     """By its title; what one seed lacks is -, what is not registered is left out, a failed seed says why."""
     register_metric("mae", "mean error", higher_is_better=False)

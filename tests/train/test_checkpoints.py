@@ -324,7 +324,8 @@ def test_a_run_without_a_checkpoint_starts_anew(options, tmp_path, family):
     train(*common, "--seed", 2, "--output_dir", tmp_path / "again", "--resume_from_checkpoint", "latest")
     train(*common, "--seed", 2, "--output_dir", tmp_path / "straight")
     assert log_lines(tmp_path / "again") == log_lines(tmp_path / "straight")
-    assert "seed: 2" in (tmp_path / "again" / "config.yaml").read_text()
+    saved = (tmp_path / "again" / "config.yaml").read_text()
+    assert "seed: 2" in saved and "resume_from_checkpoint" not in saved  # `--config` makes another run of it
     measured = disk.read_json(tmp_path / "straight" / "eval" / "test" / "baselines.json")
     assert disk.read_json(baselines).keys() == measured.keys() and measured
 

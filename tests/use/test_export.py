@@ -247,6 +247,9 @@ def test_a_copied_run_is_exported(trained, tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in (run / "export").iterdir()) == ["merged"]
     card = (run / "export" / "merged" / "README.md").read_text()
     assert "AutoModelForCausalLM" in card and "peft" not in card.split("## Training")[0] and "## Results" in card
+    (run / "export" / "merged" / "eval").mkdir()
+    with pytest.raises(InputError, match="has results of an earlier export"):
+        run_export(monkeypatch, "--run", run)
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("precious")
