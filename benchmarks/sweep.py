@@ -27,7 +27,7 @@ COLUMNS = {"eval_loss": "validation loss", "accuracy": "accuracy", "f1_micro": "
 def train(script: list[str], settings: dict[str, str], folder: Path) -> dict[str, Any]:
     """The figures of a run: of its last evaluation on the validation rows, and seconds of its updates."""
     if "finished" not in read_json(folder / "environment.json"):  # weights are there from the first evaluation on
-        resume = ["--resume_from_checkpoint", "latest"] if list(folder.glob("checkpoints/step_*")) else []
+        resume = ["--resume_from_checkpoint", "latest"] if (folder / "config.yaml").is_file() else []
         options = [word for name, value in settings.items() for word in (f"--{name}", value)]
         subprocess.run([sys.executable, *script, *options, *resume, "--output_dir", str(folder)], check=True)
     lines = read_lines(folder / "metrics.jsonl")

@@ -45,9 +45,14 @@ def read_text(path: Path, name: str, hint: str = "") -> str:
 
 
 class _Texts(yaml.BaseLoader):
-    """Every scalar as its text; what is null is left out of a mapping."""
+    """Every scalar as its text; what is null is left out of a mapping, and a name that comes twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+            seen.add(key.value)
         node.value = [(key, value) for key, value in node.value if not _is_null(value)]
         return super().construct_mapping(node, deep)
 
@@ -94,6 +99,7 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.tmp")
     with named(path):
+        scratch.unlink(missing_ok=True)  # a link, in a folder from elsewhere
         scratch.write_text(text, encoding="utf-8")
     os.replace(scratch, path)
 

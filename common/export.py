@@ -29,7 +29,7 @@ class Config:
     dtype: Literal["bf16", "fp16", "fp32"] = option("bf16", "of the weights of a merged model")
     output_dir: str | None = option(None, "unset: RUN/export/<format>")
     test_file: str | None = option(None, "rows for the certificate; unset: the validation split of the run")
-    max_eval_samples: int = option(64, "rows of the certificate", at_least=1)
+    max_eval_samples: int = option(64, "rows of the certificate; of a GGUF file at most 16", at_least=1)
     push_to_hub: str | None = option(None, "upload the folder to this repository on the hub, as owner/name")
     num_threads: int | None = option(None, "CPU threads; unset: all cores", at_least=1)
     trust_remote_code: bool = option(False, "run code that comes with a hub model")
@@ -42,7 +42,7 @@ def main() -> None:
     run = open_run(config.run)
     if run.folder is None:
         raise InputError(f"--run {run.name} is no folder of a run, so there is nothing to export.")
-    target = Path(config.output_dir or run.run_folder / "export" / config.format).absolute()
+    target = Path(config.output_dir or run.run_folder / "export" / config.format).resolve()
 
     import torch
 

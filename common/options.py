@@ -138,7 +138,7 @@ class LoopConfig(DeviceConfig):
     )
     max_grad_norm: float = option(1.0, "clip the gradient's norm to this", at_least=0)
     optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit"] = option("adamw_torch", "optimizer")
-    gradient_checkpointing: bool = option(False, "less memory for about 1.8 times the time")
+    gradient_checkpointing: bool = option(False, "less memory: a layer is computed again in the backward pass")
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "unset: bf16 where the device has it")
     torch_compile: bool = option(False, "compile the model; pays off on long runs")
     seed: int = option(42, "of adapter weights, dropout and row order", at_least=0, at_most=MAX_SEED)
@@ -236,8 +236,9 @@ class RowConfig:
 
     id_column: str | None = option(None, "column that names the rows; unset: their number, from 0")
     max_length: int = option(
-        256, "tokens of a row, instruction and answer included", at_least=1, kept=True, settled=True
-    )
+        256, "tokens of a row, instruction and answer included; of a base model's conversations 512",
+        at_least=1, kept=True, settled=True,
+    )  # fmt: skip
 
 
 @dataclass
@@ -359,7 +360,7 @@ class Sampling:
         None, "tokens of an answer; unset: the model's own setting, else 256", at_least=1
     )
     do_sample: bool | None = option(
-        None, "sample, or take the likeliest token (false); unset: sample if another option asks for it"
+        None, "sample, or take the likeliest token (false); unset: as the model's settings or another option say"
     )
     seed: int = option(42, "of the sampling", at_least=0, at_most=MAX_SEED)
 
@@ -461,12 +462,13 @@ def parse_given(cls: type, argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     A word that is no option, where `cls.positional` (name, help) allows one, stands under its name.
     """
-    name, positional = Path(sys.argv[0]).name, getattr(cls, "positional", None)
+    script, positional = Path(sys.argv[0]), getattr(cls, "positional", None)
+    name = f"python -m common.{script.stem}" if script.parent.name == "common" else script.name
     usage = f"{name} [options]" if positional is None else f"{name} [{positional[0]}] [options]"
     parser = _Parser(prog=name, usage=usage, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     if positional:
         parser.add_argument(positional[0], nargs="?", help=positional[1])
-    parser.add_argument("--config", metavar="FILE", help="YAML file of options; the command line wins")
+    parser.add_argument("--config", metavar="FILE", action=_Once, help="YAML file of options; the command line wins")
     hints, items = get_type_hints(cls), {item.name: item for item in fields(cls)}
     seen: set[str] = set()
     for base in (base for base in (*cls.__mro__[1:-1], cls) if inspect.get_annotations(base)):  # has options of its own
@@ -565,6 +567,15 @@ def _read_yaml(path: str | Path, known: set[str] | None = None) -> dict[str, Any
         if known is not None and name not in known:
             raise InputError(f"--config {path}: {_unknown(name, known)}")
     return content
+
+
+class _Once(argparse.Action):
+    """Of an option that replaces nothing silently."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, value: Any, name: Any = None) -> None:
+        if hasattr(namespace, self.dest):
+            raise InputError(f"{name} is given twice: write the options into one file.")
+        setattr(namespace, self.dest, value)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -81,7 +81,7 @@ CASES = {
     ),
     "non-UTF-8 bytes": (
         ["--train_file", "latin.csv"],
-        ["latin.csv, line 29: byte 0xe9 is not UTF-8", "iconv -f latin1"],
+        ["latin.csv, line 29: byte 0xe9 is not UTF-8", "iconv -f windows-1252"],
     ),
     "NaN label": (
         ["--train_file", "nan.csv"],

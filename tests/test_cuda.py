@@ -20,16 +20,18 @@ from helpers.texts import prose
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train_cls
-from common.data.classification import Example
+from common.data.classification import load_classification
 from common.measure import scoring
-from common.model import attention, base_model, cuda, lora, storage
+from common.model import attention, base_model, cuda, lora
 from common.model.classifier import Classifier
 from common.model.losses import token_losses
 from common.model.token_losses import TokenLosses
+from common.options import TrainingConfig
 from common.text.batches import Layout, collate_answers, collate_chat
 from common.text.chat import ChatRow
 from common.text.prompts import AnswerRow
 from common.train import ahead, loop
+from common.use.runs import open_run
 
 pytestmark = [
     pytest.mark.cuda,
@@ -226,12 +228,12 @@ def test_nf4_trains_resumes_and_is_the_same_after_reload(wide, toy_files, tmp_pa
         assert line["loss"] == pytest.approx(same["loss"], rel=2e-2)
 
     saved = [json.loads(line) for line in (tmp_path / "straight/eval/test/predictions.jsonl").read_text().splitlines()]
-    classifier = storage.load_classifier(tmp_path / "straight" / "adapter", torch.device("cuda"))
-    assert {"Linear4bit"} <= {type(module).__name__ for module in classifier.model.modules()}
-    examples = [Example(str(i), text, ()) for i, text in enumerate(TEXTS)]
-    with base_model.precision(torch.device("cuda"), "bf16"):
-        answers = scoring.classify(classifier, examples, device="cuda", batch_size=4, labeled=False)
-    assert len(saved) == 15 and all(sum(answer.probabilities) == pytest.approx(1, abs=1e-3) for answer in answers)
+    run = open_run(str(tmp_path / "straight"))
+    again = run.classifier()
+    assert "Linear4bit" in {type(module).__name__ for module in again.classifier.model.modules()}
+    examples = load_classification(TrainingConfig(**run.options), training=False).splits["test"]
+    for line, answer in zip(saved, again.label_examples(examples, 4), strict=True):
+        assert answer.probabilities == pytest.approx(line["probabilities"], abs=2e-2)
 
 
 @pytest.mark.parametrize("script", ["train_cls", "train_clm", "train_sft"])

@@ -194,6 +194,7 @@ def test_values_out_of_type_or_bounds_are_refused(argv, message):
         ("- lora_r", "expected lines of the form"),
         ("lora_r: 1\n  seed: 2", "line 2: not valid YAML"),
         ("lora_r: 'x", "not valid YAML"),
+        ("lora_r: 8\nseed: 1\nlora_r: 4", "line 3: not valid YAML: lora_r is given twice"),
         ("config: other.yaml", "there is no such option"),
     ],
 )
@@ -201,6 +202,13 @@ def test_yaml_of_the_wrong_shape_is_refused(tmp_path, text, message):
     with pytest.raises(InputError) as caught:
         from_yaml(tmp_path, text)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_second_file_of_options_is_refused():
+    """Nothing of the first one would count."""
+    assert refused("--config", "a.yaml", "--config", "b.yaml") == (
+        "--config is given twice: write the options into one file."
+    )
 
 
 @pytest.mark.parametrize("name", ["train_file", "label_delimiter", "max_steps", "use_dora", "approach"])

@@ -56,9 +56,9 @@ def test_no_file_turns_on_remote_code(with_code):
     run, marker = with_code
     rows = [{"text": "a text", "label": "sport"}]
     for folder in (run, run / "adapter"):
-        with pytest.raises(Exception, match=r"trust_remote_code|unheard_of"):
+        with pytest.raises(InputError, match=r"could not be loaded.*(trust_remote_code|unheard_of)"):
             open_run(str(folder)).classifier()
-        with pytest.raises(Exception, match=r"trust_remote_code|unheard_of"):
+        with pytest.raises(InputError, match=r"could not be loaded.*(trust_remote_code|unheard_of)"):
             run_evaluate("--run", folder, "--test_file", write_csv(run / "rows.csv", rows))
     assert not marker.exists()
     with pytest.raises(Exception, match=r".*"):  # the code is run, whatever comes of it
@@ -168,6 +168,10 @@ def test_results_are_written_nowhere_else(trained, tmp_path):
         run_evaluate("--run", run, "--output_dir", mine)
     with pytest.raises(InputError, match="this is a file"):
         run_evaluate("--run", run, "--output_dir", mine / "report.md")
+    (run / "eval" / "test" / "predictions.jsonl").unlink()
+    (run / "eval" / "test" / "predictions.jsonl").symlink_to(mine / "report.md")
+    with pytest.raises(InputError, match="predictions.jsonl is a link"):
+        run_evaluate("--run", run)
     shutil.rmtree(run / "eval" / "test")
     (run / "eval" / "test").symlink_to(mine)
     with pytest.raises(InputError, match="test is a link"):

@@ -35,7 +35,7 @@ def number_or_all(text: str) -> int | None:
 
 OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {  # what the builders' parameters are
     "source": (str, "hub id, or local folder of a copy"),
-    "top": (int, "keep the rows of this many most frequent labels; 0: of all"),
+    "top": (int, "keep the rows of this many most frequent labels; 0: of all, if there are few"),
     "max_rows": (number_or_all, "keep at most this many of those rows, over all splits, drawn stratified; or all"),
     "seed": (int, "of the sample and of the split"),
     "config": (str, "configuration of the source"),

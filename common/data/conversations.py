@@ -23,7 +23,7 @@ DEMO = DEMO_FOLDERS / InstructionConfig.demo
 SHAPES = {  # name -> the columns that make a row one of this shape; the first that fits is taken
     "messages": ("messages",),
     "ShareGPT": ("conversations",),
-    "Alpaca": ("instruction", "output"),  # and `input`, which may be missing or empty
+    "Alpaca": ("instruction", "output"),
     "Bitext": ("instruction", "response", "category", "intent"),
     "instruction + response": ("instruction", "response"),
     "prompt + completion": ("prompt", "completion"),
@@ -37,6 +37,7 @@ ROLES = {
     "gpt": "assistant", "bot": "assistant", "model": "assistant", "function_call": "assistant", "tool": "tool",
     "function": "tool", "function_response": "tool", "observation": "tool", "ipython": "tool",
 }  # fmt: skip
+INPUTS = ("input", "context")  # what an instruction is about, in Alpaca and in Dolly; may be missing or empty
 NO_TEXT = ("image", "images", "audio", "audios", "video", "videos")  # columns of what a turn shows beside its text
 NEXT_ROLES = {  # role of a turn ("": the start) -> the roles that may follow it; a tool turn answers a call
     "": ("system", "user"), "system": ("user",), "user": ("assistant",), "assistant": ("user", "tool"),
@@ -143,8 +144,8 @@ def read_question(row: Row, where: str, renamed: dict[str, str], system_prompt: 
 
 
 def _rename(row: Row, renamed: dict[str, str]) -> Row:
-    """A mapped column keeps its own name as well, unless that name means something else now."""
-    kept = {name: cell for name, cell in row.items() if name not in renamed}
+    """A mapped column counts under its new name alone."""
+    kept = {name: cell for name, cell in row.items() if name not in renamed and name not in renamed.values()}
     return kept | {name: row.get(column) for name, column in renamed.items()}
 
 
@@ -164,7 +165,7 @@ def _shape(row: Row, where: str) -> str:
 def _turns(row: Row, columns: Sequence[str], where: str) -> list[Message]:
     """The turns in `columns`: lists of turns; or texts, of a question and, if a second column is given, its answer.
 
-    The text of a column `input` belongs to an `instruction`, that of a column `system` comes first.
+    The text of a column of INPUTS belongs to an `instruction`, that of a column `system` comes first.
     """
     if seen := next((name for name in NO_TEXT if not _is_empty(row.get(name))), None):
         raise InputError(f"{where}, column {seen!r}: only text can be read. Delete the row, or the column.")
@@ -176,13 +177,14 @@ def _turns(row: Row, columns: Sequence[str], where: str) -> list[Message]:
         if not _is_empty(row.get("history")):
             remedy = "Write all turns as `messages`, or give a file without it; for an older run as --test_file."
             raise InputError(f"{where}, column 'history': not read. {remedy}")
-        if columns[0] != "instruction" and not _is_empty(row.get("input")):
+        given = [name for name in INPUTS if not _is_empty(row.get(name))]
+        if columns[0] != "instruction" and given:
             pairs = zip(("instruction", "output"), columns, strict=False)
             mapped = " ".join(f"{name}={column}" for name, column in pairs)
             remedy = f"Map the others with `--columns {mapped}`, or delete it."
-            raise InputError(f"{where}, column 'input': read beside an `instruction` alone. {remedy}")
+            raise InputError(f"{where}, column {given[0]!r}: read beside an `instruction` alone. {remedy}")
         for role, column in zip(("user", "assistant"), columns, strict=False):
-            names = ("instruction", "input") if column == "instruction" else (column,)
+            names = (column, *INPUTS) if column == "instruction" else (column,)
             texts = [_text_in(row.get(name), f"{where}, column {name!r}") for name in names]
             content = "\n\n".join(text for text in texts if text.strip())
             if not content:

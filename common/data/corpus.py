@@ -25,7 +25,7 @@ import numpy as np
 from common.data import doctor
 from common.data.files import Row, file_hash, iterate_rows, reading, require_columns, text_columns, text_in
 from common.data.splits import SPLITS, Sources, given_files, open_hub, require_training_rows
-from common.disk import cached_folder
+from common.disk import cached_folder, named
 from common.errors import InputError
 from common.log import Progress
 from common.options import CausalConfig, CorpusDataConfig, TextConfig
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 SMALLEST_PIECE, LARGEST_PIECE = 2**10, 2**16  # characters
-FORMAT = 3  # of what is kept in the cache: raise it where the pieces of the same text get other fields
+FORMAT = 4  # of what is kept in the cache: raise it where the pieces of the same text get other fields
 AT_ONCE = 2**22  # characters that are tokenized together
 # No tokenizer joins what is on both sides: before a space and its word; in a text without spaces, at a line's start.
 CUTS = (re.compile(r"(?<=\S)(?= \S)"), re.compile(r"(?<=\S\n)(?=\S)"))
@@ -307,7 +307,7 @@ def _write_tokens(folder: Path, source: Source, tokenizer: "Tokenizer", progress
     last = " "  # character of the piece before
     documents = doctor.Documents(tokenizer.bos_token_id)
     folder.mkdir()
-    with open(folder / "tokens.bin", "wb") as file:
+    with named(folder), open(folder / "tokens.bin", "wb") as file:
         for batch in _batches(_pieces(source)):
             encoded = encode([LEAD + piece.text if piece.continues else piece.text for piece in batch])
             for (text, continues, ends), ids in zip(batch, encoded, strict=True):
@@ -316,13 +316,14 @@ def _write_tokens(folder: Path, source: Source, tokenizer: "Tokenizer", progress
                 documents.add(text, ids, ends)
                 if ends:
                     ids = [*ids, tokenizer.eos_token_id]
-                np.asarray(ids, dtype=np.uint32).tofile(file)
+                file.write(np.asarray(ids, dtype=np.uint32).tobytes())  # `tofile` does not see a full disk
                 words = len(text.split()) - (continues and not last.isspace() and not text[0].isspace())
                 table.extend((start, len(ids), len(text.encode()), words, document, ends))
                 start, document, last = start + len(ids), document + ends, text[-1]
             progress(sum(len(piece.text) for piece in batch))
-    np.save(folder / "pieces.npy", np.frombuffer(table, dtype=PIECE))
-    np.save(folder / "documents.npy", documents.table())
+    with named(folder):
+        np.save(folder / "pieces.npy", np.frombuffer(table, dtype=PIECE))
+        np.save(folder / "documents.npy", documents.table())
 
 
 def load_corpus(

@@ -52,10 +52,22 @@ class Item:
     written: str = ""  # the answer's text, where it is one of its own
 
 
+class _Spaced(dict[int, str]):
+    """For `str.translate`: a blank for punctuation, spaces and control characters; else the character."""
+
+    def __missing__(self, code: int) -> str:
+        character = chr(code)
+        self[code] = " " if unicodedata.category(character)[0] in "PZC" else character
+        return self[code]
+
+
+SPACED = _Spaced()
+
+
 def normalized(text: str) -> str:
     """The same for texts that differ in case, spaces, punctuation and the form of characters (NFKC) alone."""
     text = text if text.isascii() else unicodedata.normalize("NFKC", text)
-    return " ".join(re.findall(r"[^\W_]+", text.casefold())) or " ".join(text.split())
+    return " ".join(text.casefold().translate(SPACED).split()) or " ".join(text.split())
 
 
 def examine(splits: Mapping[str, Sequence[Item]]) -> list[str]:

@@ -25,6 +25,7 @@ OTHER_KINDS = {  # first bytes -> what the file is, and the remedy
     b"\x1f\x8b": "compressed by gzip. Unpack it, for example with `gzip -dc {name}`",
     b"PK\x03\x04": "a ZIP archive or a workbook (.xlsx). Unpack it, or save the sheet as CSV in UTF-8",
     b"PAR1": "Parquet. Rename it, ending in .parquet",
+    b"\xd0\xcf\x11\xe0": "an old workbook (.xls). Save the sheet as CSV in UTF-8",
 }
 
 
@@ -130,7 +131,7 @@ def reading(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: {why_unreadable(error)}.") from None
     except UnicodeDecodeError:
         line, byte = _first_not_utf8(path)
-        remedy = f"Save the file as UTF-8, for example with `iconv -f latin1 -t utf-8 {path.name}`."
+        remedy = f"Save the file as UTF-8, for example with `iconv -f windows-1252 -t utf-8 {path.name}`."
         raise InputError(f"{path}, line {line}: byte 0x{byte:02x} is not UTF-8. {remedy}") from None
 
 
@@ -160,9 +161,10 @@ def _read_csv(path: Path, blank_lines: bool) -> Iterator[Row]:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         line, blank = 1, 0
         try:
-            header = next(reader, [])
-            _check_header(header, f"{path}, line 1")
-            line = 2
+            header = next((cells for cells in reader if cells), [])
+            line = reader.line_num
+            _check_header(header, f"{path}, line {max(line, 1)}", delimiter)
+            line += 1
             for cells in reader:
                 line = reader.line_num + 1
                 if not cells:
@@ -174,6 +176,11 @@ def _read_csv(path: Path, blank_lines: bool) -> Iterator[Row]:
                         f"{'more' if len(cells) > len(header) else 'fewer'} fields than the header's {len(header)}. "
                         "Put quotes around fields that contain a separator."
                     )
+                if delimiter == "\t" and any("\t" in cell and "\n" in cell for cell in cells):
+                    raise InputError(
+                        f"{path}, line {reader.line_num}: a field in quotes has tabs and line breaks, as where a quote "
+                        "that is text joins rows. Double quotes inside a field, and put it in quotes."
+                    )
                 yield from [{header[0]: ""}] * blank
                 yield dict(zip(header, cells, strict=True))
                 blank = 0
@@ -182,9 +189,17 @@ def _read_csv(path: Path, blank_lines: bool) -> Iterator[Row]:
             raise InputError(f"{path}, line {line}: not readable as CSV: {error}. {remedy}") from None
 
 
-def _check_header(names: Sequence[str], where: str) -> None:
-    if len(set(names)) != len(names):
+def _check_header(names: Sequence[str], where: str, delimiter: str = "") -> None:
+    """delimiter: of a CSV or TSV file; empty: of no text."""
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        if twice == [""]:
+            raise InputError(f"{where}: columns without a name. Name or delete them: {', '.join(names)}.")
         raise InputError(f"{where}: two columns have the same name. Rename one: {', '.join(names)}.")
+    if delimiter and len(names) == 1 and (other := next((mark for mark in ";\t|," if mark in names[0]), None)):
+        raise InputError(
+            f"{where}: the columns seem to be separated by {other!r}. Save the file with commas as .csv, or with tabs "
+            "as .tsv."
+        )
 
 
 def _read_json(path: Path) -> list[Row]:

@@ -20,6 +20,7 @@ from common.data.files import Row, file_hash, read_rows, weights_hashes
 from common.disk import TASK_FILE
 from common.errors import InputError
 from common.hub import hub_answers
+from common.log import warn
 from common.options import DataConfig
 
 if TYPE_CHECKING:
@@ -53,7 +54,9 @@ def read_splits(config: DataConfig, demo: Path, training: bool) -> tuple[dict[st
 
 def require_training_rows(splits: Collection[str], config: DataConfig) -> None:
     if "train" not in splits:
-        raise InputError(f"{config.dataset_name or 'The data'}: there are no training rows; give --train_file.")
+        if config.dataset_name:
+            raise InputError(f"{config.dataset_name}: there is no split `train`. Write the rows to files to name.")
+        raise InputError("The data: there are no training rows; give --train_file.")
 
 
 def given_files(config: DataConfig) -> dict[str, str]:
@@ -67,7 +70,8 @@ def open_hub(
 ) -> "dict[str, datasets.Dataset]":
     """The splits of a hub data set, or of a local folder of one; rows stay on disk until they are read.
 
-    option: where the name is set, for the InputError. progress: whether a download shows its progress.
+    option: where the name is set, for errors. progress: whether a download shows its progress.
+    Raises InputError where no split has a usual name; a warning names those that are not used.
     """
     if not Path(name).exists():
         hub_answers()  # if not, only the cache is searched
@@ -84,7 +88,16 @@ def open_hub(
             "give the folder of a downloaded copy."
         ) from None
     found = {split: [alias for alias in aliases if alias in loaded] for split, aliases in HUB_NAMES.items()}
-    return {split: loaded[aliases[0]] for split, aliases in found.items() if aliases}
+    used = {split: aliases[0] for split, aliases in found.items() if aliases}
+    others = ", ".join(sorted(set(loaded) - set(used.values())))
+    if not used:
+        raise InputError(
+            f"{option} {name}: none of its splits ({others}) is called train, validation or test. Write their rows to "
+            "files and name these."
+        )
+    if others:
+        warn(f"{option} {name}: not used are its splits {others}.")
+    return {split: loaded[alias] for split, alias in used.items()}
 
 
 def origin(sources: Sources, split: str, weights: Path | None) -> dict[str, Any]:
@@ -138,9 +151,12 @@ def complete_splits(
     parts = cut(rows, counts, seed, labels_of)
     for split, fraction in fractions.items():
         if not parts[split] or not parts["train"]:
+            file, problem = report["files"]["train"]["name"], f"{len(rows)} rows are too few to cut {fraction:.0%}"
+            if counts[split] and labels_of(rows[0]):
+                problem = f"no label has rows to spare among the {len(rows)}, to cut {fraction:.0%}"
             raise InputError(
-                f"{report['files']['train']['name']}: {len(rows)} rows are too few to cut {fraction:.0%} for {split}: "
-                f"give --{split}_file, or set --{split}_fraction 0."
+                f"{file}: {problem} for {split}: give --{split}_file, or set --{split}_fraction 0."
+                + " Is --label_column right?" * (len(set(map(labels_of, rows))) > len(rows) / 2 > 2)
             )
         report.setdefault("cut_from_train", {})[split] = len(parts[split])
     splits |= parts if rows else {}

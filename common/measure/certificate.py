@@ -162,5 +162,6 @@ def certificate_text(certificate: Mapping[str, Any]) -> str:
     lines.append(f"the same      {', '.join(certificate['same'])}")
     lines += certificate["notes"]
     off = problems(certificate)
-    lines += ["", "Passed." if not off else "NOT what was trained:", *(f"- {line}" for line in off)]
+    verdict = "NOT what was trained:" if off else "Passed." if certificate["rows"] else "Not replayed."
+    lines += ["", verdict, *(f"- {line}" for line in off)]
     return "\n".join(lines)

@@ -1,6 +1,5 @@
 """Runs side by side, of any task: seeds of one call, and runs as one table in Markdown and CSV, with pictures."""
 
-import csv
 import os
 import statistics
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from common.disk import load_task, read_json, read_lines, weights_folder
 from common.errors import InputError
 from common.measure import figures
 from common.measure.metrics import METRICS, TASKS, classification_metrics, headlines, interval
-from common.measure.report import results_table, value_text
+from common.measure.report import results_table, value_text, write_sheet
 from common.options import CLASSIFICATION, TrainingConfig, read_saved
 
 LOSSES = {"epochs": "epochs", "train_loss": "train loss", "eval_loss": "eval loss"}
@@ -138,13 +137,13 @@ def write_table(folders: Sequence[Path], target: Path) -> str:
     text = _markdown(runs, name)
     target.mkdir(parents=True, exist_ok=True)
     (target / "table.md").write_text(text + "\n", encoding="utf-8")
-    with open(target / "table.csv", "w", encoding="utf-8", newline="") as file:
-        sheet = csv.writer(file)
-        sheet.writerow([*runs[0].described, name, "low_95", "high_95", "memory_bytes", "weights_bytes"])
-        for run in runs:
-            bounds = interval(run.metrics, name) or ("", "")
-            memory = run.metrics.get("train_peak_memory_bytes")
-            sheet.writerow([*run.described.values(), run.metrics[name], *bounds, memory, run.weights])
+    rows = []
+    for run in runs:
+        low, high = interval(run.metrics, name) or ("", "")
+        memory = run.metrics.get("train_peak_memory_bytes")
+        measured = {name: run.metrics[name], "low_95": low, "high_95": high}
+        rows.append({**run.described, **measured, "memory_bytes": memory, "weights_bytes": run.weights})
+    write_sheet(target / "table.csv", rows, list(rows[0]))
     if figures.can_draw():
         figures.draw_bars(target / "quality.png", {run.described["run"]: run.metrics for run in runs}, name)
         speeds = {run.described["run"]: (run.described["tokens/s"], run.metrics[name]) for run in runs}

@@ -3,6 +3,7 @@
 import contextlib
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,22 @@ def resolve_options(config: Any, encoder: bool, head: bool = False) -> None:
         config.bnb_4bit_compute_dtype = str(DTYPES[config.mixed_precision]).removeprefix("torch.")
 
 
+@contextlib.contextmanager
+def _loading(path: str, config: ModelConfig) -> Iterator[None]:
+    """Says which model cannot be loaded: a missing package or file, an unknown architecture, code that is not run."""
+    try:
+        with damage_named(Path(path)):
+            yield
+    except InputError:
+        raise
+    except (ImportError, OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"--model {config.model} could not be loaded: {reason}") from error
+
+
 def read_config(path: str, config: ModelConfig) -> transformers.PretrainedConfig:
     """The config.json of a base model or a run."""
-    with damage_named(Path(path)):
+    with _loading(path, config):
         return transformers.AutoConfig.from_pretrained(
             path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
@@ -68,7 +82,7 @@ def is_encoder(path: str, config: ModelConfig) -> bool:
 
 def load_tokenizer(path: str, config: ModelConfig) -> transformers.PreTrainedTokenizerBase:
     """The tokenizer of a base model or a run; one without a pad token pads with the end token, masked by position."""
-    with damage_named(Path(path)):
+    with _loading(path, config):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
@@ -145,11 +159,8 @@ def load_base(
             bnb_4bit_compute_dtype=config.bnb_4bit_compute_dtype,
         )
     kind: Any = transformers.AutoModelForSequenceClassification if labels else transformers.AutoModelForCausalLM
-    try:
-        with damage_named(Path(path)):
-            model, info = kind.from_pretrained(path, **options)
-    except (ImportError, OSError, ValueError) as error:  # a missing package or weight file, an unknown architecture
-        raise InputError(f"--model {config.model} could not be loaded: {error}") from error
+    with _loading(path, config):
+        model, info = kind.from_pretrained(path, **options)
     model.config.use_cache = False
     if labels and hasattr(model, "score"):
         model.score.float()  # before trained weights come in, which are in fp32

@@ -24,7 +24,7 @@ from common.data.classification import Example, load_classification
 from common.data.conversations import load_conversations
 from common.data.corpus import load_corpus_once, open_sources
 from common.disk import BASELINE, TASK_FILE, recover, replace_folder, write_json
-from common.errors import InputError
+from common.errors import InputError, printable
 from common.hub import hub_answers
 from common.measure.certificate import (
     LAYER_BOUNDS,
@@ -176,6 +176,9 @@ def write_merged(run: Run, folder: Path, dtype: str, trust_remote_code: bool) ->
     options = storage.trained_options(task, trust_remote_code=trust_remote_code)
     model = merged_model(run.folder, options, DTYPES[dtype if dtype != "fp32" else "no"], **kind)
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(run.folder, trust_remote_code=trust_remote_code)
+    if not trust_remote_code:  # the converter to GGUF would run the code that is named there
+        for settings in (tokenizer.init_kwargs, vars(model.config)):
+            settings.pop("auto_map", None)
     if head:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder, max_shard_size=SHARD)
@@ -251,8 +254,9 @@ def _replaced(target: Path) -> Iterator[Path]:
 
 
 def _write_certificate(folder: Path, certificate: dict[str, Any]) -> None:
-    text = certificate_text(certificate)
-    write_json(folder / CERTIFICATE, {**certificate, "passed": not problems(certificate)})
+    text = printable(certificate_text(certificate))
+    passed = False if problems(certificate) else True if certificate["rows"] else None  # a GGUF file may not be run
+    write_json(folder / CERTIFICATE, {**certificate, "passed": passed})
     (folder / "certificate.txt").write_text(f"{text}\n", encoding="utf-8")
     print(text)
 

@@ -188,7 +188,7 @@ class Run:
 
     def refuse_links(self, path: Path) -> None:
         """Raises InputError where a result of this run, which may be somebody else's, would be written elsewhere."""
-        for part in (path, *path.parents):
+        for part in (path, *path.parents, *(path.rglob("*") if path.is_dir() else ())):
             if part.is_symlink() and part.is_relative_to(self.home) and part != self.home:
                 raise InputError(f"{part} is a link, and results are not written through it. Name an --output_dir.")
 

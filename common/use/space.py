@@ -16,14 +16,14 @@ from common.options import CLASSIFICATION
 from common.use import web
 from common.use.runs import best_device
 
-port = int(os.environ.get("PORT", "7860"))
+address, port = "0.0.0.0" if "SPACE_ID" in os.environ else "127.0.0.1", int(os.environ.get("PORT", "7860"))
 config, run, _ = inference.read_options({"run": "model", "web": True, "web_port": port})
 run.resolve(config)
 if run.task == CLASSIFICATION:
     models = run.load_classifier(config, best_device())
 else:
     models = [("model", run.load_text_model(config, best_device()))]
-print(web.launch(web.build(config, run, models), "0.0.0.0", port), flush=True)
+print(web.launch(web.build(config, run, models), address, port), flush=True)
 threading.Event().wait()
 '''
 

@@ -143,7 +143,8 @@ def require_utf8(text: str, what: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise InputError(f"{what} is not UTF-8. Convert it, for example with `iconv -f latin1 -t utf-8`.") from None
+        remedy = "Convert it, for example with `iconv -f windows-1252 -t utf-8`."
+        raise InputError(f"{what} is not UTF-8. {remedy}") from None
 
 
 def read_all() -> str:
@@ -201,7 +202,7 @@ def _for_every_text(handle: Callable[[str], object]) -> None:
             if text.strip():
                 handle(text)
         except InputError as error:
-            print(f"error: {error}", flush=True)
+            print(printable(f"error: {error}"), flush=True)
         except KeyboardInterrupt:  # between two answers
             print("(Ctrl-D or /quit ends)", flush=True)
 

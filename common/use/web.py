@@ -40,15 +40,18 @@ def check_ready(config: WebConfig) -> None:
             f"--web_address {config.web_address} shows the page to others: set a password in the environment variable "
             f"{PASSWORD}, or leave --web_address out."
         )
+    if ":" in config.web_address:
+        raise InputError(f"--web_address {config.web_address}: give a name, or an address of the form 127.0.0.1.")
     try:
         family, kind, _, _, place = socket.getaddrinfo(config.web_address, config.web_port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(place)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a name of a computer"
         raise InputError(
             f"--web_address {config.web_address} --web_port {config.web_port}: no page can be opened there "
-            f"({error.strerror}). Choose another port, for example {config.web_port % 65535 + 1}."
+            f"({reason}). Choose another port, for example {config.web_port % 65535 + 1}."
         ) from None
 
 

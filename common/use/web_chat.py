@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from common.errors import InputError, printable
+from common.errors import printable
 from common.options import CHAT
 from common.use import web_look
 from common.use.model_queue import ModelQueue
@@ -138,7 +138,7 @@ class ChatPage:
             for text in session.answer(question, web_look.sampling_texts(settings)):
                 yield self._look(session, True, text, box)
                 box = {}
-        except InputError as error:
+        except web_look.FAILURES as error:
             gr.Warning(web_look.error_text(error), title="No answer")
             box = {"value": question} if question else {}
         yield self._look(session, False, "Stopped." if session.turn.stopped() else "", box)
@@ -147,7 +147,8 @@ class ChatPage:
         self, session: Conversations, running: bool, text: str = "", box: Any = MappingProxyType({})
     ) -> list[Any]:
         """What the outputs of `_connect` show. running: an answer is being written, so that it can be stopped."""
-        chats = [[{**turn, "content": web_look.plain(turn["content"])} for turn in chat] for chat in session.shown()]
+        parts = web_look.text_part
+        chats = [[{**turn, "content": parts(turn["content"])} for turn in chat] for chat in session.shown()]
         box_look = gr.update(submit_btn=not running, stop_btn=running, **box)
         return [*chats, box_look, web_look.note(text), gr.update(interactive=not running)]
 

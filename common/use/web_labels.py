@@ -120,7 +120,7 @@ class LabelPage:
                 rows = [table_row(self.model, *pair) for pair in zip(written[:ROWS], examples, strict=False)]
                 text = f"{len(lines):,} of {len(ids):,} rows answered." + f" The first {ROWS}:" * (len(lines) > ROWS)
                 yield self._look(text, file=write_lines(path, written), rows=rows)
-        except InputError as error:
+        except web_look.FAILURES as error:
             text = web_look.error_text(error).replace(escape(path), escape(Path(path).name))
             yield self._look(f'<span class="error">{text}</span>')
 

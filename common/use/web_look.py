@@ -11,12 +11,13 @@ import gradio as gr
 
 from common.data.splits import SPLITS
 from common.disk import read_json
-from common.errors import printable
+from common.errors import InputError, printable
 from common.measure.metrics import headlines
 from common.measure.report import value_text
 from common.options import Sampling
 from common.use.runs import Run
 
+FAILURES = (InputError, RuntimeError, OSError)  # of an answer; the page goes on after one
 FONTS = ("ui-sans-serif", "system-ui", "Segoe UI", "Helvetica Neue", "Arial", "sans-serif")
 FIXED = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 HEAD = '<meta name="color-scheme" content="light dark"><meta name="robots" content="noindex">'
@@ -127,6 +128,11 @@ def short_name(run: Run) -> str:
 def plain(text: str) -> str:
     """A text of others as HTML that shows it as it is: no tag, no picture, nothing that a browser obeys."""
     return escape(printable(text))
+
+
+def text_part(text: str) -> dict[str, str]:
+    """A text of others as the content of a turn; as a mere string, Gradio would take indentation out of it."""
+    return {"type": "text", "text": plain(text)}
 
 
 def empty(title: str, text: str) -> str:

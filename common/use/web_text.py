@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from common.errors import InputError, printable
+from common.errors import printable
 from common.options import CAUSAL_LM
 from common.use import web_look
 from common.use.model_queue import ModelQueue
@@ -82,7 +82,7 @@ class TextPage:
         try:
             for note in session.answer(text, web_look.sampling_texts(settings), anew=True):
                 yield self._look(session, True, note)
-        except InputError as error:
+        except web_look.FAILURES as error:
             gr.Warning(web_look.error_text(error), title="Not continued")
         yield self._look(session, False, "Stopped." if session.turn.stopped() else "")
 

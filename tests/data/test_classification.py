@@ -180,6 +180,12 @@ def test_a_blank_line_of_one_column_is_an_empty_cell(tmp_path):
         ("t.csv", 'label,text\na,b\nc,"d\ne,f\n', "t.csv, line 3: not readable as CSV"),
         ("t.csv", 'text,label\n"a"b,c\n', "t.csv, line 2: not readable as CSV"),
         ("t.csv", "text,label,text\na,b,c\n", "t.csv, line 1: two columns have the same name"),
+        ("t.csv", "text,label,,\na,b,,\n", "t.csv, line 1: columns without a name"),
+        ("t.csv", "\n\ntext,label\na,b,c\n", "t.csv, line 4: the row has more fields than the header's 2"),
+        ("t.csv", "text;label\nHello, you;b\n", "t.csv, line 1: the columns seem to be separated by ';'"),
+        ("t.csv", "sep=;\ntext;label\n", "t.csv, line 1: the columns seem to be separated by ';'"),
+        ("t.tsv", 'text\tlabel\n"I will come.\ta\nThen we go."\tb\n', "t.tsv, line 3: a field in quotes has tabs"),
+        ("t.csv", b"\xd0\xcf\x11\xe0", "t.csv: the file is an old workbook (.xls)"),
         ("t.csv", "text,label\n", "t.csv: the file has no rows"),
         ("t.csv", "", "t.csv: the file has no rows"),
         ("t.json", "", "t.json: the file has no rows"),
@@ -628,6 +634,9 @@ def test_too_few_rows_to_cut_says_what_to_do(tmp_path):
     path = str(write_csv(tmp_path / "t.csv", [{"text": "t", "label": v} for v in "ab"]))
     message = problem(train_file=path, test_fraction=0.1)
     assert "2 rows are too few to cut 10% for test" in message and "--test_file" in message
+    path = str(write_csv(tmp_path / "t.csv", [{"text": "t", "label": f"id {i}"} for i in range(50)]))
+    message = problem(train_file=path, test_fraction=0.1)
+    assert "no label has rows to spare among the 50, to cut 10% for test" in message and "--label_column" in message
 
 
 def test_multi_label_cut_is_stratified_by_frequent_combinations(tmp_path):
@@ -707,7 +716,7 @@ def test_no_cut_takes_a_label_out_of_training(tmp_path, seed):
     assert train == {"a", "b", "c"}
     singles = str(write_csv(tmp_path / "u.csv", [{"text": "t", "label": f"{i}"} for i in range(50)]))
     message = problem(train_file=singles, test_fraction=0.1)
-    assert "u.csv: 50 rows are too few to cut 10% for test" in message
+    assert "u.csv: no label has rows to spare among the 50, to cut 10% for test" in message
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -890,6 +899,19 @@ def test_local_data_set_folder_of_csv_files(tmp_path, monkeypatch):
     assert data.labels == sorted(WORDS)
     assert [len(rows) for rows in data.splits.values()] == [12, 6, 0]
     assert data.sources["train"]["name"].endswith("set [train]") and len(data.sources["train"]["sha256"]) == 64
+
+
+def test_splits_of_a_data_set_that_are_not_used_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = datasets.Dataset.from_dict({"text": ["t", "u"], "label": ["a", "b"]})
+    found = {"train": rows, "validation_matched": rows}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, configuration: found)
+    load(dataset_name=str(tmp_path))
+    assert "not used are its splits validation_matched." in capsys.readouterr().err
+    found["train_sft"] = found.pop("train")
+    assert "none of its splits (train_sft, validation_matched) is called train" in problem(dataset_name=str(tmp_path))
+    found["test"] = rows
+    assert "there is no split `train`" in problem(dataset_name=str(tmp_path))
 
 
 def test_a_split_of_a_data_set_without_labels_is_left_out(tmp_path, monkeypatch):

@@ -217,6 +217,16 @@ def test_columns_maps_odd_names(tmp_path):
     )
     assert "'response' twice" in problem(tmp_path, rows, columns=["response=answer", "response=question"])
     assert read_columns(["input=a=b"]) == {"input": "a=b"}
+    rows = [{"input": "Hi", "output": "Hello"}]
+    for columns in (["instruction=input"], ["prompt=input", "completion=output"]):
+        assert turns(load(tmp_path, rows, columns=columns)) == TURNS  # a mapped column counts once
+
+
+def test_what_an_instruction_is_about_may_be_its_context(tmp_path):
+    rows = [{"instruction": "When?", "context": "It began in 2000.", "response": "2000", "category": "closed_qa"}]
+    assert turns(load(tmp_path, rows)) == [("user", "When?\n\nIt began in 2000."), ("assistant", "2000")]
+    rows = [{"prompt": "When?", "context": "It began in 2000.", "completion": "2000"}]
+    assert "column 'context': read beside an `instruction` alone" in problem(tmp_path, rows)
 
 
 def test_system_prompt_comes_first_where_there_is_none(tmp_path):

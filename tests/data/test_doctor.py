@@ -135,6 +135,8 @@ def test_texts_of_other_scripts_are_told_apart():
     assert doctor.normalized("Größe: 3,5  m") == doctor.normalized("größe 3 5 M")
     assert doctor.normalized("ｆｕｌｌ") == "full"
     assert len({doctor.normalized(text) for text in ("今日は", "今日も", "!!", "??", "", "👍", "👎")}) == 7
+    for one, other in (("की", "का"), ("ไม่", "ไม้"), ("C++", "C"), ("good 👍", "good 👎")):
+        assert doctor.normalized(one) != doctor.normalized(other)
 
 
 DOCUMENTS = [f"The {n}th letter is about {topic}, and it is long." for topic in ("rivers", "birds") for n in range(20)]

@@ -195,7 +195,7 @@ def test_intervals_cover_the_truth_about_95_times_in_100():
         predicted = [(0,) if right else (1,) for right in rng.random(150) < 0.7]
         low, high = classification_metrics([(0,)] * 150, predicted, LABELS)["intervals_95"]["accuracy"]
         inside += low <= 0.7 <= high
-    assert 0.895 <= inside / 150 <= 1
+    assert 0.895 <= inside / 150 <= 0.995
 
 
 @pytest.mark.parametrize("labels", [5, 20, 77])

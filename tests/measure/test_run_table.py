@@ -99,9 +99,15 @@ def test_how_a_run_was_trained(tmp_path, config, training):
 def test_runs_of_one_name_are_told_apart(tmp_path):
     """As seed_1 of two recipes: by their folders."""
     for recipe in ("a", "b"):
-        write_run(tmp_path / recipe / "seed_1", "classification", {"accuracy": 0.5}, "")
+        write_run(tmp_path / recipe / "seed_1", "classification", {"accuracy": 0.5}, "lora_r: 8\n")
     rows = cells(write_table([tmp_path], tmp_path / "out"))
     assert [row["run"] for row in rows] == ["a/seed_1", "b/seed_1"] and rows[0]["weights"] == "1.0 MB"
+
+
+def test_a_table_for_spreadsheets_has_no_formulas(tmp_path):
+    write_run(tmp_path / "=cmd()", "classification", {"accuracy": 0.5}, "")
+    write_table([tmp_path], tmp_path / "out")
+    assert (tmp_path / "out" / "table.csv").read_text().splitlines()[1].startswith("'=cmd(),tiny,")
 
 
 def test_seeds_show_every_registered_metric(tmp_path, capsys):

@@ -241,10 +241,14 @@ def test_a_copied_run_is_exported(trained, tmp_path, monkeypatch, capsys):
     """From another place than it was trained in; an earlier export is replaced, and nothing else."""
     run = shutil.copytree(trained("gemma", "generative", "multi"), tmp_path / "elsewhere")
     monkeypatch.setenv("PLAINLORA_CACHE", str(tmp_path / "cache"))
+    settings = run / "adapter" / "tokenizer_config.json"
+    code = {"auto_map": {"AutoTokenizer": [None, "owner/name--code.Tokenizer"]}}  # which others might run
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | code))
     for _ in range(2):
         run_export(monkeypatch, "--run", run, "--dtype", "fp32", "--max_eval_samples", 3)
     assert "Passed." in capsys.readouterr().out
     assert sorted(path.name for path in (run / "export").iterdir()) == ["merged"]
+    assert "auto_map" not in (run / "export" / "merged" / "tokenizer_config.json").read_text()
     card = (run / "export" / "merged" / "README.md").read_text()
     assert "AutoModelForCausalLM" in card and "peft" not in card.split("## Training")[0] and "## Results" in card
     (run / "export" / "merged" / "eval").mkdir()
