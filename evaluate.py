@@ -197,7 +197,7 @@ def evaluate_text(config: Config, run: Run, other_rows: bool, reuse: bool = Fals
     if config.block_size + len(start) > most:
         raise InputError(f"--block_size {config.block_size}: longer than the {most} positions of the model.")
     if config.document_masking:
-        attention.check_masks(model, config, "document_masking", config.block_size)
+        attention.check_masks(model, config, "document_masking", config.block_size + len(start))
     collate = partial(collate_blocks, start=start, end_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
                       document_masking=config.document_masking)  # fmt: skip
     measure = partial(row_losses, TokenLosses(model), collate=collate, accelerator=accelerator,

@@ -104,7 +104,7 @@ def train(config: Config, sources: dict[str, Source], path: str, last: bool = Tr
     set_seed(config.seed)  # the adapter's first weights depend on the seed alone
     base, missing = base_model.load_base(path, config, device=accelerator.device)
     if config.document_masking:
-        attention.check_masks(base, config, "document_masking", config.block_size)
+        attention.check_masks(base, config, "document_masking", config.block_size + len(start))
     base = begin_with(lora.make_trainable(base, config, missing))
     module = TokenLosses(base)
     census = base_model.census(module)

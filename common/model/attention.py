@@ -290,7 +290,11 @@ def resolve_shared_prefix(model: PreTrainedModel, config: Any, encoder: bool) ->
         raise InputError(f"--shared_prefix on: {config.model} cannot take packs, because {reason}.")
     dropout = config.lora_dropout > 0 and not config.full_finetuning
     dropout |= any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
-    dropout |= bool(getattr(model.config.get_text_config(), "attention_dropout", None))  # has no module of its own
+    settings = model.config.get_text_config().to_dict().items()  # some have no module of their own
+    dropout |= any(
+        "drop" in name and not name.startswith("classifier") and isinstance(value, float) and value > 0
+        for name, value in settings
+    )
     return "off" if reason or dropout and config.shared_prefix == "auto" else config.shared_prefix
 
 

@@ -18,8 +18,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from common.log import warn
 from common.text.batches import Layout
 
 BLOCK = 128
@@ -36,7 +38,37 @@ def takes_pack(query: torch.Tensor, value: torch.Tensor, layout: Layout, dropout
     """Whether `pack_attention` computes this pack, and is worth it; a compiled model has kernels of its own."""
     if torch.compiler.is_compiling() or dropout or min(query.shape[-1], value.shape[-1]) < SMALLEST:
         return False
-    return layout.rows * layout.prefix >= FEWEST
+    if layout.rows * layout.prefix < FEWEST:
+        return False
+    return _compiles(
+        query.shape[1], value.shape[1], query.shape[-1], value.shape[-1], query.dtype, query.device
+    )
+
+
+@cache
+def _compiles(
+    heads: int, key_heads: int, size: int, value_size: int, dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Whether this device can compute such heads in the kernel, with gradients; a warning says so if not.
+
+    Large heads may need more shared memory than it has, and a compiler may be missing. The backward kernel is compiled
+    when it is first used, so the trial has both.
+    """
+    shapes = (heads, size), (key_heads, size), (key_heads, value_size)
+    own = saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)  # not those of gradient checkpointing
+    with torch.inference_mode(False), torch.enable_grad(), own:
+        query, key, value = (
+            torch.zeros(1, number, 3 * BLOCK, width, dtype=dtype, device=device, requires_grad=True)
+            for number, width in shapes
+        )
+        mask = torch.ones(2, 1, BLOCK, 2 * BLOCK, dtype=torch.bool, device=device)
+        try:
+            pack_attention(query, key, value, mask, Layout(2, BLOCK), None).sum().backward()
+        except Exception as error:  # the compiler's are of many kinds
+            reason = " ".join(str(error).split())[:200]
+            warn(f"FlexAttention cannot be compiled here, so packs take more memory and time ({reason}).")
+            return False
+    return True
 
 
 def pack_attention(
@@ -86,7 +118,7 @@ class _Plan(NamedTuple):
     blocks: BlockMask
 
 
-@lru_cache(256)
+@lru_cache(8)  # for the layers of a pass; shapes seldom come back, and a plan of a long pack takes some MB
 @torch.inference_mode(False)  # a plan that an evaluation has made may come back in training, which saves its tensors
 def _plan(rows: int, prefix: int, queries: int, new: int, width: int, device: torch.device) -> _Plan:
     """new, width: queries and columns of a row in its mask. All on the device, which nothing waits for."""

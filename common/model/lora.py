@@ -24,7 +24,10 @@ def make_trainable(model: PreTrainedModel, config: Any, missing: list[str], head
 
     missing: modules that the checkpoint lacks (a new head), trained in full. head: whether it is a classifier.
     """
-    if not config.full_finetuning:
+    if config.full_finetuning:
+        for parameter in outside_text(model):  # DDP would wait for their gradients
+            parameter.requires_grad_(False)
+    else:
         model = add_lora(model, config, missing, head)  # PEFT's wrapper passes the model's attributes on
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -49,14 +52,19 @@ def add_lora(model: Any, config: Any, missing: list[str], head: bool) -> Any:
     targets = config.target_modules if config.target_modules != ["all-linear"] else None
     kinds = nn.Linear | Conv1D  # GPT-2's linear layers
     linear = {name for name, module in model.named_modules() if isinstance(module, kinds) and name not in missing}
-    for target in targets or []:
-        if not any(f".{name}".endswith(f".{target}") for name in linear):
-            known = sorted({name.rpartition(".")[2] for name in linear})
-            raise InputError(f"--target_modules {target}: no linear layer has this name; there are {', '.join(known)}.")
-    upper: dict[str, Any] = {}
+    upper, adaptable = dict[str, Any](), linear
     if config.train_layers:
         stack, upper = _upper_layers(model, config.train_layers)
-        targets = targets or sorted({name.rpartition(".")[2] for name in linear if f".{stack}." in f".{name}"})
+        adaptable = {name for name in linear if f".{stack}." in f".{name}"}
+    known = sorted({name.rpartition(".")[2] for name in adaptable})
+    for target in targets or []:
+        if not any(f".{name}".endswith(f".{target}") for name in adaptable):
+            where = f" in the upper {config.train_layers} layers" if config.train_layers else ""
+            raise InputError(
+                f"--target_modules {target}: no linear layer{where} has this name; there are {', '.join(known)}."
+            )
+    if config.train_layers:
+        targets = targets or known
     try:
         lora = peft.LoraConfig(
             task_type="SEQ_CLS" if head else "CAUSAL_LM",
@@ -90,19 +98,37 @@ def _upper_layers(model: PreTrainedModel, count: int) -> tuple[str, dict[str, An
 
 
 def layer_stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The list of the layers that text passes, and its name."""
+    """The list of the layers that text passes, and its name. Raises InputError for layers that share their weights."""
     number = model.config.get_text_config().num_hidden_layers
-    parts = (model.get_decoder() or model).named_modules()
-    return next((name, part) for name, part in parts if isinstance(part, nn.ModuleList) and len(part) == number)
+    for name, part in (model.get_decoder() or model).named_modules():
+        if isinstance(part, nn.ModuleList) and len(part) == number:
+            return name, part
+    raise InputError("The layers of this model cannot be told apart: drop --train_layers and --shard_model.")
+
+
+def outside_text(model: PreTrainedModel) -> list[nn.Parameter]:
+    """The weights that no text reaches, of towers for pictures or sound."""
+    if not _has_towers(model):
+        return []
+    text = {parameter for part in _text_parts(model) for parameter in part.parameters()}
+    return [parameter for parameter in model.parameters() if parameter not in text]
 
 
 def _towers(model: PreTrainedModel, linear: set[str]) -> list[str]:
     """The linear layers that see pictures or sound: no text reaches them, and DDP would wait for their gradients."""
-    if not any(hasattr(model.config, f"{kind}_config") for kind in ("vision", "audio")):
+    if not _has_towers(model):
         return []
-    text = [model.get_decoder(), model.get_output_embeddings()]
+    text = _text_parts(model)
     inside = {f"{name}." for name, module in model.named_modules() if any(module is part for part in text)}
     return sorted(name for name in linear if not f"{name}.".startswith(tuple(inside)))
+
+
+def _has_towers(model: PreTrainedModel) -> bool:
+    return any(hasattr(model.config, f"{kind}_config") for kind in ("vision", "audio"))
+
+
+def _text_parts(model: PreTrainedModel) -> list[nn.Module]:
+    return [part for part in (model.get_decoder(), model.get_output_embeddings()) if part is not None]
 
 
 def leave_casts_to_autocast(model: nn.Module) -> Any:

@@ -20,6 +20,7 @@ from common.errors import InputError, Terminated
 from common.log import reset_peak_memory, say, set_threads, uses_gpu
 from common.memory import give_back, keep_few_kernels
 from common.model.base_model import unpacked_size
+from common.model.lora import outside_text
 from common.model.sharding import keep_from_ddp, shard
 from common.options import LoopConfig
 from common.text.batches import Batch
@@ -28,6 +29,7 @@ from common.train.checkpoints import register_hooks
 
 T = TypeVar("T")
 ONE_SIGNAL = 1.0  # seconds; a terminal sends Ctrl-C to all processes, and torchrun passes it on to those it started
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # names of their number in config.json
 PATIENCE = timedelta(hours=12)  # one process reads a long corpus or fits TF-IDF, and the others wait for it
 # What shards a model, by the flag that `accelerate launch` sets. On a CPU, Accelerate itself would ignore it.
 ENGINES = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED",
@@ -164,18 +166,21 @@ def is_due(strategy: str, steps: int | None, update: int, updates_per_epoch: int
     return update == total or update % (steps if strategy == "steps" else updates_per_epoch) == 0
 
 
-def flops_per_token(model: torch.nn.Module) -> float:
+def flops_per_token(model: transformers.PreTrainedModel) -> float:
     """Without attention and the vocabulary: 6 per trained weight, 4 per frozen one, which has no gradient of its own.
 
     The product with the vocabulary is computed for targets alone. Only 2 per weight below the lowest trained one, where
-    the backward pass ends.
+    the backward pass ends. Of experts, those count that a token takes.
     """
-    flops, backward = 0.0, False
-    vocabulary = getattr(model.get_output_embeddings(), "weight", None)  # type: ignore[operator]
+    flops, backward, settings = 0.0, False, model.config.get_text_config()
+    experts = next(filter(None, (getattr(settings, name, None) for name in EXPERTS)), 1)
+    taken = (getattr(settings, "num_experts_per_tok", None) or experts) / experts
+    unused = {getattr(model.get_output_embeddings(), "weight", None), *outside_text(model)}
     for name, parameter in model.named_parameters():
         backward |= parameter.requires_grad
-        if "embed" not in name and parameter is not vocabulary:
-            flops += unpacked_size(parameter) * (6 if parameter.requires_grad else 4 if backward else 2)
+        if "embed" not in name and parameter not in unused:
+            share = taken if ".experts." in name else 1
+            flops += share * unpacked_size(parameter) * (6 if parameter.requires_grad else 4 if backward else 2)
     return flops
 
 

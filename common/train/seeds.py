@@ -44,10 +44,11 @@ def train_each(runs: Sequence[Any], config: Any, train: Callable[..., dict[str, 
     several = "seed" if config.seeds else "fold" if runs[0] is not config else ""
     if config.dry_run and several:
         print(f"{len(runs)} runs would be made, one after another; this is about the first one.", flush=True)
-    for run in runs[:1] if config.dry_run else runs:
+    made = runs[:1] if config.dry_run else runs
+    for run in made:
         number = getattr(run, several or "seed")
         with _continue_after_failure(results, number, bool(several)):
-            results[number] = train(run, last=run is runs[-1])
+            results[number] = train(run, last=run is made[-1])
     from accelerate import PartialState
 
     from common.measure.run_table import write_seed_table

@@ -60,6 +60,7 @@ import json, sys
 sys.path[:0] = sys.argv[1:3]
 import torch
 from pathlib import Path
+from types import SimpleNamespace
 from helpers.classifiers import probabilities
 from common.model import base_model
 from common.model import classifier
@@ -375,6 +376,11 @@ def test_upper_layers_alone_are_trained(models, encoders, approach, tmp_path):
             assert same == pytest.approx(row, abs=1e-6)
     with pytest.raises(InputError, match="--train_layers 3: the model has 2 layers"):
         make(models["llama"], train_layers=3)
+    with pytest.raises(InputError, match="lm_head: no linear layer in the upper 1 layers has this name"):
+        make(models["llama"], train_layers=1, target_modules=["q_proj", "lm_head"])
+    albert = transformers.AlbertConfig(hidden_size=16, num_attention_heads=2, intermediate_size=16, embedding_size=8)
+    with pytest.raises(InputError, match="cannot be told apart: drop --train_layers"):
+        lora.layer_stack(transformers.AlbertForSequenceClassification(albert))
 
 
 def test_the_operations_of_a_token_are_counted_where_they_are_made(models):
@@ -445,3 +451,18 @@ def test_a_picture_tower_gets_no_adapter(models, tmp_path):
     before = probabilities(classifier)
     step(classifier, options)
     assert probabilities(classifier) != before
+    full = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    lora.make_trainable(full, SimpleNamespace(full_finetuning=True, gradient_checkpointing=False), [])
+    assert all(p.requires_grad != ("vision" in name or "projector" in name) for name, p in full.named_parameters())
+    reached = sum(p.numel() for name, p in full.named_parameters() if "language_model.layers" in name)
+    assert 6 * reached <= loop.flops_per_token(full) < 6 * 1.1 * reached
+
+
+def test_the_operations_of_the_experts_that_a_token_takes_are_counted(models):
+    """Half of the experts' weights where two of four are taken."""
+    shape = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}  # fmt: skip
+    configs = (transformers.MixtralConfig(**shape, num_experts_per_tok=taken) for taken in (2, 4))
+    two, four = map(transformers.MixtralForCausalLM, configs)
+    experts = sum(p.numel() for name, p in two.named_parameters() if ".experts." in name)
+    assert experts and loop.flops_per_token(four) - loop.flops_per_token(two) == 6 * experts / 2

@@ -1,5 +1,6 @@
 """What CUDA computes in a kernel, here on a CPU: the same code, FlexAttention without a kernel."""
 
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from helpers.models import FAMILIES
 from helpers.packs import assert_same, make
 from helpers.scoring import LABELS, TEXTS, load, prompt_of
 from torch.nn.attention import flex_attention
+from torch.utils.checkpoint import checkpoint
 
 from common.measure import scoring
 from common.model import attention, cuda
@@ -40,6 +42,7 @@ def graphs(monkeypatch):
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)  # it has no gradients for CPUs
     monkeypatch.setattr(cuda, "kernel", lambda: kernel)
     monkeypatch.setattr(cuda, "is_used", lambda tensor: True)
+    monkeypatch.setattr(cuda, "_compiles", lambda *heads: True)
     monkeypatch.setattr(cuda, "FEWEST", 0)
     monkeypatch.setattr(cuda, "SMALLEST", 1)
     yield traced
@@ -247,6 +250,34 @@ def test_what_the_kernel_does_not_take_stays_with_torch(graphs, monkeypatch):
     assert not taken()
     monkeypatch.setattr(cuda, "FEWEST", 3 * 37)
     assert taken()
+
+
+TRIAL = cuda._compiles.__wrapped__
+
+
+def test_a_kernel_that_cannot_be_compiled_is_not_used(graphs, monkeypatch, capsys):
+    """Tried with gradients, wherever the first pack comes: in an evaluation, and under gradient checkpointing."""
+    heads = HEADS, 2, SIZE, SIZE, torch.float32, torch.device("cpu")
+    runs = []
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        runs.append(TRIAL(*heads))
+        return x * x
+
+    with torch.inference_mode():
+        assert TRIAL(*heads)
+    checkpoint(layer, torch.ones(3, requires_grad=True), use_reentrant=False).sum().backward()
+    assert runs == [True, True] and not capsys.readouterr().err  # forward, and recomputed once
+
+    def failing(query, *args, **options):
+        if query.requires_grad:
+            raise RuntimeError("No valid triton configs.\nOut of shared memory")
+
+    monkeypatch.setattr(cuda, "kernel", lambda: failing)
+    monkeypatch.setattr(cuda, "_compiles", cache(TRIAL))
+    (query, _, value), _, layout = pack_of(3, 37, 20)
+    assert not any(cuda.takes_pack(query, value, layout, 0.0) for _ in range(2))
+    assert capsys.readouterr().err.count("cannot be compiled here, so packs take more memory and time (No valid") == 1
 
 
 def test_padding_free_batches_take_their_kernel(graphs, models, monkeypatch):

@@ -182,6 +182,16 @@ def test_no_cached_prefix_where_positions_change_with_the_length(kind):
     assert attention.takes_packs(model, 65)
 
 
+def test_dropout_without_a_module_is_seen():
+    """OPT's, of which the config alone tells."""
+    shape = {"vocab_size": 60, "hidden_size": 16, "ffn_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "word_embed_proj_dim": 16, "max_position_embeddings": 64}  # fmt: skip
+    for dropout, choice in ((0.1, "off"), (0.0, "auto")):
+        model = transformers.OPTForCausalLM(transformers.OPTConfig(**shape, dropout=dropout))
+        attention.use(model)
+        assert attention.resolve_shared_prefix(model, Options(), False) == choice
+
+
 def test_a_model_with_dropout_of_its_own_is_not_packed_unasked(models):
     config = Options()
     model, _ = base_model.load_base(str(models["llama"]), config, device="cpu")
