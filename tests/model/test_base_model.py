@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -60,7 +61,6 @@ import json, sys
 sys.path[:0] = sys.argv[1:3]
 import torch
 from pathlib import Path
-from types import SimpleNamespace
 from helpers.classifiers import probabilities
 from common.model import base_model
 from common.model import classifier
