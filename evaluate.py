@@ -105,8 +105,8 @@ def evaluate_classifier(config: Config, run: Run, other_rows: bool, reuse: bool 
     """Accuracy, F1 and predictions of a classifier, or of a base model that is prompted."""
     config.decode = config.decode or "score"
     data = load_classification(config, training=False)
-    base, of_training = run.folder is None, config.split == "train"
-    shots, unshown = draw_few_shot(data, config) if base or of_training else ([], [])
+    of_training = config.split == "train"  # without the rows that the prompt has
+    shots, unshown = draw_few_shot(data, config) if of_training or run.folder is None else ([], [])
     examples = unshown if of_training else data.splits[config.split]
     require_rows(examples, config)
     if run.folder is None:

@@ -155,12 +155,6 @@ def given_instruction(config: Config) -> str | None:
     return text
 
 
-def note_base(batch: tuple[AnswerFile, Any] | None, run: Run) -> None:
-    """Notes again which weights the answers are made with: those of the base may have been fetched just now."""
-    if batch:
-        batch[0].source["weights"]["base"] = run.base_fingerprint()
-
-
 def main() -> None:
     config, run, compared = read_options(parse_given(Config))
     instruction, batch = given_instruction(config), None
@@ -182,14 +176,16 @@ def main() -> None:
     accelerator = loop.start_accelerator(config)
     if run.task == CLASSIFICATION:
         labeler = run.load_classifier(config, accelerator.device)
-        note_base(batch, run)
+        if batch:
+            batch[0].note("base", run.base_fingerprint())  # which may have been fetched just now
         if config.web:
             web.serve(config, run, labeler)
         else:
             sessions.answer_labels(config, labeler, instruction, batch, accelerator)
     else:
         model = run.load_text_model(config, accelerator.device)
-        note_base(batch, run)
+        if batch:
+            batch[0].note("base", run.base_fingerprint())  # which may have been fetched just now
         if compared:
             named = list(zip(config.compare, load_compared(model, run, compared, config), strict=True))
             web.serve(config, run, named) if config.web else sessions.side_by_side(named, [instruction], config)

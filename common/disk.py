@@ -48,11 +48,10 @@ class _Texts(yaml.BaseLoader):
     """Every scalar as its text; what is null is left out of a mapping, and a name that comes twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key, _ in node.value:
-            if key.value in seen:
+        names = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for number, key in enumerate(names):
+            if key.value in {earlier.value for earlier in names[:number]}:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
-            seen.add(key.value)
         node.value = [(key, value) for key, value in node.value if not _is_null(value)]
         return super().construct_mapping(node, deep)
 
@@ -231,7 +230,7 @@ def check_complete(folder: Path, task: dict[str, Any]) -> None:
     for name in MODEL_FILES if task["full_finetuning"] else ADAPTER_FILES:
         if not (folder / name).is_file():
             if any(folder.glob("*.gguf")):
-                raise InputError(f"{folder} is an export for llama.cpp and Ollama. Name the run that it was made of.")
+                raise InputError(f"{folder} is an export for llama.cpp and Ollama. Name the run that it was made from.")
             raise InputError(f"{folder / name} is missing. {COPY_AGAIN}")
 
 

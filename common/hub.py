@@ -56,7 +56,9 @@ def resolve_model(name: str, revision: str | None = None) -> str:
 
 
 def weights_fingerprint(path: str, revision: str | None = None) -> str:
-    """SHA-256 of the names, sizes and samples of the files of a model that `resolve_model` returned and that is loaded.
+    """SHA-256 of the names, sizes and samples of the files of a model that `resolve_model` returned.
+
+    Empty where it is not fetched yet.
 
     At most SAMPLES pieces of a file are read, so that large weights take no time; other weights differ everywhere.
     """
@@ -65,8 +67,10 @@ def weights_fingerprint(path: str, revision: str | None = None) -> str:
         from huggingface_hub import try_to_load_from_cache
 
         folder = Path(str(try_to_load_from_cache(path, "config.json", revision=revision))).parent
-    digest = hashlib.sha256()
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"]):
+    digest, weights = hashlib.sha256(), [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    if not weights:
+        return ""
+    for file in sorted([*weights, folder / "config.json"]):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
         with open(file, "rb") as content:
@@ -195,11 +199,12 @@ def _gguf_named(file: Path) -> Iterator[None]:
     """The reader raises errors of many kinds for a file that is cut off, or of a model that it does not know."""
     try:
         yield
-    except OSError:  # a full disk, say
+    except (OSError, ImportError, MemoryError):  # a full disk, say
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise InputError(f"{file}: not readable as a model in GGUF ({reason}). Copy it again.") from error
+        problem = f"not readable as a model in GGUF ({reason}). Copy it again, or use another"
+        raise InputError(f"{file}: {problem}.") from error
 
 
 def _gguf_to_safetensors(gguf: Path, target: Path) -> None:

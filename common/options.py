@@ -570,7 +570,7 @@ def _read_yaml(path: str | Path, known: set[str] | None = None) -> dict[str, Any
 
 
 class _Once(argparse.Action):
-    """Of an option that replaces nothing silently."""
+    """An option that may be given once."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, value: Any, name: Any = None) -> None:
         if hasattr(namespace, self.dest):

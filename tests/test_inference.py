@@ -347,9 +347,9 @@ def test_any_number_of_kept_rows(models, questions, tmp_path, capsys, kept):
 
 
 def test_two_processes_write_one_processes_file(talks, trained, questions, tmp_path):
-    """45 rows and 3 chunks over 2 processes, drawn answers; and a classifier's 15 rows; also with a sharded model."""
+    """45 rows and 3 chunks over 2 processes, drawn answers; a classifier's 9 rows and 3 chunks; both also sharded."""
     classifier = trained("qwen", "generative", "single")
-    file = json.loads((classifier / "splits.json").read_text())["sources"]["test"]["name"]
+    file = write_csv(tmp_path / "rows.csv", toy_rows(3))
     jobs = {}
     for name, more in (("one", []), ("two", []), ("sharded", ["--shard_model", "true"])):
         labels = ["--run", classifier, "--input_file", file, "--output_file", tmp_path / f"{name}-labels.jsonl",
@@ -367,7 +367,7 @@ def test_two_processes_write_one_processes_file(talks, trained, questions, tmp_p
         for one, two in zip(*labelled, strict=True):  # sums of floats follow the number of threads a process gets
             assert two.pop("probabilities") == pytest.approx(one.pop("probabilities"), abs=1e-6)
             assert two == one
-        assert len(read_jsonl(tmp_path / f"{name}.jsonl")) == 45 and len(labelled[1]) == 15
+        assert len(read_jsonl(tmp_path / f"{name}.jsonl")) == 45 and len(labelled[1]) == 9
 
 
 def test_an_answer_file_belongs_to_its_input(models, questions, tmp_path, monkeypatch):
@@ -390,6 +390,12 @@ def test_an_answer_file_belongs_to_its_input(models, questions, tmp_path, monkey
     (tmp_path / "none.jsonl").write_text("")  # stopped before the first answer: nothing is lost
     (tmp_path / "none.jsonl.source.json").write_text('{"options": "others"}')
     assert AnswerFile(tmp_path / "none.jsonl", ["0"], {"options": "mine"}).done == 0
+    (tmp_path / "one.jsonl").write_text('{"id": "0"}\n')  # by a base that has to be fetched again first
+    (tmp_path / "one.jsonl.source.json").write_text('{"base": "abc"}')
+    out = AnswerFile(tmp_path / "one.jsonl", ["0", "1"], {"base": ""})
+    out.note("base", "abc")
+    with pytest.raises(InputError, match=r"made otherwise \(other base;"):
+        out.note("base", "other")
     (tmp_path / "notes.jsonl").write_text("mine\n")
     with pytest.raises(InputError, match="was not written by inference.py"):
         run(*batch(tmp_path, models["gemma"], questions, "notes.jsonl"))

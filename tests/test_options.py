@@ -194,6 +194,7 @@ def test_values_out_of_type_or_bounds_are_refused(argv, message):
         ("- lora_r", "expected lines of the form"),
         ("lora_r: 1\n  seed: 2", "line 2: not valid YAML"),
         ("lora_r: 'x", "not valid YAML"),
+        ("system_prompt: {{name}}", "not valid YAML"),
         ("lora_r: 8\nseed: 1\nlora_r: 4", "line 3: not valid YAML: lora_r is given twice"),
         ("config: other.yaml", "there is no such option"),
     ],

@@ -197,12 +197,12 @@ def test_answers_of_another_base_are_not_continued(models, trained, tmp_path):
         return run.partial_results(config, {"test": {}, "train": {}}, None)["source"]
 
     with mock.patch("common.use.questions.binding_options", vars), mock.patch("common.use.runs.asdict", vars):
-        before = made_from(config, run)["weights"], source()
+        before = made_from(config, run), source()
         weights = base / "model.safetensors"
         content = bytearray(weights.read_bytes())
         content[-1] ^= 1
         weights.write_bytes(content)
-        after = made_from(config, run)["weights"], source()
+        after = made_from(config, run), source()
     assert before[0]["base"] != after[0]["base"] and before[1]["base"] != after[1]["base"]
 
 

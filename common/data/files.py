@@ -176,10 +176,11 @@ def _read_csv(path: Path, blank_lines: bool) -> Iterator[Row]:
                         f"{'more' if len(cells) > len(header) else 'fewer'} fields than the header's {len(header)}. "
                         "Put quotes around fields that contain a separator."
                     )
-                if delimiter == "\t" and any("\t" in cell and "\n" in cell for cell in cells):
+                if delimiter == "\t" and any(_joins_rows(cell, len(header)) for cell in cells):
                     raise InputError(
-                        f"{path}, line {reader.line_num}: a field in quotes has tabs and line breaks, as where a quote "
-                        "that is text joins rows. Double quotes inside a field, and put it in quotes."
+                        f"{path}, line {reader.line_num}: a field in quotes looks like several rows, as where a quote "
+                        "that is text joins them. Double quotes inside a field and put it in quotes, or save the file "
+                        "as CSV."
                     )
                 yield from [{header[0]: ""}] * blank
                 yield dict(zip(header, cells, strict=True))
@@ -189,17 +190,21 @@ def _read_csv(path: Path, blank_lines: bool) -> Iterator[Row]:
             raise InputError(f"{path}, line {line}: not readable as CSV: {error}. {remedy}") from None
 
 
+def _joins_rows(cell: str, columns: int) -> bool:
+    """Whether a line of the cell has the tabs of a row of several columns, and not as its indentation."""
+    lines = cell.split("\n")
+    return len(lines) > 1 and 1 < columns <= max(line.lstrip("\t").count("\t") for line in lines) + 1
+
+
 def _check_header(names: Sequence[str], where: str, delimiter: str = "") -> None:
-    """delimiter: of a CSV or TSV file; empty: of no text."""
+    """delimiter: of a file of text; empty: Parquet."""
     if twice := sorted({name for name in names if names.count(name) > 1}):
         if twice == [""]:
             raise InputError(f"{where}: columns without a name. Name or delete them: {', '.join(names)}.")
         raise InputError(f"{where}: two columns have the same name. Rename one: {', '.join(names)}.")
-    if delimiter and len(names) == 1 and (other := next((mark for mark in ";\t|," if mark in names[0]), None)):
-        raise InputError(
-            f"{where}: the columns seem to be separated by {other!r}. Save the file with commas as .csv, or with tabs "
-            "as .tsv."
-        )
+    other = next((mark for mark in ";\t" if delimiter == "," and mark in "".join(names)), None)
+    if other and len(names) == 1:
+        raise InputError(f"{where}: the columns seem to be separated by {other!r}. Save the file with commas.")
 
 
 def _read_json(path: Path) -> list[Row]:

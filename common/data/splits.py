@@ -55,7 +55,7 @@ def read_splits(config: DataConfig, demo: Path, training: bool) -> tuple[dict[st
 def require_training_rows(splits: Collection[str], config: DataConfig) -> None:
     if "train" not in splits:
         if config.dataset_name:
-            raise InputError(f"{config.dataset_name}: there is no split `train`. Write the rows to files to name.")
+            raise InputError(f"{config.dataset_name}: there is no split `train`: write its rows to a --train_file.")
         raise InputError("The data: there are no training rows; give --train_file.")
 
 
@@ -93,10 +93,10 @@ def open_hub(
     if not used:
         raise InputError(
             f"{option} {name}: none of its splits ({others}) is called train, validation or test. Write their rows to "
-            "files and name these."
+            "files instead."
         )
     if others:
-        warn(f"{option} {name}: not used are its splits {others}.")
+        warn(f"{option} {name}: its splits {others} are not used.")
     return {split: loaded[alias] for split, alias in used.items()}
 
 

@@ -124,7 +124,7 @@ def write_table(folders: Sequence[Path], target: Path) -> str:
 
     Raises InputError where the runs are not compared by the same metric.
     """
-    found = find_runs(folders)
+    found = [folder.absolute() for folder in find_runs(folders)]
     runs = [read_run(folder) for folder in found]
     if len({folder.name for folder in found}) < len(found):
         parent = os.path.commonpath(found)

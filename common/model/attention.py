@@ -292,7 +292,7 @@ def resolve_shared_prefix(model: PreTrainedModel, config: Any, encoder: bool) ->
     dropout |= any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
     settings = model.config.get_text_config().to_dict().items()  # some have no module of their own
     dropout |= any(
-        "drop" in name and not name.startswith("classifier") and isinstance(value, float) and value > 0
+        "drop" in name and not name.startswith(("classifier", "summary")) and isinstance(value, float) and value > 0
         for name, value in settings
     )
     return "off" if reason or dropout and config.shared_prefix == "auto" else config.shared_prefix

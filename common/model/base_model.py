@@ -12,11 +12,11 @@ import transformers
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from common.disk import damage_named
+from common.disk import TASK_FILE, damage_named
 from common.errors import InputError
 from common.log import uses_cuda
 from common.model import attention
-from common.options import DeviceConfig, ModelConfig
+from common.options import LoopConfig, ModelConfig
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Encoders whose first position has the number after that of the padding.
@@ -60,11 +60,10 @@ def _loading(path: str, config: ModelConfig) -> Iterator[None]:
     try:
         with damage_named(Path(path)):
             yield
-    except InputError:
-        raise
     except (ImportError, OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"--model {config.model} could not be loaded: {reason}") from error
+        name = path if (Path(path) / TASK_FILE).is_file() else f"--model {config.model}"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise InputError(f"{name} could not be loaded ({reason}).") from error
 
 
 def read_config(path: str, config: ModelConfig) -> transformers.PretrainedConfig:
@@ -121,7 +120,7 @@ def load_base(
     dtype of the files, as trained weights are. device: with --shard_model, the model is left on the CPU, as it may not
     fit there before it is sharded.
     """
-    if isinstance(config, DeviceConfig) and config.shard_model:
+    if isinstance(config, LoopConfig) and config.shard_model:
         device = "cpu"
     dtype = torch.float32 if config.full_finetuning else DTYPES[config.mixed_precision]
     quantized = config.load_in_4bit or config.load_in_8bit

@@ -40,30 +40,33 @@ def takes_pack(query: torch.Tensor, value: torch.Tensor, layout: Layout, dropout
         return False
     if layout.rows * layout.prefix < FEWEST:
         return False
-    return _compiles(
-        query.shape[1], value.shape[1], query.shape[-1], value.shape[-1], query.dtype, query.device
-    )
+    heads = query.shape[1], value.shape[1], query.shape[-1], value.shape[-1]
+    return _compiles(*heads, query.dtype, query.device, torch.is_grad_enabled())
 
 
 @cache
 def _compiles(
-    heads: int, key_heads: int, size: int, value_size: int, dtype: torch.dtype, device: torch.device
+    heads: int, key_heads: int, size: int, value_size: int, dtype: torch.dtype, device: torch.device, gradients: bool
 ) -> bool:
-    """Whether this device can compute such heads in the kernel, with gradients; a warning says so if not.
+    """Whether this device can compute such heads in the kernel, and its gradients; a warning says so if not.
 
     Large heads may need more shared memory than it has, and a compiler may be missing. The backward kernel is compiled
-    when it is first used, so the trial has both.
+    when it is first used, so the trial uses it.
     """
     shapes = (heads, size), (key_heads, size), (key_heads, value_size)
     own = saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)  # not those of gradient checkpointing
-    with torch.inference_mode(False), torch.enable_grad(), own:
+    with torch.inference_mode(False), torch.set_grad_enabled(gradients), own:
         query, key, value = (
-            torch.zeros(1, number, 3 * BLOCK, width, dtype=dtype, device=device, requires_grad=True)
+            torch.zeros(1, number, 3 * BLOCK, width, dtype=dtype, device=device, requires_grad=gradients)
             for number, width in shapes
         )
         mask = torch.ones(2, 1, BLOCK, 2 * BLOCK, dtype=torch.bool, device=device)
         try:
-            pack_attention(query, key, value, mask, Layout(2, BLOCK), None).sum().backward()
+            output = pack_attention(query, key, value, mask, Layout(2, BLOCK), None)
+            if gradients:
+                output.sum().backward()
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # the compiler's are of many kinds
             reason = " ".join(str(error).split())[:200]
             warn(f"FlexAttention cannot be compiled here, so packs take more memory and time ({reason}).")

@@ -128,7 +128,8 @@ def _has_towers(model: PreTrainedModel) -> bool:
 
 
 def _text_parts(model: PreTrainedModel) -> list[nn.Module]:
-    return [part for part in (model.get_decoder(), model.get_output_embeddings()) if part is not None]
+    parts = model.get_decoder(), model.get_output_embeddings(), getattr(model, "score", None)
+    return [part for part in parts if part is not None]
 
 
 def leave_casts_to_autocast(model: nn.Module) -> Any:

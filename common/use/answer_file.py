@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Row = TypeVar("Row")
 Line = dict[str, Any]
+ADVICE = "Delete it, or name another --output_file."
 CHUNK = 4  # batches that are answered, and written, together
 
 
@@ -47,18 +48,11 @@ class AnswerFile:
 
     def _complete_lines(self) -> tuple[int, int]:
         """The number of complete lines, and their bytes; a kill may have left a part of another one after them."""
-        advice = "Delete it, or name another --output_file."
         if not self.path.stat().st_size:
             return 0, 0
-        before = read_json(self.source_path)
-        if not before:
-            raise InputError(f"--output_file {self.path}: the file was not written by inference.py. {advice}")
-        changed = [name for name in self.source if before.get(name) != self.source[name]]
-        if changed:
-            raise InputError(
-                f"--output_file {self.path} holds answers made otherwise (other {', '.join(changed)}; see "
-                f"{self.source_path.name}). {advice}"
-            )
+        if not read_json(self.source_path):
+            raise InputError(f"--output_file {self.path}: the file was not written by inference.py. {ADVICE}")
+        self._refuse_others()
         done = size = 0
         with open(self.path, "rb") as file:
             for line in file:
@@ -66,10 +60,24 @@ class AnswerFile:
                     break
                 if done >= len(self.ids) or _id(line) != self.ids[done]:
                     raise InputError(
-                        f"--output_file {self.path}, line {done + 1}: not the answer to this row. {advice}"
+                        f"--output_file {self.path}, line {done + 1}: not the answer to this row. {ADVICE}"
                     )
                 done, size = done + 1, size + len(line)
         return done, size
+
+    def _refuse_others(self) -> None:
+        before = read_json(self.source_path)
+        if changed := [name for name, value in self.source.items() if value and before.get(name) != value]:
+            raise InputError(
+                f"--output_file {self.path} holds answers made otherwise (other {', '.join(changed)}; see "
+                f"{self.source_path.name}). {ADVICE}"
+            )
+
+    def note(self, name: str, value: str) -> None:
+        """Fills in what of the source was empty, as it was not known. Raises InputError where lines differ in it."""
+        self.source[name] = value
+        if self.done:
+            self._refuse_others()
 
     def start(self) -> None:
         """Opens the file after its complete lines; notes what the answers are made from."""

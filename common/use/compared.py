@@ -67,7 +67,9 @@ def _seed_folders(name: str) -> list[str]:
     """The finished runs in a folder of several seeds, in the order of the seeds; of any other, its name alone."""
     found = {folder: re.fullmatch(r"seed_(\d+)", folder.name) for folder in Path(name).glob("seed_*")}
     seeds = {int(match[1]): folder for folder, match in found.items() if match}
-    finished = [seeds[seed] for seed in sorted(seeds) if "finished" in read_json(seeds[seed] / "environment.json")]
+    noted = {seed: read_json(folder / "environment.json") for seed, folder in seeds.items()}
+    # A copied adapter has no notes.
+    finished = [seeds[seed] for seed in sorted(seeds) if "finished" in noted[seed] or not noted[seed]]
     for folder in set(seeds.values()) - set(finished):
         warn(f"{folder} has not finished, so it is left out, as in the table of the seeds.")
     if seeds and not finished:

@@ -33,17 +33,17 @@ def read_input(config: Any, run: Run) -> tuple[list[str], Sequence[Any]]:
 
 
 def made_from(config: Any, run: Run) -> dict[str, Any]:
-    """What decides the answers to a file: its rows, the weights, and the options."""
+    """What decides the answers to a file: its rows, the weights (of a base that is not fetched, none), the options."""
     source = run.folder or Path(config.model)
     files = [*source.glob("*.safetensors"), source / "task.json"] if source.is_dir() else []
     weights = {"model": None if run.folder else config.model, "revision": config.revision}
     weights |= {file.name: file_hash(file) for file in sorted(files) if file.is_file()}
-    weights["base"] = run.base_fingerprint()
     options = {name: value for name, value in binding_options(config).items() if name not in ("model", "revision")}
     for name in ("chat_template", "prompt_template"):
         if options[name] and Path(options[name]).is_file():
             options[name] = file_hash(options[name])
-    return {"input file": file_hash(config.input_file), "weights": weights, "options": options}
+    base = run.base_fingerprint()
+    return {"input file": file_hash(config.input_file), "weights": weights, "base": base, "options": options}
 
 
 def demo_questions(task: str) -> list[str]:

@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -159,8 +160,9 @@ class Run:
         base model the task.
         """
         if other_rows:
-            read = Path(config.test_file or config.train_file or config.dataset_name or "demo").stem
-            name = "-".join([*([] if self.folder else [self.task]), name, read])
+            own = getattr(config, f"{config.split}_file")
+            read = Path(own or config.train_file or config.dataset_name or "demo").stem
+            name = f"{name}-{read}" if self.folder else f"{self.task}-{name}-{read}"
         elif self.reads_otherwise():
             name += "-changed"
         folder = Path(config.output_dir or self.home / "eval" / (f"{name}-base" if self.untrained else name))
@@ -188,7 +190,7 @@ class Run:
 
     def refuse_links(self, path: Path) -> None:
         """Raises InputError where a result of this run, which may be somebody else's, would be written elsewhere."""
-        for part in (path, *path.parents, *(path.rglob("*") if path.is_dir() else ())):
+        for part in chain((path, *path.parents), path.rglob("*")):
             if part.is_symlink() and part.is_relative_to(self.home) and part != self.home:
                 raise InputError(f"{part} is a link, and results are not written through it. Name an --output_dir.")
 
@@ -440,9 +442,9 @@ def _is_sharded(config: Any) -> bool:
 
 def _share_out(model: Any, config: Any, device: "torch.device") -> None:
     """With --shard_model, each process keeps a part of every layer, adapter and all, in place."""
-    from common.model import sharding
-
     if _is_sharded(config):
+        from common.model import sharding
+
         parts = sharding.shard(model.requires_grad_(False), device)
         if is_first_process():
             print(parts, file=sys.stderr, flush=True)

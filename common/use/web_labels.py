@@ -12,7 +12,7 @@ import numpy as np
 
 from common.data.classification import Example
 from common.disk import to_json
-from common.errors import InputError, printable
+from common.errors import printable
 from common.use import web_look
 from common.use.answer_file import CHUNK
 from common.use.label_models import LabelModel, Prediction
@@ -99,7 +99,7 @@ class LabelPage:
             with self.sessions.of(request) as turn:
                 for found in self.queue.in_turn(answer, turn.stopped):
                     yield web_look.note(str(found)) if isinstance(found, Waiting) else found
-        except InputError as error:
+        except web_look.FAILURES as error:
             gr.Warning(web_look.error_text(error), title="No answer")
 
     def classify_file(self, request: gr.Request, path: str | None, least: float) -> Iterator[list[Any]]:

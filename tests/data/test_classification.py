@@ -184,7 +184,7 @@ def test_a_blank_line_of_one_column_is_an_empty_cell(tmp_path):
         ("t.csv", "\n\ntext,label\na,b,c\n", "t.csv, line 4: the row has more fields than the header's 2"),
         ("t.csv", "text;label\nHello, you;b\n", "t.csv, line 1: the columns seem to be separated by ';'"),
         ("t.csv", "sep=;\ntext;label\n", "t.csv, line 1: the columns seem to be separated by ';'"),
-        ("t.tsv", 'text\tlabel\n"I will come.\ta\nThen we go."\tb\n', "t.tsv, line 3: a field in quotes has tabs"),
+        ("t.tsv", 'text\tlabel\n"I come.\ta\nThen we go."\tb\n', "t.tsv, line 3: a field in quotes looks like several"),
         ("t.csv", b"\xd0\xcf\x11\xe0", "t.csv: the file is an old workbook (.xls)"),
         ("t.csv", "text,label\n", "t.csv: the file has no rows"),
         ("t.csv", "", "t.csv: the file has no rows"),
@@ -220,6 +220,15 @@ def test_unreadable_files_name_the_line(tmp_path, name, content, message):
     with pytest.raises(InputError) as caught:
         read_rows(save(tmp_path / name, content))
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_columns_that_only_look_like_several(tmp_path):
+    """Indented text in quotes in a TSV file, and a single column whose name has a comma."""
+    assert read_rows(save(tmp_path / "t.tsv", 'text\tlabel\n"def f():\n\treturn 1"\tcode\n')) == [
+        {"text": "def f():\n\treturn 1", "label": "code"}
+    ]
+    assert read_rows(save(tmp_path / "t.csv", '"text, long"\na\n')) == [{"text, long": "a"}]
+    assert read_rows(save(tmp_path / "u.tsv", "Question, short\na\n")) == [{"Question, short": "a"}]
 
 
 def test_an_escaped_backslash_is_no_surrogate(tmp_path):
@@ -907,7 +916,7 @@ def test_splits_of_a_data_set_that_are_not_used_are_named(tmp_path, monkeypatch,
     found = {"train": rows, "validation_matched": rows}
     monkeypatch.setattr(datasets, "load_dataset", lambda name, configuration: found)
     load(dataset_name=str(tmp_path))
-    assert "not used are its splits validation_matched." in capsys.readouterr().err
+    assert "its splits validation_matched are not used." in capsys.readouterr().err
     found["train_sft"] = found.pop("train")
     assert "none of its splits (train_sft, validation_matched) is called train" in problem(dataset_name=str(tmp_path))
     found["test"] = rows

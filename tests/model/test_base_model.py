@@ -454,6 +454,8 @@ def test_a_picture_tower_gets_no_adapter(models, tmp_path):
     full = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     lora.make_trainable(full, SimpleNamespace(full_finetuning=True, gradient_checkpointing=False), [])
     assert all(p.requires_grad != ("vision" in name or "projector" in name) for name, p in full.named_parameters())
+    head = transformers.Gemma3ForSequenceClassification(config)
+    assert {id(p) for p in head.score.parameters()}.isdisjoint(map(id, lora.outside_text(head)))
     reached = sum(p.numel() for name, p in full.named_parameters() if "language_model.layers" in name)
     assert 6 * reached <= loop.flops_per_token(full) < 6 * 1.1 * reached
 

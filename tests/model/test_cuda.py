@@ -261,11 +261,11 @@ def test_a_kernel_that_cannot_be_compiled_is_not_used(graphs, monkeypatch, capsy
     runs = []
 
     def layer(x: torch.Tensor) -> torch.Tensor:
-        runs.append(TRIAL(*heads))
+        runs.append(TRIAL(*heads, True))
         return x * x
 
     with torch.inference_mode():
-        assert TRIAL(*heads)
+        assert TRIAL(*heads, False) and TRIAL(*heads, True)
     checkpoint(layer, torch.ones(3, requires_grad=True), use_reentrant=False).sum().backward()
     assert runs == [True, True] and not capsys.readouterr().err  # forward, and recomputed once
 
@@ -277,6 +277,9 @@ def test_a_kernel_that_cannot_be_compiled_is_not_used(graphs, monkeypatch, capsy
     monkeypatch.setattr(cuda, "_compiles", cache(TRIAL))
     (query, _, value), _, layout = pack_of(3, 37, 20)
     assert not any(cuda.takes_pack(query, value, layout, 0.0) for _ in range(2))
+    monkeypatch.setattr(cuda, "pack_attention", lambda query, *args: failing(query) or query)
+    with torch.no_grad():
+        assert cuda.takes_pack(query, value, layout, 0.0)  # an evaluation needs no gradients
     assert capsys.readouterr().err.count("cannot be compiled here, so packs take more memory and time (No valid") == 1
 
 

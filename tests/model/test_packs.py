@@ -189,6 +189,7 @@ def test_dropout_without_a_module_is_seen():
     for dropout, choice in ((0.1, "off"), (0.0, "auto")):
         model = transformers.OPTForCausalLM(transformers.OPTConfig(**shape, dropout=dropout))
         attention.use(model)
+        model.config.summary_first_dropout = 0.1  # of a head that is not used
         assert attention.resolve_shared_prefix(model, Options(), False) == choice
 
 
