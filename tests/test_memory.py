@@ -60,6 +60,29 @@ print((before - resident()) / 1e6)
     assert float(ended.stdout) > 350, ended.stderr
 
 
+def test_products_of_many_lengths_leave_little_behind():
+    """PyTorch and oneDNN would keep a kernel for each."""
+    code = """
+import sys, torch
+from common.memory import keep_few_kernels
+if sys.argv[1] == "few":
+    keep_few_kernels()
+resident = lambda: int(open("/proc/self/statm").read().split()[1])
+weights = torch.ones(64, 64, dtype=torch.bfloat16)
+before = resident()
+for rows in range(1, 801):
+    torch.nn.functional.linear(torch.ones(rows, 64, dtype=torch.bfloat16), weights)
+print((resident() - before) * 4096 / 1e6)
+"""
+    few, many = (
+        float(subprocess.run([sys.executable, "-c", code, kept], cwd=ROOT, capture_output=True, text=True).stdout)
+        for kept in ("few", "many")
+    )
+    if many < 100:
+        pytest.skip("this processor has no kernels for such products")
+    assert few < many / 2
+
+
 def test_few_kernels_are_kept_unless_the_user_says_how_many(monkeypatch):
     monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
     memory.keep_few_kernels()
