@@ -17,6 +17,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 from common.errors import InputError, cli_errors
@@ -160,7 +161,7 @@ def main() -> None:
     instruction, batch = given_instruction(config), None
     if config.input_file:
         ids, questions = read_input(config, run)
-        batch = AnswerFile(config.output_file, ids, made_from(config, run)), questions
+        batch = AnswerFile(config.output_file, ids, partial(made_from, config, run)), questions
         if batch[0].done == len(ids):
             if is_first_process():
                 print(f"{config.output_file} has the answers to all {len(ids)} rows already.")

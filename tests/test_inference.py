@@ -389,10 +389,10 @@ def test_an_answer_file_belongs_to_its_input(models, questions, tmp_path, monkey
     assert (tmp_path / "a.jsonl").read_bytes() == written
     (tmp_path / "none.jsonl").write_text("")  # stopped before the first answer: nothing is lost
     (tmp_path / "none.jsonl.source.json").write_text('{"options": "others"}')
-    assert AnswerFile(tmp_path / "none.jsonl", ["0"], {"options": "mine"}).done == 0
+    assert AnswerFile(tmp_path / "none.jsonl", ["0"], lambda: {"options": "mine"}).done == 0
     (tmp_path / "one.jsonl").write_text('{"id": "0"}\n')  # by a base that has to be fetched again first
     (tmp_path / "one.jsonl.source.json").write_text('{"base": "abc"}')
-    out = AnswerFile(tmp_path / "one.jsonl", ["0", "1"], {"base": ""})
+    out = AnswerFile(tmp_path / "one.jsonl", ["0", "1"], lambda: {"base": ""})
     out.note("base", "abc")
     with pytest.raises(InputError, match=r"made otherwise \(other base;"):
         out.note("base", "other")

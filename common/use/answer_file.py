@@ -27,13 +27,14 @@ CHUNK = 4  # batches that are answered, and written, together
 class AnswerFile:
     """The answers to rows with these ids, in their order.
 
-    source: what the answers are made from. done: the number of rows that have a complete line.
+    source: gives what the answers are made from; called once the place is known to be good. done: the number of rows
+    that have a complete line.
     Raises InputError if the file cannot be written, is being written by another process, or belongs to something else.
     Before `start` nothing is written but a lock, which the first process holds until it ends.
     """
 
-    def __init__(self, path: str | Path, ids: Sequence[str], source: dict[str, Any]) -> None:
-        self.path, self.ids, self.source = Path(path), list(ids), json.loads(json.dumps(source))
+    def __init__(self, path: str | Path, ids: Sequence[str], source: Callable[[], dict[str, Any]]) -> None:
+        self.path, self.ids = Path(path), list(ids)
         self.source_path = self.path.with_name(f"{self.path.name}.source.json")
         if self.path.suffix != ".jsonl":
             raise InputError(f"--output_file {path}: answers are written as JSONL, so name it .jsonl.")
@@ -42,6 +43,7 @@ class AnswerFile:
             raise InputError(f"--output_file {path}: there is no folder {self.path.parent}. Make it, or name another.")
         if self.path.is_dir() or not os.access(self.path if self.path.exists() else folder, os.W_OK):
             raise InputError(f"--output_file {path}: it cannot be written. Choose a place that you may write to.")
+        self.source = json.loads(json.dumps(source()))
         if is_first_process():
             self._lock = lock(self.path.with_name(f".{self.path.name}.lock"), f"--output_file {path}")
         self.done, self._bytes = self._complete_lines() if self.path.exists() else (0, 0)

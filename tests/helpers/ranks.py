@@ -111,7 +111,7 @@ def run_shapes(folder: Path, model: str) -> list[dict[str, Any]]:
             (out / "answers.jsonl").write_text("".join(lines))
             (out / "answers.jsonl.source.json").write_text('{"shape": "this"}')
         accelerator.wait_for_everyone()
-        file = AnswerFile(out / "answers.jsonl", ids, {"shape": "this"})
+        file = AnswerFile(out / "answers.jsonl", ids, lambda: {"shape": "this"})
         write_answers(file, ids, lambda rows, chunk, _: [{"row": row, "chunk": chunk} for row in rows], shape.batch,
                       accelerator)  # fmt: skip
         found.append({name: value for name, value in timeless(figures).items() if name not in ("source", "weights")})
