@@ -48,10 +48,11 @@ class _Texts(yaml.BaseLoader):
     """Every scalar as its text; what is null is left out of a mapping, and a name that comes twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for number, key in enumerate(names):
-            if key.value in {earlier.value for earlier in names[:number]}:
+        seen = set[str]()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+            seen.add(key.value)
         node.value = [(key, value) for key, value in node.value if not _is_null(value)]
         return super().construct_mapping(node, deep)
 

@@ -202,8 +202,8 @@ def _check_header(names: Sequence[str], where: str, delimiter: str = "") -> None
         if twice == [""]:
             raise InputError(f"{where}: columns without a name. Name or delete them: {', '.join(names)}.")
         raise InputError(f"{where}: two columns have the same name. Rename one: {', '.join(names)}.")
-    other = next((mark for mark in ";\t" if delimiter == "," and mark in "".join(names)), None)
-    if other and len(names) == 1:
+    other = next((mark for mark in ";\t" if mark in "".join(names)), None)
+    if other and delimiter == "," and len(names) == 1:
         raise InputError(f"{where}: the columns seem to be separated by {other!r}. Save the file with commas.")
 
 

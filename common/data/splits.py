@@ -151,13 +151,12 @@ def complete_splits(
     parts = cut(rows, counts, seed, labels_of)
     for split, fraction in fractions.items():
         if not parts[split] or not parts["train"]:
-            file, problem = report["files"]["train"]["name"], f"{len(rows)} rows are too few to cut {fraction:.0%}"
+            file, remedy = report["files"]["train"]["name"], f"give --{split}_file, or set --{split}_fraction 0."
+            problem = f"{len(rows)} rows are too few to cut {fraction:.0%}"
             if counts[split] and labels_of(rows[0]):
                 problem = f"no label has rows to spare among the {len(rows)}, to cut {fraction:.0%}"
-            raise InputError(
-                f"{file}: {problem} for {split}: give --{split}_file, or set --{split}_fraction 0."
-                + " Is --label_column right?" * (len(set(map(labels_of, rows))) > len(rows) / 2 > 2)
-            )
+                remedy += " Is --label_column right?"
+            raise InputError(f"{file}: {problem} for {split}: {remedy}")
         report.setdefault("cut_from_train", {})[split] = len(parts[split])
     splits |= parts if rows else {}
     for split, limit in (("train", config.max_train_samples), ("validation", config.max_eval_samples)):
