@@ -60,8 +60,8 @@ print((before - resident()) / 1e6)
     assert float(ended.stdout) > 350, ended.stderr
 
 
-def test_products_of_many_lengths_leave_little_behind():
-    """PyTorch and oneDNN would keep a kernel for each."""
+def test_products_of_ever_more_lengths_leave_nothing_more_behind():
+    """PyTorch and oneDNN would keep a kernel for each; how large one is depends on the processor."""
     code = """
 import sys, torch
 from common.memory import keep_few_kernels
@@ -69,18 +69,19 @@ if sys.argv[1] == "few":
     keep_few_kernels()
 resident = lambda: int(open("/proc/self/statm").read().split()[1])
 weights = torch.ones(64, 64, dtype=torch.bfloat16)
-before = resident()
 for rows in range(1, 801):
     torch.nn.functional.linear(torch.ones(rows, 64, dtype=torch.bfloat16), weights)
+    if rows == 400:
+        before = resident()
 print((resident() - before) * 4096 / 1e6)
 """
     few, many = (
         float(subprocess.run([sys.executable, "-c", code, kept], cwd=ROOT, capture_output=True, text=True).stdout)
         for kept in ("few", "many")
     )
-    if many < 100:
-        pytest.skip("this processor has no kernels for such products")
-    assert few < many / 2
+    if many < 30:
+        pytest.skip("on this processor kernels are small or none are compiled")
+    assert few < many / 3, (few, many)
 
 
 def test_few_kernels_are_kept_unless_the_user_says_how_many(monkeypatch):
