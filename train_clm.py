@@ -174,7 +174,7 @@ def train(config: Config, sources: dict[str, Source], path: str, last: bool = Tr
             break
         started = time.perf_counter()
         model.train()
-        micro_batches = collated.result()  # by a thread, while the update before ran
+        micro_batches = collated()  # on a GPU made by a thread, while the update before ran
         target_count = accelerator.reduce(loop.count_targets(micro_batches), "sum")  # on all ranks
         loss_sum = torch.zeros_like(target_count)
         for i, batch in enumerate(micro_batches):

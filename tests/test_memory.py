@@ -1,4 +1,4 @@
-"""Freed memory goes back to the system, at a bounded price."""
+"""What a process needs no more goes back to the system, at a bounded price."""
 
 import os
 import subprocess
@@ -6,7 +6,9 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers.scripts import ROOT
+from helpers.threads import alive, waiting_threads
 
 from common import memory
 
@@ -91,3 +93,12 @@ def test_few_kernels_are_kept_unless_the_user_says_how_many(monkeypatch):
     monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
     memory.keep_few_kernels()
     assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7"
+
+
+def test_no_thread_waits_once_another_one_is_to_compute():
+    with waiting_threads() as waiting:
+        memory.end_waiting_threads()
+        assert not waiting & alive()
+        assert torch.ones(2**20).exp_().sum() > 2**21  # and computing goes on
+        memory.end_waiting_threads()
+        memory.end_waiting_threads()  # there are none

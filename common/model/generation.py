@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from common.errors import InputError
+from common.memory import end_waiting_threads
 from common.options import Sampling
 from common.text.batches import pad_left
 from common.text.chat import ChatTemplate
@@ -237,6 +238,7 @@ def stream(
 
     def pieces() -> Iterator[str]:
         thread = threading.Thread(target=generate, daemon=True)
+        end_waiting_threads()
         thread.start()
         ids: list[int] = []
         shown = 0  # characters

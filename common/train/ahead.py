@@ -2,8 +2,8 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from itertools import chain, pairwise
 from typing import Any
 
@@ -22,18 +22,22 @@ def batches_ahead(
     batch_size: int,
     accelerator: Accelerator,
     collate: Callable[[Sequence[tuple[Any, bool]]], Batch],
-) -> Iterator[tuple[list[int], "Future[list[Batch]]"]]:
-    """The row numbers of every update, and this rank's micro-batches of it on its device, as `loop.micro_batches` says.
+) -> Iterator[tuple[list[int], Callable[[], list[Batch]]]]:
+    """The row numbers of every update, and what returns this rank's micro-batches of it, as `loop.micro_batches` does.
 
-    While one update runs, a thread makes the batches of the next one, and of no later one. `result()` waits for them,
-    and raises what went wrong there.
+    While a GPU runs one update, a thread makes the batches of the next one, and of no later one; what is returned waits
+    for them, and raises what went wrong there. On a CPU they are made when they are asked for: a second thread that
+    computes would take the cores from the first (`memory.end_waiting_threads`).
     """
 
     def batches(numbers: list[int]) -> list[Batch]:
         return loop.micro_batches([rows[i] for i in numbers], batch_size, accelerator, collate)
 
+    if accelerator.device.type == "cpu":
+        yield from ((numbers, partial(batches, numbers)) for numbers in updates)
+        return
     with ThreadPoolExecutor(1, "collate") as thread:
-        submitted = ((numbers, thread.submit(batches, numbers)) for numbers in updates)
+        submitted = ((numbers, thread.submit(batches, numbers).result) for numbers in updates)
         for update, _ in pairwise(chain(submitted, [None])):
             yield update  # type: ignore[misc]
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import TypeVar
 
+from common.memory import end_waiting_threads
+
 T = TypeVar("T")
 LOOK = 0.5  # seconds between two looks at one's place in the queue
 
@@ -47,6 +49,7 @@ class ModelQueue:
                 return
             with contextlib.closing(start()) as pieces:
                 for piece in pieces:
+                    end_waiting_threads()  # the next one may be asked for in another thread
                     yield piece
                     if stopped():
                         return

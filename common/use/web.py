@@ -14,6 +14,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from common.errors import InputError
+from common.memory import end_waiting_threads
 from common.options import CAUSAL_LM, CHAT, CLASSIFICATION, PASSWORD, WebConfig
 from common.use.runs import Run
 
@@ -78,6 +79,8 @@ def build(config: Any, run: Run, models: "LabelModel | list[tuple[str, TextModel
 def launch(page: "gradio.Blocks", address: str, port: int, password: str | None = None) -> str:
     """Shows the page, and returns its address; it ends with `page.close()`. password: asked for, if there is one."""
     from common.use import web_look
+
+    end_waiting_threads()  # that loaded the models; those that answer have their own
 
     def may_enter(_: str, given: str) -> bool:
         return hmac.compare_digest(given.encode(), (password or "").encode())

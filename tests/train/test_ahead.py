@@ -15,15 +15,16 @@ from common.train import ahead, checkpoints
 ACCELERATOR = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
 
 
-def planned(count: int, made: list, collate=None):
-    """Updates of two rows; a batch is the rows and the name of the thread that made it."""
+def planned(count: int, made: list, collate=None, device="cuda"):
+    """Updates of two rows; a batch is the rows and the name of the thread that made it. Needs no such device."""
 
     def default(pairs):
         made.append([row for row, _ in pairs])
         return SimpleNamespace(to=lambda device: (made[-1], threading.current_thread().name))
 
     numbers = [[2 * i, 2 * i + 1] for i in range(count)]
-    return ahead.batches_ahead(numbers, list("abcdefghij"), 2, ACCELERATOR, collate or default)
+    accelerator = SimpleNamespace(process_index=0, num_processes=1, device=torch.device(device))
+    return ahead.batches_ahead(numbers, list("abcdefghij"), 2, accelerator, collate or default)
 
 
 def collating() -> set[threading.Thread]:
@@ -33,8 +34,8 @@ def collating() -> set[threading.Thread]:
 
 def test_a_thread_makes_the_next_batches_and_no_later_ones():
     made, seen, before = [], [], collating()
-    for numbers, collated in planned(4, made):
-        [(rows, thread)] = collated.result()
+    for numbers, batches in planned(4, made):
+        [(rows, thread)] = batches()
         seen.append(numbers)
         assert thread.startswith("collate") and rows == ["abcdefghij"[i] for i in numbers]
         assert len(made) <= len(seen) + 1
@@ -42,10 +43,18 @@ def test_a_thread_makes_the_next_batches_and_no_later_ones():
     assert not collating() - before
 
 
+def test_on_a_cpu_no_second_thread_computes():
+    """Each would have threads of its own, more than there are cores."""
+    made, own = [], threading.current_thread().name
+    for i, (numbers, batches) in enumerate(planned(3, made, device="cpu")):
+        assert len(made) == i and numbers == [2 * i, 2 * i + 1]
+        assert batches() == [([*"abcdefghij"[2 * i : 2 * i + 2]], own)]
+
+
 def test_the_next_batches_are_made_while_an_update_runs():
     before = collating()
     made, updates = [], planned(3, [], collate=lambda pairs: made.append(pairs) or SimpleNamespace(to=lambda _: 0))
-    next(updates)[1].result()
+    next(updates)[1]()
     for _ in range(1000):
         if len(made) == 2:
             break
@@ -63,9 +72,9 @@ def test_what_goes_wrong_in_the_thread_is_raised_in_its_update():
         return SimpleNamespace(to=lambda device: "batch")
 
     updates = planned(3, [], collate)
-    assert next(updates)[1].result() == ["batch"]
+    assert next(updates)[1]() == ["batch"]
     with pytest.raises(InputError, match="row c is broken"):
-        next(updates)[1].result()
+        next(updates)[1]()
 
 
 # --- losses read late, as on a GPU

@@ -10,11 +10,13 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
+import torch
 from helpers.models import build_model
 from helpers.pages import CHAT, PLAIN, QUIET, open_page
 from helpers.rows import read_jsonl, toy_rows, write_csv
 from helpers.runs import quick
 from helpers.scripts import expect_error, run_alone
+from helpers.threads import alive, waiting_threads
 
 import inference
 from common.errors import InputError
@@ -60,6 +62,15 @@ def test_an_error_leaves_the_queue():
     with pytest.raises(InputError):
         list(queue.in_turn(broken, running))
     assert list(queue.in_turn(lambda: parts("b"), running)) == ["b"]
+
+
+def test_no_thread_waits_between_two_parts_of_an_answer():
+    """Gradio asks for the next part in any thread, which has threads of its own to compute with."""
+    with waiting_threads() as waiting:
+        parts = ModelQueue().in_turn(lambda: (torch.ones(2**20).exp_() for _ in range(2)), lambda: False)
+        next(parts)
+        assert not waiting & alive()
+        parts.close()
 
 
 def test_one_answer_at_a_time():
