@@ -82,6 +82,7 @@ def _share_out(
     with accelerator.autocast(), lock_step(model):
         answers = answer([examples[i] for i in share], device=accelerator.device, batch_size=batch_size,
                          progress=progress)  # fmt: skip
+    give_back(accelerator.device.type, at_once=True)  # before what comes now, as baselines and pictures
     gathered = gather_object(list(zip(share, answers, strict=True)))
     return [answer for _, answer in sorted(gathered, key=lambda pair: pair[0])]
 

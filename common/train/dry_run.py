@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from common.log import peak_memory, say
+from common.log import peak_memory, say, uses_cuda
 from common.text.batches import Batch
 from common.text.plan import Plan, rank_share
 from common.train import loop
@@ -25,6 +25,7 @@ ENOUGH = 20  # seconds: after them, no more than LEAST usual updates are made
 CANDIDATES = 16  # updates of the most padded tokens, which may be packs with fewer
 LOOKED_AT = 256  # updates whose batches are made to count the tokens that are computed in all
 TIMED = 4  # evaluation batches whose time is taken
+ON_A_CPU = "; up to a third more with rows of many lengths, as freed memory goes back late on a CPU"  # docs/runs.md
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def _report(needs: Needs, accelerator: Accelerator, config: Any, total: int) -> 
     lines = [
         f"\nDry run: {LONGEST} updates on the longest rows, up to {MOST} on usual ones, evaluation and save worked.",
         "Prediction for the run:",
-        f"- peak memory of a process: {_bytes(needs.memory)}",
+        f"- peak memory of a process: {_bytes(needs.memory)}{'' if uses_cuda() else ON_A_CPU}",
         f"- time from the first update: {_time(needs.seconds)}: {total} updates {_time(needs.training)}, evaluation "
         f"{_time(needs.evaluation)}, saving {_time(needs.saving)}",
         f"- disk: {_bytes(needs.disk)}, with {needs.checkpoints} checkpoints; {_bytes(free)} are free",
