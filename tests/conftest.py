@@ -11,6 +11,11 @@ from helpers.rows import chats, task_options, toy_rows, write_csv, write_jsonl
 from helpers.runs import QUANTIZED, train
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # test files run side by side
+if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+    # Each worker has its share of the cores: a run takes as many threads as it has cores, and spins while they wait.
+    number, count = int(os.environ["PYTEST_XDIST_WORKER"][2:]), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, cores[number % len(cores) :: count])
 LONGEST = ("test_embedded.py", "test_base_model.py", "test_checkpoints.py", "test_generation.py", "test_export.py")
 
 
