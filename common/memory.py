@@ -5,6 +5,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 SHARE = 0.02  # of the time that the system may spend on giving back and, which is most of it, on taking pages anew
 LONGEST = 30.0  # seconds between two calls, where the system has other work as well
@@ -25,12 +26,15 @@ class _Trimmer:
             self.last = now
 
 
+def _function(name: str) -> Any:
+    """A function of the C libraries in this process; None where there is none, or where this is not Linux."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None
+
+
 @functools.cache
 def _trimmer() -> _Trimmer | None:
     """None where the C library is not glibc."""
-    if not sys.platform.startswith("linux"):
-        return None
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    trim = _function("malloc_trim")
     return trim and _Trimmer(trim)
 
 
@@ -66,6 +70,5 @@ def end_waiting_threads() -> None:
     model of 135M then took 2.2 times as long for an answer on two cores, and 1.5 times for an update. Does nothing
     where there is no OpenMP 5 runtime.
     """
-    pause = getattr(ctypes.CDLL(None), "omp_pause_resource_all", None) if sys.platform.startswith("linux") else None
-    if pause:
+    if pause := _function("omp_pause_resource_all"):
         pause(1)  # omp_pause_soft

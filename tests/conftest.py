@@ -12,7 +12,7 @@ from helpers.runs import QUANTIZED, train
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # test files run side by side
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
-    # Each worker has its share of the cores: a run takes as many threads as it has cores, and spins while they wait.
+    # Each worker has its share of the cores: training takes a thread for each of its own, and waiting threads spin.
     number, count = int(os.environ["PYTEST_XDIST_WORKER"][2:]), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, cores[number % len(cores) :: count])

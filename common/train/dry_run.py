@@ -25,7 +25,7 @@ ENOUGH = 20  # seconds: after them, no more than LEAST usual updates are made
 CANDIDATES = 16  # updates of the most padded tokens, which may be packs with fewer
 LOOKED_AT = 256  # updates whose batches are made to count the tokens that are computed in all
 TIMED = 4  # evaluation batches whose time is taken
-ON_A_CPU = "; up to a third more with rows of many lengths, as freed memory goes back late on a CPU"  # docs/runs.md
+ON_A_CPU = "; a whole run took up to a third more, as freed memory goes back late on a CPU"  # docs/runs.md
 
 
 @dataclass(frozen=True)
